@@ -1,0 +1,27 @@
+"""ResNet-18 for 32x32 images: a 3x3 stem with stride 1 and no max pooling."""
+
+from __future__ import annotations
+
+from torch import nn
+from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock
+
+from fxprune.models.registry import register
+
+
+@register(
+    "resnet18_cifar",
+    input_shape=(3, 32, 32),
+    num_classes=10,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+    source="He et al. 2015, with the usual CIFAR stem",
+)
+def resnet18_cifar(num_classes: int = 10, in_channels: int = 3) -> ResNet:
+    """Build torchvision's ResNet-18, with its layer names, for (in_channels, 32, 32) images."""
+    model = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
+    model.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    # torchvision's forward calls maxpool, so the layer stays and does nothing.
+    model.maxpool = nn.Identity()
+    return model
