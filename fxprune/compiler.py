@@ -1,0 +1,78 @@
+"""compile(): trace the model, fold BatchNorm, insert observers, prune layer by layer, take the observers out again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.compiled import CompiledModule
+from fxprune.options import Options
+from fxprune.passes import (
+    FoldBatchNorm,
+    InsertObservers,
+    PruneWeights,
+    RemoveInplace,
+    RemoveObservers,
+    verify,
+)
+from fxprune.pattern import Pattern
+from fxprune.progress import layer_progress
+from fxprune.tracing import trace
+
+
+def compile(
+    model: nn.Module,
+    calib_loader: Iterable[Any],
+    pattern: str | Pattern = "2:4",
+    *,
+    method: str = "admm",
+    exclude: Sequence[str] = (),
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    options: Options | None = None,
+) -> CompiledModule:
+    """Prune a trained CNN in one shot: no retraining, no labels.
+
+    Args:
+        model: trained model; it is copied, never modified.
+        calib_loader: iterable of batches, read once: tensors, or tuples, lists or dicts whose first item is the input.
+            A few hundred to a few thousand images, preprocessed as for inference.
+        pattern: "2:4", "1:4", ... (N kept of M consecutive input channels), or a sparsity such as "0.9".
+        method: "admm" (ours), or as published "sparsegpt", "exact_obs" (slow), "magnitude".
+        exclude: module names or fnmatch patterns of layers to leave exactly as they are.
+        device: where to compute; None takes CUDA if there is one. The result is where the model was.
+        progress: show a progress bar.
+        options: everything else.
+
+    Returns:
+        A GraphModule in eval mode, with `.report`.
+
+    Raises:
+        FxPruneError: a subclass that names what is wrong, and the remedy.
+    """
+    started = time.perf_counter()
+    pattern = Pattern.parse(pattern)
+    options = (options or Options()).resolved(method)
+    home = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    with layer_progress(progress) as on_layer:
+        prune = PruneWeights(pattern, method, calib_loader, options, on_layer=on_layer)
+        graph_module = trace(model, exclude=exclude).to(default_device(device))
+        RemoveInplace()(graph_module)
+        if options.fold_batchnorm:
+            FoldBatchNorm()(graph_module)
+        InsertObservers(pattern, exclude=exclude, reconstruct=bool(options.reconstruct))(graph_module)
+        prune(graph_module)
+        RemoveObservers()(graph_module)
+        verify(graph_module)
+
+    return CompiledModule.of(graph_module.to(home), seconds=time.perf_counter() - started)
+
+
+def default_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for; CUDA where there is one, else the CPU, for None."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,59 @@
+"""Every error that fxprune raises on purpose; each message names the thing, what was found and what to do."""
+
+from __future__ import annotations
+
+
+class FxPruneError(Exception):
+    """Base class of all errors raised by fxprune."""
+
+
+class TraceError(FxPruneError):
+    """The model could not be traced by torch.fx."""
+
+
+class PatternError(FxPruneError):
+    """A sparsity pattern cannot be parsed, or does not fit a weight."""
+
+
+class CalibrationError(FxPruneError):
+    """The calibration set is empty, has the wrong form, or holds NaN or infinite values."""
+
+
+class SolverError(FxPruneError):
+    """A layer's least-squares problem could not be solved."""
+
+
+class GraphError(FxPruneError):
+    """A graph does not satisfy what a pass requires or ensures."""
+
+
+class OptionsError(FxPruneError):
+    """An option has a value outside its range, or options contradict each other."""
+
+
+class ModelError(FxPruneError):
+    """A named model cannot be built or registered as asked."""
+
+
+class UnknownModelError(ModelError):
+    """No model has this name."""
+
+
+class CheckpointError(FxPruneError):
+    """A weights file cannot be read, or does not fit the model."""
+
+
+class DataError(FxPruneError):
+    """A data set is unknown, absent, malformed, or too small for what is asked of it."""
+
+
+class EvaluationError(FxPruneError):
+    """A model cannot be scored on the batches given."""
+
+
+class ExportError(FxPruneError):
+    """A model cannot be exported, or its file cannot be written."""
+
+
+class ValidationError(FxPruneError):
+    """An ONNX file does not hold, or does not compute, what it should."""

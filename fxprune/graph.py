@@ -1,0 +1,44 @@
+"""Small questions about a torch.fx graph that passes, calibration and diffs all ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxprune.errors import GraphError
+
+
+def module_of(node: Node) -> nn.Module | None:
+    """The module behind a call_module node, else None."""
+    if node.op != "call_module":
+        return None
+    owner = node.graph.owning_module
+    return None if owner is None else owner.get_submodule(str(node.target))
+
+
+def call_sites(graph_module: GraphModule) -> dict[nn.Module, list[Node]]:
+    """Every called module with all the nodes that call it, under whatever name."""
+    sites: dict[nn.Module, list[Node]] = {}
+    for node in graph_module.graph.nodes:
+        module = module_of(node)
+        if module is not None:
+            sites.setdefault(module, []).append(node)
+    return sites
+
+
+def input_of(node: Node) -> Node:
+    """The single tensor input of a one-input module call, given by position or by keyword."""
+    argument: Any = node.args[0] if node.args else next(iter(node.kwargs.values()))
+    if not isinstance(argument, Node):
+        raise GraphError(f"node {node.name!r} is called with {argument!r} where a tensor was expected")
+    return argument
+
+
+def is_tied(graph_module: GraphModule, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is reachable under more than one name, or read by a get_attr node."""
+    names = [name for name, p in graph_module.named_parameters(remove_duplicate=False) if p is parameter]
+    reads = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    return len(names) > 1 or any(name in reads for name in names)

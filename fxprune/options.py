@@ -1,0 +1,63 @@
+"""Every knob of `fxprune.compile` beyond pattern and method, and what each method takes for its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from fxprune.errors import OptionsError
+
+Target = Literal["weights", "dense", "skip"]
+Inputs = Literal["pruned", "dense"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How layers are posed and solved. None means: what the method does by itself (`Options.resolved`).
+
+    Attributes:
+        damping: lambda / mean(diag H), the pull towards the dense weights.
+        inputs: where a layer's statistics come from: the "pruned" prefix (sequential), or the "dense" model.
+        target: what a layer regresses: the output of its own "weights" on those inputs, the "dense" model's output, or
+            "skip": the dense output plus the error that a skip connection brings to the add that follows.
+        bias_correction: fit the bias too (means are removed from the statistics); created where there was none.
+        refit: solve for the kept weights by least squares after the solver has chosen the mask.
+        reconstruct: re-fit layers that are not pruned (first conv, depthwise, ...) to the same target.
+        fold_batchnorm: fold BatchNorm into the layer before it.
+        permute: choose which input channels share an N:M group.
+        global_budget: for unstructured patterns: spread the zeros over the layers by what each costs.
+        seed: seed for everything random.
+        memory_limit: bytes of live calibration values to hold in memory; the rest goes to a scratch file. None: no limit.
+    """
+
+    damping: float = 0.01
+    inputs: Inputs | None = None
+    target: Target | None = None
+    bias_correction: bool | None = None
+    refit: bool | None = None
+    reconstruct: bool | None = None
+    fold_batchnorm: bool = True
+    permute: bool = False
+    global_budget: bool = False
+    seed: int = 0
+    memory_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping < 1e3:
+            raise OptionsError(f"damping is {self.damping}; it should be at least 0, and is usually 0.001 to 0.1")
+        if self.inputs not in (None, "pruned", "dense"):
+            raise OptionsError(f"inputs is {self.inputs!r}; it should be 'pruned' or 'dense'")
+        if self.target not in (None, "weights", "dense", "skip"):
+            raise OptionsError(f"target is {self.target!r}; it should be 'weights', 'dense' or 'skip'")
+        if self.memory_limit is not None and self.memory_limit <= 0:
+            raise OptionsError(f"memory_limit is {self.memory_limit}; it is a number of bytes, or None for no limit")
+
+    def resolved(self, method: str) -> Options:
+        """The same options with every None replaced by the method's own choice."""
+        own = PUBLISHED if method in ("magnitude", "sparsegpt", "exact_obs") else OURS
+        missing = {f.name: getattr(own, f.name) for f in fields(self) if getattr(self, f.name) is None}
+        return replace(self, **missing)
+
+
+PUBLISHED = Options(inputs="pruned", target="weights", bias_correction=False, refit=False, reconstruct=False)
+OURS = Options(inputs="pruned", target="skip", bias_correction=True, refit=True, reconstruct=True)

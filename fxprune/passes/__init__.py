@@ -1,0 +1,27 @@
+"""One graph pass a file. A pass takes a GraphModule, changes it in place and says whether it did."""
+from __future__ import annotations
+
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxprune.passes.base import Change, Pass, changes
+from fxprune.passes.fold_batchnorm import FoldBatchNorm
+from fxprune.passes.insert_observers import InsertObservers
+from fxprune.passes.prune_weights import PruneWeights
+from fxprune.passes.reestimate_batchnorm import ReestimateBatchNorm
+from fxprune.passes.remove_inplace import RemoveInplace
+from fxprune.passes.remove_observers import RemoveObservers
+from fxprune.passes.verify import verify
+
+__all__ = [
+    "Change",
+    "FoldBatchNorm",
+    "InsertObservers",
+    "Pass",
+    "PassResult",
+    "PruneWeights",
+    "ReestimateBatchNorm",
+    "RemoveInplace",
+    "RemoveObservers",
+    "changes",
+    "verify",
+]

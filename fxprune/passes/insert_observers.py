@@ -1,0 +1,128 @@
+"""InsertObservers: decides each layer's role, and puts an observer in front of every layer that will be solved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
+from fxprune.graph import call_sites, input_of, is_tied, module_of
+from fxprune.passes.base import Pass
+from fxprune.pattern import Pattern
+from fxprune.statistics import HessianObserver
+from fxprune.tracing import matches
+
+OBSERVERS = "fxprune_observers"
+TASK = "fxprune_task"
+WEIGHT_FUNCTIONS = (
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.bilinear, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """What is to become of one Conv or Linear call; kept in `node.meta["fxprune_task"]`.
+
+    Attributes:
+        role: "prune", "reconstruct" (re-fit, dense), or "keep".
+        reason: why the layer is not pruned; "" for role "prune".
+        geometry: how the layer reads its input; None for layers that are kept.
+    """
+
+    role: Literal["prune", "reconstruct", "keep"]
+    reason: str = ""
+    geometry: LayerGeometry | None = None
+
+
+class InsertObservers(Pass):
+    """Annotates Conv and Linear calls with a `LayerTask` and inserts `HessianObserver` modules.
+
+    Layers that read the same value in the same geometry share one observer, and so one Hessian.
+
+    Args:
+        pattern: decides which layers can be pruned.
+        exclude: module names or fnmatch patterns of layers to leave exactly as they are.
+        reconstruct: observe layers that the pattern declines, so that they can be re-fitted.
+    """
+
+    def __init__(self, pattern: Pattern, *, exclude: Sequence[str] = (), reconstruct: bool = True) -> None:
+        self.pattern = pattern
+        self.exclude = tuple(exclude)
+        self.reconstruct = reconstruct
+
+    def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
+        sites = call_sites(graph_module)
+        observers: dict[tuple[Node, LayerGeometry], Node] = {}
+        modified = False
+        for node in list(graph_module.graph.nodes):
+            if TASK in node.meta or not reads_weights(node):
+                continue
+            task = self._task(graph_module, node, sites)
+            node.meta[TASK] = task
+            if task.reason:
+                self.record(graph_module, "kept", node, reason=task.reason)
+            if task.geometry is not None:
+                source = input_of(node)
+                key = (source, replace(task.geometry, out_channels=task.geometry.groups))
+                if key not in observers:
+                    observers[key] = _insert_observer(graph_module, node, source, key[1])
+                node.replace_input_with(source, observers[key])
+            modified = True
+        return PassResult(graph_module, modified)
+
+    def _task(self, graph_module: GraphModule, node: Node, sites: dict[nn.Module, list[Node]]) -> LayerTask:
+        reason = self._reason_to_keep(graph_module, node, sites)
+        if reason is not None:
+            return LayerTask("keep", reason)
+        module = module_of(node)
+        assert module is not None
+        geometry = LayerGeometry.of(module)
+        declined = self.pattern.decline(geometry)
+        if declined is None:
+            return LayerTask("prune", "", geometry)
+        return (
+            LayerTask("reconstruct", declined, geometry) if self.reconstruct else LayerTask("keep", declined)
+        )
+
+    def _reason_to_keep(
+        self, graph_module: GraphModule, node: Node, sites: dict[nn.Module, list[Node]]
+    ) -> str | None:
+        """Why a layer's weights must not be touched at all, or None."""
+        module = module_of(node)
+        if module is None:
+            return "a functional call: its weight is not a module's own; use nn.Conv2d or nn.Linear to have it pruned"
+        if matches(str(node.target), self.exclude):
+            return "excluded"
+        if isinstance(module, TRANSPOSED_CONVOLUTIONS):
+            return "transposed convolutions are not pruned"
+        if not is_matrix_layer(module):
+            return f"{type(module).__name__} is not exactly a Conv1d, Conv2d, Conv3d or Linear"
+        if len(sites[module]) > 1:
+            return f"shared: called at {len(sites[module])} places with different inputs"
+        if is_tied(graph_module, module.weight):
+            return "its weight is shared with another part of the model"
+        if module.weight.dtype not in (torch.float32, torch.float64):
+            return f"its weight is {module.weight.dtype}; statistics need float32 or float64"
+        return None
+
+
+def reads_weights(node: Node) -> bool:
+    """Whether a node is a call of a Conv or Linear module, or of the functional form of one."""
+    if node.op == "call_function":
+        return node.target in WEIGHT_FUNCTIONS
+    return isinstance(module_of(node), (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear))
+
+
+def _insert_observer(graph_module: GraphModule, layer: Node, source: Node, geometry: LayerGeometry) -> Node:
+    name = f"{OBSERVERS}.{layer.name}"
+    graph_module.add_submodule(name, HessianObserver(geometry))
+    with graph_module.graph.inserting_before(layer):
+        return graph_module.graph.call_module(name, (source,))

@@ -1,0 +1,169 @@
+"""What was done to each layer, as a table for people and as CSV or JSON for programs."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+STATUS_STYLE = {"pruned": "green", "reconstructed": "cyan", "kept": "yellow"}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was done to one Conv or Linear layer.
+
+    Attributes:
+        name: module name (for a functional call, the node's name).
+        op: module class, such as "Conv2d".
+        shape: weight shape (R, C/G, *kernel).
+        pattern: the pattern that the weight now satisfies, or "" if it was not pruned.
+        status: "pruned", "reconstructed" (dense, re-fitted to the dense model's output) or "kept" (as it was).
+        reason: why the layer was not pruned; "" for pruned layers.
+        sparsity: share of zeros in the weight.
+        relative_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on the calibration set, or None if not measured.
+        damping: the damping that the factorisation needed, relative to the mean of the Hessian's diagonal.
+        dead_inputs: columns whose input was zero throughout the calibration set.
+        seconds: time spent in the solver.
+        verdict: deployment verdict, in a word or two.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    pattern: str = ""
+    status: str = "kept"
+    reason: str = ""
+    sparsity: float = 0.0
+    relative_error: float | None = None
+    damping: float | None = None
+    dead_inputs: int = 0
+    seconds: float = 0.0
+    verdict: str = ""
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, bias not counted."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """All layers of a compiled model, with what the whole run was asked for and what it cost.
+
+    Attributes:
+        layers: one LayerReport per Conv or Linear call, in graph order.
+        method: solver name.
+        pattern: the pattern asked for.
+        images: calibration samples used.
+        seconds: wall time of the whole compilation.
+        timings: seconds by stage, such as {"stream": ..., "statistics": ..., "solve": ...}.
+        peak_memory: bytes of live calibration values held at most.
+        agreement: top-1 agreement of dense and pruned outputs on the calibration set in percent, None if the model's
+            output is not a single (N, classes) tensor.
+        kl: mean KL(dense || pruned) of the softmax outputs there, in nats, or None likewise.
+    """
+
+    layers: tuple[LayerReport, ...]
+    method: str
+    pattern: str
+    images: int = 0
+    seconds: float = 0.0
+    timings: dict[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
+    agreement: float | None = None
+    kl: float | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among all weights of the layers listed."""
+        total = sum(layer.weights for layer in self.layers)
+        return sum(layer.sparsity * layer.weights for layer in self.layers) / total if total else 0.0
+
+    def __getitem__(self, name: str) -> LayerReport:
+        """The report of the layer called `name`."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no layer named {name!r}; there are: {', '.join(layer.name for layer in self.layers)}")
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def render(self, *, width: int = 110, color: bool = False) -> str:
+        """The table as text of at most `width` columns, with ANSI colours if asked for."""
+        console = Console(
+            width=width, file=io.StringIO(), force_terminal=color, color_system="standard" if color else None
+        )
+        console.print(self._table())
+        console.print(Text(self.summary))
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip("\n")
+
+    @property
+    def summary(self) -> str:
+        """The run in a line or two."""
+        pruned = sum(layer.status == "pruned" for layer in self.layers)
+        line = (
+            f"{pruned} of {len(self.layers)} layers pruned to {self.pattern} with {self.method}; "
+            f"{self.sparsity:.1%} of all weights are zero; {self.images} images, {self.seconds:.1f} s."
+        )
+        if self.agreement is not None and self.kl is not None:
+            line += f"\nOn the calibration set: top-1 agreement with the dense model {self.agreement:.1f}%, KL {self.kl:.4f}."
+        return line
+
+    def _table(self) -> Table:
+        table = Table(title=f"fxprune {self.pattern} ({self.method})", title_justify="left", pad_edge=False)
+        for heading, justify in (("layer", "left"), ("op", "left"), ("weight", "left"), ("status", "left"),
+                                 ("zeros", "right"), ("rel. error", "right"), ("s", "right"), ("why / note", "left")):  # fmt: skip
+            table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for layer in self.layers:
+            table.add_row(
+                layer.name,
+                layer.op,
+                "x".join(map(str, layer.shape)),
+                Text(layer.status, style=STATUS_STYLE[layer.status]),
+                f"{layer.sparsity:.1%}",
+                "" if layer.relative_error is None else f"{layer.relative_error:.2e}",
+                f"{layer.seconds:.2f}",
+                _note(layer),
+            )
+        return table
+
+    def to_csv(self, path: str | PathLike[str]) -> None:
+        """Write one row a layer, with the field names of LayerReport as the header."""
+        names = [f.name for f in dataclasses.fields(LayerReport)]
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(names)
+            for layer in self.layers:
+                values = [getattr(layer, name) for name in names]
+                writer.writerow(["x".join(map(str, v)) if isinstance(v, tuple) else v for v in values])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, strings, lists and dicts."""
+        return dataclasses.asdict(self) | {"sparsity": self.sparsity}
+
+    def to_json(self, path: str | PathLike[str]) -> None:
+        """Write the whole report."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _note(layer: LayerReport) -> str:
+    """Reason, dead inputs and verdict in one cell."""
+    notes = [layer.reason, layer.verdict]
+    if layer.dead_inputs:
+        notes.append(f"{layer.dead_inputs} dead inputs")
+    return "; ".join(note for note in notes if note)

@@ -1,0 +1,7 @@
+"""What observers gather about a layer's input and wanted output, and fast ways to compute it."""
+
+from __future__ import annotations
+
+from fxprune.statistics.accumulators import CrossStatistics, HessianObserver, InputStatistics
+
+__all__ = ["CrossStatistics", "HessianObserver", "InputStatistics"]

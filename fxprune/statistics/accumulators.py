@@ -1,0 +1,137 @@
+"""What an observer gathers over the calibration set: raw moments in float64, and their centred forms.
+
+Products of one batch are taken in float32 (or whatever the activations are) and added up in float64, so that many
+batches neither overflow nor drift.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.geometry import LayerGeometry
+from fxprune.statistics.products import cross_product, gram, patch_sum
+
+
+@dataclass
+class InputStatistics:
+    """Second and first moments of a layer's patches X (D x P), for each group.
+
+    Attributes:
+        gram: (G, D, D) float64, X X^T.
+        total: (G, D) float64, X 1.
+        count: P, patches seen.
+    """
+
+    gram: Tensor
+    total: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, geometry: LayerGeometry, device: torch.device) -> InputStatistics:
+        """Nothing seen yet."""
+        g, d = geometry.groups, geometry.columns
+        zeros = torch.zeros(g, d, d, dtype=torch.float64, device=device)
+        return cls(zeros, torch.zeros(g, d, dtype=torch.float64, device=device))
+
+    def hessian(self, *, centred: bool) -> Tensor:
+        """X X^T / P, (G, D, D) float64; with `centred` the mean patch is removed first."""
+        second = self.gram / self.count
+        if not centred:
+            return second
+        mean = self.mean
+        centred_second = second - mean[:, :, None] * mean[:, None, :]
+        # A constant input has variance zero; what rounding leaves of it must not look like a signal.
+        rounding = 1e-6 * second.diagonal(dim1=1, dim2=2)
+        constant = centred_second.diagonal(dim1=1, dim2=2) <= rounding
+        centred_second.masked_fill_(constant[:, :, None] | constant[:, None, :], 0)
+        return centred_second
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean patch, (G, D) float64."""
+        return self.total / self.count
+
+
+@dataclass
+class CrossStatistics:
+    """Cross moment of the wanted output Y (R x P) with the patches X, for each group.
+
+    Attributes:
+        cross: (G, R/G, D) float64, Y X^T.
+        total: (G, R/G) float64, Y 1.
+        count: P, output positions seen.
+    """
+
+    cross: Tensor
+    total: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, geometry: LayerGeometry, device: torch.device) -> CrossStatistics:
+        """Nothing seen yet."""
+        shape = (geometry.groups, geometry.rows, geometry.columns)
+        cross = torch.zeros(shape, dtype=torch.float64, device=device)
+        return cls(cross, torch.zeros(shape[:2], dtype=torch.float64, device=device))
+
+    def update(self, geometry: LayerGeometry, x: Tensor, y: Tensor) -> None:
+        """Add a batch: layer input x and wanted output y."""
+        x, y = geometry.batched(x), geometry.batched(y)
+        outputs = geometry.output_matrix(y)
+        self.cross += cross_product(geometry, x, y)
+        self.total += outputs.sum(2, dtype=torch.float64)
+        self.count += outputs.shape[2]
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean wanted output, (G, R/G) float64."""
+        return self.total / self.count
+
+    def target(self, inputs: InputStatistics, bias: Tensor | None, *, centred: bool) -> Tensor:
+        """Y X^T / P, (G, R/G, D) float64, with both means removed, or with only the layer's fixed bias removed."""
+        offset = self.mean if centred else _zero_or(bias, self.total)
+        return self.cross / self.count - offset[:, :, None] * inputs.mean[:, None, :]
+
+
+def _zero_or(bias: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if bias is None else bias.to(like).reshape(like.shape)
+
+
+class HessianObserver(nn.Module):
+    """Passes its input through and adds its patches to the statistics.
+
+    Layers that read the same input in the same geometry share one observer. A graph with observers still computes what
+    it did; running it on calibration batches gathers every layer's statistics on the dense model's activations.
+    """
+
+    def __init__(self, geometry: LayerGeometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.statistics: InputStatistics | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe (N, C, *spatial), or (..., C) for a Linear layer, and return it unchanged."""
+        if self.statistics is None:
+            self.statistics = InputStatistics.empty(self.geometry, x.device)
+        batch = self.geometry.batched(x.detach())
+        self.statistics.gram += gram(self.geometry, batch)
+        self.statistics.total += patch_sum(self.geometry, batch)
+        self.statistics.count += patch_count(self.geometry, batch)
+        return x
+
+    def extra_repr(self) -> str:
+        """Shown in the graph module's repr."""
+        return f"columns={self.geometry.columns}, groups={self.geometry.groups}"
+
+
+def patch_count(geometry: LayerGeometry, x: Tensor) -> int:
+    """P, patches in a batch: images times output positions, or vectors for Linear."""
+    if not geometry.kernel_size:
+        return x.numel() // geometry.in_channels
+    padded = tuple(size + sum(p) for size, p in zip(x.shape[2:], geometry.padding, strict=True))
+    count = x.shape[0]
+    for size in geometry.output_size(padded):
+        count *= size
+    return count

@@ -1,0 +1,44 @@
+"""Sums over a batch by im2col: the plain way, right for every geometry, and the fastest for few channels.
+
+Patches are unfolded for a few images at a time, so that the copy stays small.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fxprune.geometry import LayerGeometry
+
+CHUNK_ELEMENTS = 4 * 2**20
+
+
+def images_per_chunk(geometry: LayerGeometry, x: Tensor) -> int:
+    """How many images' patches fit the chunk size."""
+    positions = math.prod(x.shape[2:]) if geometry.kernel_size else math.prod(x.shape[1:-1])
+    return max(1, CHUNK_ELEMENTS // max(1, positions * geometry.columns * geometry.groups))
+
+
+def patch_gram(geometry: LayerGeometry, x: Tensor) -> Tensor:
+    """X X^T summed over batch and positions, (G, D, D), by unfolding chunks of images."""
+    total = x.new_zeros(geometry.groups, geometry.columns, geometry.columns)
+    for part in x.split(images_per_chunk(geometry, x)):
+        patches = geometry.patches(part)
+        total.baddbmm_(patches.mT, patches)
+    return total
+
+
+def patch_cross(geometry: LayerGeometry, x: Tensor, y: Tensor) -> Tensor:
+    """Y X^T summed over batch and positions, (G, R/G, D), by unfolding chunks of images."""
+    total = x.new_zeros(geometry.groups, geometry.rows, geometry.columns)
+    size = images_per_chunk(geometry, x)
+    for part, output in zip(x.split(size), y.split(size), strict=True):
+        total.baddbmm_(geometry.output_matrix(output), geometry.patches(part))
+    return total
+
+
+def patch_sum(geometry: LayerGeometry, x: Tensor) -> Tensor:
+    """X 1 summed over batch and positions, (G, D): linear in x, so images are added up before unfolding."""
+    return geometry.patches(x.sum(0, keepdim=True, dtype=torch.float64)).sum(1)
