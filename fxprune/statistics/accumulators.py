@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.geometry import LayerGeometry
-from fxprune.statistics.products import cross_product, gram, patch_sum
+from fxprune.statistics.patches import patch_sum
+from fxprune.statistics.products import cross_product, gram
 
 
 @dataclass

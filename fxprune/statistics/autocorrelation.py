@@ -1,0 +1,140 @@
+"""The Hessian of a stride-1 convolution without im2col.
+
+H(a, b), the C x C block of X X^T for kernel offsets a and b, is a sum over positions q of x[q] x[q + l]^T with the lag
+l = (b - a) * dilation: it depends on a and b only through the lag, except that q runs over the window that offset a sees.
+So one product over the whole image per lag serves all blocks of that lag, and each block takes away the border strips
+that its window does not see. With k = 3 that is 13 full products in place of 81 and no ninefold patch matrix; the
+same "covariance method" is known from linear prediction and from the Wiener filter statistics of video codecs.
+
+The images are laid out as (H, N, W + gap, C) with zeros in the gap, so that both factors of a product over full rows
+are contiguous slices of one matrix, shifted against each other, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fxprune.geometry import LayerGeometry
+
+CHUNK_ELEMENTS = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Box:
+    """The product x[q] x[q + lag]^T summed over the rows [top, bottom) and columns [left, right) of q, all images."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+    lag: tuple[int, int]
+
+    @property
+    def positions(self) -> int:
+        """Number of q in one image."""
+        return (self.bottom - self.top) * (self.right - self.left)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The products to take for one geometry and image size, and the signed blocks (a, b) each one goes into."""
+
+    blocks: dict[Box, list[tuple[int, int, int]]]
+    gap: int
+
+    @property
+    def positions(self) -> int:
+        """Positions over all products in one image: C^2 multiply-adds each."""
+        return sum(box.positions for box in self.blocks)
+
+
+def applies(geometry: LayerGeometry) -> bool:
+    """Whether the layer is an ungrouped 2-D convolution of stride 1 with more than one kernel position."""
+    return (
+        len(geometry.kernel_size) == 2
+        and geometry.kernel_size != (1, 1)
+        and geometry.stride == (1, 1)
+        and geometry.groups == 1
+    )
+
+
+def autocorrelation_gram(geometry: LayerGeometry, x: Tensor) -> Tensor:
+    """X X^T summed over batch and positions, (1, D, D), for inputs (N, C, H, W) of a layer to which it `applies`."""
+    if geometry.padding_mode != "zeros":
+        x = geometry.pad(x)
+    plan = plan_for(geometry, x.shape[2], x.shape[3])
+    offsets = geometry.kernel_size[0] * geometry.kernel_size[1]
+    channels = geometry.in_channels
+    total = x.new_zeros(offsets, offsets, channels, channels)
+    images = max(1, CHUNK_ELEMENTS // (x[0].numel() + 1))
+    for part in x.split(images):
+        n, _, height, width = part.shape
+        rows = part.new_zeros(height, n, width + plan.gap, channels)
+        rows[:, :, :width] = part.permute(2, 0, 3, 1)
+        for box, blocks in plan.blocks.items():
+            product = _product(rows, box, width)
+            for a, b, sign in blocks:
+                total[a, b].add_(product, alpha=sign)
+    for a in range(offsets):
+        for b in range(a):
+            total[a, b] = total[b, a].mT
+    return total.permute(0, 2, 1, 3).reshape(1, geometry.columns, geometry.columns)
+
+
+def _product(rows: Tensor, box: Box, width: int) -> Tensor:
+    """The C x C product of one box."""
+    down, along = box.lag
+    channels = rows.shape[3]
+    if (box.left, box.right) == _both_inside(along, width):  # Full rows: the gap makes the shift exact.
+        flat = rows.reshape(-1, channels)
+        row = flat.shape[0] // rows.shape[0]
+        shift = down * row + along
+        start, stop = box.top * row, min(box.bottom * row, len(flat) - shift)
+        return flat[start:stop].mT @ flat[start + shift : stop + shift]
+    first = rows[box.top : box.bottom, :, box.left : box.right].reshape(-1, channels)
+    second = rows[box.top + down : box.bottom + down, :, box.left + along : box.right + along].reshape(-1, channels)
+    return first.mT @ second
+
+
+@lru_cache(maxsize=256)
+def plan_for(geometry: LayerGeometry, height: int, width: int) -> Plan:
+    """Which products make up H for images of the given size (explicitly padded unless the padding is with zeros)."""
+    (kernel_y, kernel_x), (dilation_y, dilation_x) = geometry.kernel_size, geometry.dilation
+    padded = geometry.padding_mode != "zeros"
+    (above, below), (before, after) = ((0, 0), (0, 0)) if padded else geometry.padding
+    out_y, out_x = geometry.output_size((height + above + below, width + before + after))
+    offsets = [(y, x) for y in range(kernel_y) for x in range(kernel_x)]
+    blocks: dict[Box, list[tuple[int, int, int]]] = {}
+    for a, (ay, ax) in enumerate(offsets):
+        for b, (by, bx) in enumerate(offsets[a:], start=a):
+            lag = ((by - ay) * dilation_y, (bx - ax) * dilation_x)
+            rows, columns = _both_inside(lag[0], height), _both_inside(lag[1], width)
+            window_rows = _clip(ay * dilation_y - above, out_y, rows)
+            window_columns = _clip(ax * dilation_x - before, out_x, columns)
+            pieces = [(rows, columns, 1)]
+            pieces += [(strip, columns, -1) for strip in _outside(window_rows, rows)]
+            pieces += [(window_rows, strip, -1) for strip in _outside(window_columns, columns)]
+            for (top, bottom), (left, right), sign in pieces:
+                if bottom > top and right > left:
+                    blocks.setdefault(Box(top, bottom, left, right, lag), []).append((a, b, sign))
+    return Plan(blocks, gap=(kernel_x - 1) * dilation_x)
+
+
+def _both_inside(lag: int, size: int) -> tuple[int, int]:
+    """The q for which q and q + lag are both inside [0, size)."""
+    return max(0, -lag), max(max(0, -lag), min(size, size - lag))
+
+
+def _clip(start: int, length: int, bounds: tuple[int, int]) -> tuple[int, int]:
+    """[start, start + length) inside the bounds, possibly empty."""
+    first = min(max(start, bounds[0]), bounds[1])
+    return first, max(first, min(start + length, bounds[1]))
+
+
+def _outside(window: tuple[int, int], bounds: tuple[int, int]) -> list[tuple[int, int]]:
+    """The parts of the bounds before and after the window."""
+    return [(bounds[0], window[0]), (window[1], bounds[1])]

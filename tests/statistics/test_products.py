@@ -1,0 +1,169 @@
+"""Every way to sum X X^T and Y X^T against a naive float64 im2col written with Python loops."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxprune.geometry import LayerGeometry
+from fxprune.statistics import CrossStatistics, HessianObserver
+from fxprune.statistics.autocorrelation import applies, autocorrelation_gram
+from fxprune.statistics.patches import patch_cross, patch_gram
+from fxprune.statistics.products import cross_product, gram
+
+
+def naive_patches(module: nn.Module, x: Tensor) -> Tensor:
+    """(G, P, D) by loops over images, output positions and kernel offsets, from torch's own padding."""
+    if isinstance(module, nn.Linear):
+        return x.reshape(1, -1, module.in_features)
+    mode = module.padding_mode
+    padding = module._reversed_padding_repeated_twice
+    x = torch.nn.functional.pad(x, padding, mode="constant" if mode == "zeros" else mode)
+    sizes = [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, k, s, d in zip(x.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True)
+    ]
+    channels = module.in_channels // module.groups
+    groups = []
+    for g in range(module.groups):
+        part = x[:, g * channels : (g + 1) * channels]
+        rows = []
+        for image in part:
+            for position in itertools.product(*map(range, sizes)):
+                columns = []
+                for offset in itertools.product(*map(range, module.kernel_size)):
+                    at = [p * s + o * d for p, s, o, d in zip(position, module.stride, offset, module.dilation)]
+                    columns.append(image[(slice(None), *at)])
+                rows.append(torch.cat(columns))
+        groups.append(torch.stack(rows))
+    return torch.stack(groups)
+
+
+CONVS = [
+    nn.Conv2d(4, 6, 3, padding=1),
+    nn.Conv2d(4, 6, 3, padding=0, bias=False),
+    nn.Conv2d(4, 6, 3, padding=2),
+    nn.Conv2d(4, 6, 3, padding=3),
+    nn.Conv2d(4, 6, 3, padding=2, dilation=2),
+    nn.Conv2d(4, 6, 3, padding=1, dilation=2),
+    nn.Conv2d(4, 6, 5, padding=2),
+    nn.Conv2d(4, 6, 5, padding=1),
+    nn.Conv2d(4, 6, (3, 5), padding=(1, 2)),
+    nn.Conv2d(4, 6, (1, 3), padding=(0, 1)),
+    nn.Conv2d(4, 6, (3, 1), padding=(1, 0)),
+    nn.Conv2d(4, 6, (2, 4), padding="same"),
+    nn.Conv2d(4, 6, 4, padding="same", dilation=(1, 2)),
+    nn.Conv2d(4, 6, 3, padding="valid"),
+    nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
+    nn.Conv2d(4, 6, 4, padding="same", padding_mode="replicate"),
+    nn.Conv2d(4, 6, 3, padding=1, stride=2),
+    nn.Conv2d(4, 6, 3, padding=1, stride=(2, 1)),
+    nn.Conv2d(3, 6, 7, padding=3, stride=2),
+    nn.Conv2d(4, 6, 3, padding=(0, 2), stride=3, dilation=2),
+    nn.Conv2d(4, 6, 3, padding=1, groups=2),
+    nn.Conv2d(4, 4, 3, padding=1, groups=4),
+    nn.Conv2d(4, 8, 3, padding=1, groups=4, stride=2),
+    nn.Conv2d(4, 6, 1),
+    nn.Conv2d(4, 6, 1, stride=2),
+    nn.Conv2d(4, 6, 1, padding=1),
+    nn.Conv1d(4, 6, 3, padding=1),
+    nn.Conv1d(4, 6, 5, padding=2, stride=2, groups=2),
+    nn.Conv3d(2, 3, 3, padding=1),
+    nn.Conv3d(2, 4, (1, 2, 3), stride=(1, 2, 1), groups=2),
+]
+
+
+def example(module: nn.Module, *, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
+    sizes = {1: (11,), 2: (9, 11), 3: (4, 5, 6)}[len(module.kernel_size)]
+    return module.to(dtype), torch.randn(3, module.in_channels, *sizes, dtype=dtype) + 0.5
+
+
+@pytest.mark.parametrize("module", CONVS, ids=repr)
+def test_all_ways_equal_the_naive_reference(module):
+    module, x = example(module)
+    geometry = LayerGeometry.of(module)
+    y = torch.randn_like(module(x))
+    patches = naive_patches(module, x)
+    expected = patches.mT @ patches
+    expected_cross = geometry.output_matrix(y) @ patches
+    torch.testing.assert_close(geometry.patches(x), patches, rtol=0, atol=0)
+    for way in (gram, patch_gram, *([autocorrelation_gram] if applies(geometry) else [])):
+        torch.testing.assert_close(way(geometry, x), expected, rtol=1e-12, atol=1e-10)
+    for way in (cross_product, patch_cross):
+        torch.testing.assert_close(way(geometry, x, y), expected_cross, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("module", CONVS, ids=repr)
+def test_the_matrix_form_computes_the_layer(module):
+    module, x = example(module)
+    geometry = LayerGeometry.of(module)
+    matrix = geometry.to_matrix(module.weight)
+    product = torch.einsum("grd,gpd->grp", matrix, geometry.patches(x))
+    if module.bias is not None:
+        product = product + module.bias.reshape(geometry.groups, -1, 1)
+    torch.testing.assert_close(product, geometry.output_matrix(module(x)))
+    torch.testing.assert_close(geometry.to_weight(matrix), module.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 1), (1, 4), (2, 7)])
+@pytest.mark.parametrize("module", [nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 5, padding=2), nn.Conv2d(4, 6, 3, padding=2, dilation=2)], ids=repr)  # fmt: skip
+def test_images_smaller_than_the_kernel(module, size):
+    module.double()
+    x = torch.randn(2, 4, *size, dtype=torch.float64)
+    geometry = LayerGeometry.of(module)
+    patches = naive_patches(module, x)
+    torch.testing.assert_close(autocorrelation_gram(geometry, x), patches.mT @ patches)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 4, 5), (2, 3, 2, 5)])
+def test_linear_on_any_leading_shape(shape):
+    module = nn.Linear(5, 3).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    geometry, y = LayerGeometry.of(module), torch.randn(*shape[:-1], 3, dtype=torch.float64)
+    flat = x.reshape(-1, 5)
+    torch.testing.assert_close(gram(geometry, x)[0], flat.mT @ flat)
+    torch.testing.assert_close(cross_product(geometry, x, y)[0], y.reshape(-1, 3).mT @ flat)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_float32_over_many_batches_stays_within_1e_5(channels_last):
+    """Positive activations with a mean, as after a ReLU: H and C accumulate without drift."""
+    module = nn.Conv2d(8, 4, 3, padding=1)
+    geometry, observer = LayerGeometry.of(module), HessianObserver(LayerGeometry.of(module))
+    cross = CrossStatistics.empty(geometry, torch.device("cpu"))
+    expected = torch.zeros(1, 72, 72, dtype=torch.float64)
+    expected_cross = torch.zeros(1, 4, 72, dtype=torch.float64)
+    for _ in range(50):
+        x = torch.rand(8, 8, 12, 12) + 3
+        if channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        y = module(x).detach()
+        assert observer(x) is x
+        cross.update(geometry, x, y)
+        patches = geometry.patches(x.double())
+        expected += patches.mT @ patches
+        expected_cross += geometry.output_matrix(y.double()) @ patches
+    statistics = observer.statistics
+    count = 50 * 8 * 144
+    assert statistics.count == cross.count == count
+    assert (statistics.gram - expected).norm() / expected.norm() < 1e-5
+    assert (cross.cross - expected_cross).norm() / expected_cross.norm() < 1e-5
+    mean = statistics.mean[0]
+    centred = expected[0] / count - mean[:, None] * mean
+    assert (statistics.hessian(centred=True)[0] - centred).norm() / centred.norm() < 1e-4
+
+
+def test_a_constant_input_has_no_centred_variance():
+    module = nn.Conv2d(2, 2, 1)
+    observer = HessianObserver(LayerGeometry.of(module))
+    x = torch.randn(4, 2, 5, 5)
+    x[:, 1] = 0.1
+    observer(x)
+    hessian = observer.statistics.hessian(centred=True)[0]
+    assert hessian[0, 0] > 0.5
+    assert hessian[1, 1] == 0
+    assert hessian[0, 1] == 0
