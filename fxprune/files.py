@@ -1,0 +1,41 @@
+"""Writes files so that nobody ever sees half of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a path to write to, which takes the place of ``path`` once the block has ended without an error.
+
+    After an error (a full disk, Ctrl-C) ``path`` is what it was before: the old file, or none.
+
+    Args:
+        path: the file; its folder is made where absent.
+
+    Raises:
+        OSError: the folder cannot be made, or the file not written.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with atomic(folder / "a.txt") as part:
+        ...     _ = part.write_text("all of it")
+        >>> [file.name for file in folder.iterdir()]
+        ['a.txt']
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays: some writers choose the format by it.
+    part = target.with_name(f".{os.getpid()}-{target.name}")
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
