@@ -1,0 +1,229 @@
+"""FoldBatchNorm: moves BatchNorm into the convolution or linear layer in front of it.
+
+In eval mode BatchNorm is one affine map per channel, so with s = γ / √(σ² + ε)
+
+    γ (W x + b − μ) / √(σ² + ε) + β  =  (s W) x + s (b − μ) + β.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+
+from fxprune.graph import call_sites, input_of, is_tied, module_of
+from fxprune.passes.base import Pass
+
+_Layer: TypeAlias = _ConvNd | nn.Linear
+_NORM_OF: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: nn.BatchNorm1d,
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+    nn.ConvTranspose1d: nn.BatchNorm1d,
+    nn.ConvTranspose2d: nn.BatchNorm2d,
+    nn.ConvTranspose3d: nn.BatchNorm3d,
+}
+_FUNCTIONAL = (F.batch_norm, torch.batch_norm)
+# Modules, and names of functions and methods, whose output has as many dimensions as their one tensor input.
+_KEEPS_RANK = (
+    nn.Linear, nn.BatchNorm1d, nn.LayerNorm, nn.Identity, nn.Dropout, nn.AlphaDropout, nn.ReLU, nn.ReLU6,
+    nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid,
+    nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus,
+)  # fmt: skip
+_KEEPS_RANK_NAMES = frozenset(
+    "dropout relu relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh "
+    "softplus clamp contiguous detach float double half to".split()
+)
+
+
+class FoldBatchNorm(Pass):
+    """Folds BatchNorm1d/2d/3d into Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear.
+
+    1. The layer's weight and bias (made where there was none) are computed in float64 and rounded once, to
+       the weight's own dtype. They become new parameters; BatchNorm's are only read, so one BatchNorm may
+       serve several layers. A layer called at several places is folded if the same BatchNorm follows every
+       call.
+    2. The BatchNorm node is removed, and its module too unless something else still uses it.
+    3. A BatchNorm is kept, with the reason on record, if it or the layer is in training mode, is a subclass,
+       or has hooks; if it has no running statistics; if it does not follow such a layer directly and as its
+       only user; or if the layer's parameters are computed or shared.
+    4. BatchNorm1d normalises dimension 1, which holds Linear's features only where the tensor is (N, C). That
+       is known from `node.meta["tensor_meta"]` (torch.fx's ShapeProp writes it), or from a flatten, or a view
+       of two sizes, further up, with nothing but linear layers, BatchNorm and activations between. Otherwise
+       it is kept.
+
+    Example:
+        >>> block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> graph_module = torch.fx.symbolic_trace(block)
+        >>> FoldBatchNorm()(graph_module).modified
+        True
+        >>> [str(node) for node in graph_module.graph.nodes]
+        ['input_1', '_0', '_2', 'output']
+    """
+
+    def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
+        sites = call_sites(graph_module)
+        removed: dict[Node, str] = {}
+        for node in list(graph_module.graph.nodes):
+            norm = module_of(node) if node not in removed else None
+            if node.op == "call_function" and node.target in _FUNCTIONAL:
+                self.record(graph_module, "kept", node, reason="a functional call; only modules are folded")
+            if not isinstance(norm, _BatchNorm):
+                continue
+            reason = _reason_to_keep(graph_module, node, norm, sites)
+            if reason is None:
+                layer: Any = module_of(input_of(node))
+                weight, bias = folded_parameters(layer, norm)
+                if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+                    reason = f"the folded parameters would not be finite in {weight.dtype}"
+            if reason is not None:
+                self.record(graph_module, "kept", node, reason=reason)
+                continue
+            layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+            for site in sites[layer]:
+                follower = next(iter(site.users))
+                self.record(graph_module, "folded", follower, into=site.name)
+                follower.replace_all_uses_with(site)
+                graph_module.graph.erase_node(follower)
+                removed[follower] = str(follower.target)
+        _delete_unused(graph_module, set(removed.values()))
+        return PassResult(graph_module, bool(removed))
+
+
+@torch.no_grad()
+def folded_parameters(layer: _Layer, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """The weight and bias of `layer` followed by `norm` in eval mode, in the dtype of the layer's weight.
+
+    Args:
+        layer: a convolution with weight (R, C/G, *kernel), a transposed one with weight (C, R/G, *kernel), or
+            a Linear layer with weight (R, C).
+        norm: a BatchNorm over R channels, with running statistics.
+
+    Returns:
+        The weight, in its old shape, and the bias (R,).
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    offset = -norm.running_mean.double()
+    if layer.bias is not None:
+        offset = offset + layer.bias.double()
+    bias = offset * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias.double()
+
+    weight = layer.weight.double()
+    if isinstance(layer, _ConvTransposeNd):
+        # Input channel i of group g meets the R/G output channels of that group.
+        per_group = weight.unflatten(0, (layer.groups, -1))
+        scale = scale.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
+        weight = (per_group * scale).flatten(0, 1)
+    else:
+        weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+    return weight.to(layer.weight.dtype), bias.to(layer.weight.dtype)
+
+
+def _reason_to_keep(
+    graph_module: GraphModule, node: Node, norm: _BatchNorm, sites: dict[nn.Module, list[Node]]
+) -> str | None:
+    """Why a BatchNorm call cannot be folded, or None."""
+    if type(norm) not in _NORM_OF.values():
+        return f"{type(norm).__name__} is not exactly a BatchNorm1d, BatchNorm2d or BatchNorm3d"
+    if _has_hooks(norm):
+        return "it has forward hooks"
+    if norm.running_mean is None or norm.running_var is None:
+        return "it has no running statistics: in eval mode too it normalises by each batch's own"
+    producer = input_of(node)
+    layer: Any = module_of(producer)
+    if layer is None:
+        return f"its input {producer.name!r} is not the output of a convolution or linear module"
+    name = str(producer.target)
+    if parametrize.is_parametrized(layer):
+        return f"the weight of {name} is parametrized; remove the parametrization first"
+    if type(layer) not in _NORM_OF:
+        return f"its input {name!r} is a {type(layer).__name__}, not exactly a convolution or linear layer"
+    if _has_hooks(layer) or not {"weight", "bias"} <= layer._parameters.keys():
+        return f"{name} has forward hooks or a computed weight (weight_norm, spectral_norm, a mask)"
+    if norm.training or layer.training:
+        return f"it or {name} is in training mode; call eval() first"
+    out_channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    if type(norm) is not _NORM_OF[type(layer)] or norm.num_features != out_channels:
+        return f"{type(norm).__name__}({norm.num_features}) does not match the output of {name}"
+    if any(is_tied(graph_module, parameter) for parameter in layer.parameters()):
+        return f"a parameter of {name} is shared with another part of the model"
+    others = [user.name for user in producer.users if user is not node]
+    if others:
+        return f"the output of {name} is also read by {', '.join(others)}"
+    if any([module_of(user) for user in site.users] != [norm] for site in sites[layer]):
+        return f"{name} is called at {len(sites[layer])} places, not each followed by this BatchNorm alone"
+    return next(filter(None, (_reason_of_rank(site, layer) for site in sites[layer])), None)
+
+
+def _reason_of_rank(site: Node, layer: _Layer) -> str | None:
+    """Why dimension 1 of the layer's output may not be its channels, or None."""
+    rank = _rank(site)
+    if rank is None and isinstance(layer, nn.Linear):
+        return (
+            f"whether {site.target} gives (N, C) or (N, L, C) is not known, and BatchNorm1d normalises "
+            "dimension 1; run torch.fx's ShapeProp on an example input first"
+        )
+    if rank is not None and rank != layer.weight.dim():
+        return f"dimension 1 of the {rank}-dimensional output of {site.target} is not its channels"
+    return None
+
+
+def _rank(node: Node) -> int | None:
+    """The number of dimensions of a node's value, if it is known without running the graph."""
+    while True:
+        shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+        if shape is not None:
+            return len(shape)
+        if _gives_two_dimensions(node):
+            return 2
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        keeps_rank = isinstance(module_of(node), _KEEPS_RANK) or (
+            node.op in ("call_function", "call_method") and name in _KEEPS_RANK_NAMES
+        )
+        if not keeps_rank or len(node.all_input_nodes) != 1:
+            return None
+        node = node.all_input_nodes[0]
+
+
+def _gives_two_dimensions(node: Node) -> bool:
+    """Whether a node is flatten(x, 1), or a view or reshape to two sizes."""
+    module = module_of(node)
+    if module is not None:
+        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+    sizes: Any = node.args[1:]
+    if node.target in ("flatten", torch.flatten):
+        start = node.kwargs.get("start_dim", sizes[0] if sizes else 0)
+        end = node.kwargs.get("end_dim", sizes[1] if len(sizes) > 1 else -1)
+        return (start, end) == (1, -1)
+    if node.target in ("view", "reshape", torch.reshape):
+        if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+            sizes = sizes[0]
+        return len(sizes) == 2
+    return False
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _delete_unused(graph_module: GraphModule, targets: set[str]) -> None:
+    """Delete the modules of removed nodes, but none that a node calls, reads from, or calls as a part."""
+    used = [f"{n.target}." for n in graph_module.graph.nodes if n.op in ("call_module", "get_attr")]
+    for target in targets:
+        if not any(name.startswith(f"{target}.") or f"{target}.".startswith(name) for name in used):
+            graph_module.delete_submodule(target)

@@ -1,0 +1,152 @@
+"""ReestimateBatchNorm: measures the running statistics of all BatchNorm modules anew on a calibration set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxprune.calibration import first_item
+from fxprune.errors import CalibrationError
+from fxprune.graph import module_of
+from fxprune.passes.base import Pass
+
+_FUNCTIONAL = (torch.nn.functional.batch_norm, torch.batch_norm)
+
+
+class ReestimateBatchNorm(Pass):
+    """Replaces every BatchNorm's running mean and variance by their average over the calibration batches.
+
+    1. All BatchNorm modules, those inside leaf modules too, run in training mode with momentum=None: their
+       statistics become the plain average of the batches' means and (unbiased) variances, each batch counting
+       alike. Everything else runs in eval mode. Only the statistics change; every flag is set back.
+    2. A BatchNorm without running statistics, or one that no batch reaches, is kept, with the reason on
+       record; so is a functional batch_norm.
+
+    Source: Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization, sec. 3.2.
+
+    Args:
+        loader: iterable of batches, read once per call: tensors, or tuples, lists or dicts whose first item
+            is the input.
+        device: where to run; None runs the model where it is. The model is put back afterwards.
+
+    Raises:
+        CalibrationError: if the loader is empty, or a batch is not a finite tensor that the model can be run
+            on. The old statistics are then in place again.
+    """
+
+    def __init__(self, loader: Iterable[Any], device: torch.device | str | None = None) -> None:
+        self.loader = loader
+        self.device = device
+
+    def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
+        norms = self._norms(graph_module)
+        if not norms:
+            return PassResult(graph_module, False)
+        before = {norm: _statistics(norm) for norm in norms}
+        try:
+            batches = self._estimate(graph_module, list(norms))
+            for norm, node in norms.items():
+                if not all(torch.isfinite(statistic).all() for statistic in _statistics(norm)):
+                    raise CalibrationError(
+                        f"the BatchNorm at node {node.name!r} ({node.target}) got statistics that are not "
+                        "finite: its input overflows or holds NaN; check the model's weights"
+                    )
+        except BaseException:
+            for norm in norms:
+                _restore(norm, before[norm])
+            raise
+        modified = False
+        for norm, node in norms.items():
+            if norm.num_batches_tracked == 0:
+                _restore(norm, before[norm])
+                self.record(graph_module, "kept", node, reason="no calibration batch reached this BatchNorm")
+            elif any(not torch.equal(a, b) for a, b in zip(_statistics(norm), before[norm], strict=True)):
+                modified = True
+                self.record(graph_module, "replaced", node, reason=f"re-estimated on {batches} batches")
+        return PassResult(graph_module, modified)
+
+    def _norms(self, graph_module: GraphModule) -> dict[_BatchNorm, Node]:
+        """The BatchNorm modules with running statistics, and for each the first node that calls it."""
+        norms: dict[_BatchNorm, Node] = {}
+        for node in graph_module.graph.nodes:
+            if node.op == "call_function" and node.target in _FUNCTIONAL:
+                self.record(graph_module, "kept", node, reason="a functional call, not a BatchNorm module")
+            module = module_of(node)
+            for norm in module.modules() if module is not None else ():
+                if not isinstance(norm, _BatchNorm):
+                    continue
+                if norm.track_running_stats and norm.running_mean is not None:
+                    norms.setdefault(norm, node)
+                else:
+                    self.record(graph_module, "kept", node, reason="a BatchNorm without running statistics")
+        return norms
+
+    def _estimate(self, graph_module: GraphModule, norms: list[_BatchNorm]) -> int:
+        """Run all batches with only the BatchNorm modules in training mode; return their number."""
+        home = next(norms[0].buffers()).device
+        device = home if self.device is None else torch.device(self.device)
+        training = {module: module.training for module in graph_module.modules()}
+        momenta = {norm: norm.momentum for norm in norms}
+        number = -1
+        try:
+            graph_module.to(device).eval()
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            with torch.no_grad():
+                for number, batch in enumerate(self.loader):
+                    _run(graph_module, _checked(first_item(batch, number), number).to(device), number)
+        finally:
+            for module, flag in training.items():
+                module.training = flag
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
+            graph_module.to(home)
+        if number < 0:
+            raise CalibrationError(
+                "the calibration loader gave no batches; pass a non-empty iterable (a generator can be read only once)"
+            )
+        return number + 1
+
+
+def _checked(x: Any, number: int) -> Tensor:
+    """The input of one batch, if it is a finite tensor."""
+    if not isinstance(x, Tensor):
+        raise CalibrationError(
+            f"calibration batch {number} is a {type(x).__name__}; expected a tensor, or a tuple, list or "
+            "dict whose first item is one"
+        )
+    if x.numel() == 0:
+        raise CalibrationError(f"calibration batch {number} is empty: shape {tuple(x.shape)}")
+    if not torch.isfinite(x).all():
+        raise CalibrationError(f"calibration batch {number} holds NaN or Inf; check its preprocessing")
+    return x
+
+
+def _run(graph_module: GraphModule, x: Tensor, number: int) -> None:
+    try:
+        graph_module(x)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise CalibrationError(
+            f"the model failed on calibration batch {number}, shape {tuple(x.shape)}: {error}. Check the batch "
+            "and image size; BatchNorm needs more than one value per channel"
+        ) from error
+
+
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of running mean and variance (C,), and of the number of batches ()."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    return norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()
+
+
+def _restore(norm: _BatchNorm, statistics: tuple[Tensor, Tensor, Tensor]) -> None:
+    norm.running_mean, norm.running_var, norm.num_batches_tracked = statistics
