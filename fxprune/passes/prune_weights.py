@@ -111,9 +111,7 @@ class PruneWeights(Pass):
             kl=outputs.kl,
         )
 
-    def _gather(
-        self, stream: CalibrationStream, node: Node, geometry: LayerGeometry | None
-    ) -> CrossStatistics | None:
+    def _gather(self, stream: CalibrationStream, node: Node, geometry: LayerGeometry | None) -> CrossStatistics | None:
         """Stream up to a layer; its observer gathers H on the way, the cross term with the wanted output is gathered here."""
         if self.options.target == "weights":
             stream.run_to(node, lambda values: None)
@@ -143,13 +141,11 @@ class PruneWeights(Pass):
         """Solve one layer and give it its new weights."""
         started = time.perf_counter()
         module, observer = module_of(node), module_of(input_of(node))
-        assert isinstance(observer, HessianObserver) and observer.statistics is not None
+        assert isinstance(observer, HessianObserver)
         assert module is not None and task.geometry is not None
         pattern = self.pattern if task.role == "prune" else None
         try:
-            layer = solve_layer(
-                module, task.geometry, observer.statistics, cross, pattern, self.solver, self.options
-            )
+            layer = solve_layer(module, task.geometry, observer.statistics(), cross, pattern, self.solver, self.options)
         except FxPruneError as error:
             raise SolverError(f"layer {node.target!r}: {error}") from error
         _install(module, layer)
@@ -205,9 +201,7 @@ def solve_layer(
             solved.append(refit(group, sparse != 0, start=sparse) if options.refit else sparse)
         matrix = torch.stack(solved)
     if not torch.isfinite(matrix).all():
-        raise SolverError(
-            "the solution holds NaN or infinite values; use more calibration images, or more damping"
-        )
+        raise SolverError("the solution holds NaN or infinite values; use more calibration images, or more damping")
     if centred:
         # The mean of the wanted output less the mean that the new weights give.
         wanted = cross.mean if cross is not None else _mean_output(dense, bias, inputs)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fxprune.geometry import LayerGeometry
 from fxprune.statistics.patches import patch_sum
-from fxprune.statistics.products import cross_product, gram
+from fxprune.statistics.products import GramAccumulator, cross_product
 
 
-@dataclass
+@dataclass(frozen=True)
 class InputStatistics:
     """Second and first moments of a layer's patches X (D x P), for each group.
 
@@ -28,14 +28,7 @@ class InputStatistics:
 
     gram: Tensor
     total: Tensor
-    count: int = 0
-
-    @classmethod
-    def empty(cls, geometry: LayerGeometry, device: torch.device) -> InputStatistics:
-        """Nothing seen yet."""
-        g, d = geometry.groups, geometry.columns
-        zeros = torch.zeros(g, d, d, dtype=torch.float64, device=device)
-        return cls(zeros, torch.zeros(g, d, dtype=torch.float64, device=device))
+    count: int
 
     def hessian(self, *, centred: bool) -> Tensor:
         """X X^T / P, (G, D, D) float64; with `centred` the mean patch is removed first."""
@@ -110,17 +103,29 @@ class HessianObserver(nn.Module):
     def __init__(self, geometry: LayerGeometry) -> None:
         super().__init__()
         self.geometry = geometry
-        self.statistics: InputStatistics | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self._gram = GramAccumulator(self.geometry)
+        self._total: Tensor | float = 0.0
+        self._count = 0
+        self._statistics: InputStatistics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe (N, C, *spatial), or (..., C) for a Linear layer, and return it unchanged."""
-        if self.statistics is None:
-            self.statistics = InputStatistics.empty(self.geometry, x.device)
         batch = self.geometry.batched(x.detach())
-        self.statistics.gram += gram(self.geometry, batch)
-        self.statistics.total += patch_sum(self.geometry, batch)
-        self.statistics.count += patch_count(self.geometry, batch)
+        self._gram.add(batch)
+        self._total = self._total + patch_sum(self.geometry, batch)
+        self._count += patch_count(self.geometry, batch)
+        self._statistics = None
         return x
+
+    def statistics(self) -> InputStatistics:
+        """The moments of everything observed so far."""
+        if self._statistics is None:
+            self._statistics = InputStatistics(self._gram.total(), torch.as_tensor(self._total), self._count)
+        return self._statistics
 
     def extra_repr(self) -> str:
         """Shown in the graph module's repr."""

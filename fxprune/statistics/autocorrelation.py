@@ -21,6 +21,7 @@ from torch import Tensor
 from fxprune.geometry import LayerGeometry
 
 CHUNK_ELEMENTS = 8 * 2**20
+COPY_COST = 64  # Multiply-adds in the time it takes to copy one number.
 
 
 @dataclass(frozen=True)
@@ -62,51 +63,64 @@ def applies(geometry: LayerGeometry) -> bool:
     )
 
 
-def autocorrelation_gram(geometry: LayerGeometry, x: Tensor) -> Tensor:
-    """X X^T summed over batch and positions, (1, D, D), for inputs (N, C, H, W) of a layer to which it `applies`."""
+def box_products(geometry: LayerGeometry, x: Tensor) -> Tensor:
+    """The products of all boxes of the plan, (boxes, C, C), summed over a batch (N, C, H, W)."""
+    plan = plan_for(geometry, *x.shape[2:])
     if geometry.padding_mode != "zeros":
         x = geometry.pad(x)
-    plan = plan_for(geometry, x.shape[2], x.shape[3])
-    offsets = geometry.kernel_size[0] * geometry.kernel_size[1]
-    channels = geometry.in_channels
-    total = x.new_zeros(offsets, offsets, channels, channels)
-    images = max(1, CHUNK_ELEMENTS // (x[0].numel() + 1))
-    for part in x.split(images):
-        n, _, height, width = part.shape
-        rows = part.new_zeros(height, n, width + plan.gap, channels)
+    channels, height, width = x.shape[1:]
+    total = x.new_zeros(len(plan.blocks), channels, channels)
+    for part in x.split(max(1, CHUNK_ELEMENTS // x[0].numel())):
+        rows = part.new_zeros(height, len(part), width + plan.gap, channels)
         rows[:, :, :width] = part.permute(2, 0, 3, 1)
-        for box, blocks in plan.blocks.items():
-            product = _product(rows, box, width)
-            for a, b, sign in blocks:
-                total[a, b].add_(product, alpha=sign)
+        for product, box in zip(total, plan.blocks, strict=True):
+            first, second = _factors(rows, box, width)
+            product.addmm_(first.mT, second)
+    return total
+
+
+def assemble(geometry: LayerGeometry, size: tuple[int, int], products: Tensor) -> Tensor:
+    """X X^T, (1, D, D), from the box products (boxes, C, C) of images of the given (height, width)."""
+    offsets, channels = geometry.kernel_size[0] * geometry.kernel_size[1], geometry.in_channels
+    total = products.new_zeros(offsets, channels, offsets, channels)
+    for product, blocks in zip(products, plan_for(geometry, *size).blocks.values(), strict=True):
+        for a, b, sign in blocks:
+            total[a, :, b].add_(product, alpha=sign)
     for a in range(offsets):
         for b in range(a):
-            total[a, b] = total[b, a].mT
-    return total.permute(0, 2, 1, 3).reshape(1, geometry.columns, geometry.columns)
+            total[a, :, b] = total[b, :, a].mT
+    return total.reshape(1, geometry.columns, geometry.columns)
 
 
-def _product(rows: Tensor, box: Box, width: int) -> Tensor:
-    """The C x C product of one box."""
+def _factors(rows: Tensor, box: Box, width: int) -> tuple[Tensor, Tensor]:
+    """The two (positions, C) matrices of a box: the images at q, and at q + lag."""
     down, along = box.lag
     channels = rows.shape[3]
-    if (box.left, box.right) == _both_inside(along, width):  # Full rows: the gap makes the shift exact.
+    gap = rows.shape[2] - width
+    full_rows = (box.left, box.right) == _both_inside(along, width)
+    # In narrow images the gap is a large share of the row; copying without it then costs less than multiplying zeros.
+    if full_rows and (gap + abs(along)) * channels < COPY_COST * (width - abs(along)):
         flat = rows.reshape(-1, channels)
         row = flat.shape[0] // rows.shape[0]
         shift = down * row + along
         start, stop = box.top * row, min(box.bottom * row, len(flat) - shift)
-        return flat[start:stop].mT @ flat[start + shift : stop + shift]
-    first = rows[box.top : box.bottom, :, box.left : box.right].reshape(-1, channels)
-    second = rows[box.top + down : box.bottom + down, :, box.left + along : box.right + along].reshape(-1, channels)
-    return first.mT @ second
+        return flat[start:stop], flat[start + shift : stop + shift]
+    first = rows[box.top : box.bottom, :, box.left : box.right]
+    second = rows[box.top + down : box.bottom + down, :, box.left + along : box.right + along]
+    return first.reshape(-1, channels), second.reshape(-1, channels)
 
 
 @lru_cache(maxsize=256)
 def plan_for(geometry: LayerGeometry, height: int, width: int) -> Plan:
-    """Which products make up H for images of the given size (explicitly padded unless the padding is with zeros)."""
+    """Which products make up H for input images of the given size.
+
+    Zero padding costs nothing: only the image is summed over. With any other padding the image is the padded one.
+    """
     (kernel_y, kernel_x), (dilation_y, dilation_x) = geometry.kernel_size, geometry.dilation
-    padded = geometry.padding_mode != "zeros"
-    (above, below), (before, after) = ((0, 0), (0, 0)) if padded else geometry.padding
+    (above, below), (before, after) = geometry.padding
     out_y, out_x = geometry.output_size((height + above + below, width + before + after))
+    if geometry.padding_mode != "zeros":
+        height, width, above, before = height + above + below, width + before + after, 0, 0
     offsets = [(y, x) for y in range(kernel_y) for x in range(kernel_x)]
     blocks: dict[Box, list[tuple[int, int, int]]] = {}
     for a, (ay, ax) in enumerate(offsets):

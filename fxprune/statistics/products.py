@@ -7,26 +7,52 @@ import math
 import torch
 from torch import Tensor
 
+from fxprune.errors import CalibrationError
 from fxprune.geometry import LayerGeometry
-from fxprune.statistics.autocorrelation import applies, autocorrelation_gram, plan_for
+from fxprune.statistics.autocorrelation import applies, assemble, box_products, plan_for
 from fxprune.statistics.patches import patch_cross, patch_gram
 
 # Products of few channels run well below the rate of one large product; measured on CPUs at 8 to 512 channels.
 SMALL_PRODUCT_CHANNELS = 12
 
 
-def gram(geometry: LayerGeometry, x: Tensor) -> Tensor:
-    """X X^T of one batch (N, C, *spatial) or (..., C), summed over positions, (G, D, D)."""
-    if applies(geometry) and autocorrelation_pays(geometry, x.shape[2], x.shape[3]):
-        return autocorrelation_gram(geometry, x)
-    return patch_gram(geometry, x)
+class GramAccumulator:
+    """X X^T summed over batches (N, C, *spatial) or (..., C) and positions, in float64.
+
+    The products of a batch are taken in the batch's own dtype. For shifted products only the C x C blocks of each box are
+    added up; the D x D matrix is put together once, at the end.
+    """
+
+    def __init__(self, geometry: LayerGeometry) -> None:
+        self.geometry = geometry
+        self._gram: Tensor | None = None
+        self._boxes: dict[tuple[int, int], Tensor] = {}
+
+    def add(self, x: Tensor) -> None:
+        """Add a batch."""
+        if applies(self.geometry) and autocorrelation_pays(self.geometry, x.shape[2], x.shape[3]):
+            products, size = box_products(self.geometry, x), (x.shape[2], x.shape[3])
+            self._boxes[size] = self._boxes[size] + products if size in self._boxes else products.double()
+        else:
+            product = patch_gram(self.geometry, x)
+            self._gram = product.double() if self._gram is None else self._gram.add_(product)
+
+    def total(self) -> Tensor:
+        """X X^T, (G, D, D) float64.
+
+        Raises:
+            CalibrationError: if no batch was added.
+        """
+        parts = [assemble(self.geometry, size, products) for size, products in self._boxes.items()]
+        parts += [] if self._gram is None else [self._gram]
+        if not parts:
+            raise CalibrationError("a layer's statistics were asked for before any calibration batch was seen")
+        return sum(parts[1:], start=parts[0])
 
 
 def autocorrelation_pays(geometry: LayerGeometry, height: int, width: int) -> bool:
     """Whether the shifted products of an image cost less than its patch matrix's product with itself."""
     padded = tuple(size + sum(p) for size, p in zip((height, width), geometry.padding, strict=True))
-    if geometry.padding_mode != "zeros":
-        height, width = padded
     channels = geometry.in_channels
     shifted = plan_for(geometry, height, width).positions * channels * (channels + SMALL_PRODUCT_CHANNELS)
     return shifted < math.prod(geometry.output_size(padded)) * geometry.columns**2
