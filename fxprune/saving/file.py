@@ -1,0 +1,129 @@
+"""save and load: a CompiledModule, with its report, in one file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fxprune.compiled import CompiledModule
+from fxprune.errors import CheckpointError
+from fxprune.files import atomic
+from fxprune.saving.graphs import decode_graph, encode_graph, encode_meta
+from fxprune.saving.modules import ModuleReader, ModuleWriter
+from fxprune.saving.names import Allowed, is_identifier
+from fxprune.saving.values import Reader, Writer
+
+FORMAT = "fxprune graph"
+VERSION = 1
+
+
+def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> None:
+    """Write a pruned model to a file that `load` reads: graph, weights, report and what every pass did.
+
+    The file is written beside its final place and moved there once complete.
+
+    Args:
+        compiled: what `fxprune.compile` returned, or any GraphModule.
+        path: the file, by habit ``.pt``.
+        allow: functions that the graph calls and classes of its leaf modules, where they are neither torch's,
+            torchvision's nor timm's. `load` must be given the same.
+
+    Raises:
+        CheckpointError: the graph holds something that cannot be stored by name; the message says what, and the remedy.
+        OSError: the file cannot be written.
+    """
+    writer = Writer(tuple(allow))
+    modules = ModuleWriter(writer)
+    content = {
+        "class_name": compiled._get_name(),
+        "nodes": encode_graph(compiled, writer),
+        "modules": modules.encode(compiled),
+        "meta": encode_meta(compiled.meta, writer),
+        "training": {name: module.training for name, module in compiled.named_modules()},
+    }
+    whole = {
+        "format": FORMAT,
+        "version": VERSION,
+        "torch": str(torch.__version__),
+        "graph": json.dumps(content),
+        "state_dict": modules.weights,
+        "tensors": writer.tensors,
+    }
+    try:
+        with atomic(path) as part, part.open("wb") as file:
+            torch.save(whole, file)
+    except RuntimeError as error:  # how torch reports a full disk
+        raise CheckpointError(f"cannot write {path}: {error}; what was there is unchanged") from error
+
+
+def load(path: str | Path, *, allow: Allowed = ()) -> CompiledModule:
+    """Read a model that `save` wrote. No code from the file is run.
+
+    Args:
+        path: the file.
+        allow: as for `save`.
+
+    Returns:
+        The same graph, weights and report, on the CPU.
+
+    Raises:
+        CheckpointError: the file is absent, damaged, of another kind, or names something not on the list.
+    """
+    content = _read(Path(path))
+    if content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not a file of fxprune.save's; weights alone go into a model with fxprune.models.load_weights"
+        )
+    if content.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has format version {content.get('version')}, this fxprune reads {VERSION}; upgrade it"
+        )
+    try:
+        return _build(json.loads(content["graph"]), content, tuple(allow))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def is_saved(path: str | Path) -> bool:
+    """Whether a file is one of `save`'s, rather than a plain weights file.
+
+    Raises:
+        CheckpointError: it is absent or unreadable.
+    """
+    return _read(Path(path)).get("format") == FORMAT
+
+
+def _build(data: dict[str, Any], content: Mapping[str, Any], allow: Allowed) -> CompiledModule:
+    reader = Reader(allow, content["tensors"])
+    root = ModuleReader(reader, content["state_dict"]).decode(data["modules"])
+    graph = decode_graph(data["nodes"], reader)
+    graph.lint()
+    if not is_identifier(data["class_name"]):
+        raise CheckpointError(f"the file's model has the name {data['class_name']!r}, which is no class name")
+    compiled = CompiledModule(root, graph, data["class_name"])
+    compiled.meta.update({key: reader.decode(value) for key, value in data["meta"].items()})
+    for name, module in compiled.named_modules():
+        module.training = bool(data["training"][name])
+    return compiled
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        return {}
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
+    return content if isinstance(content, Mapping) else {}
