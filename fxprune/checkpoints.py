@@ -106,9 +106,7 @@ def save_checkpoint(
         part.unlink(missing_ok=True)
 
 
-def load_checkpoint(
-    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
-) -> Checkpoint:
+def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Checkpoint:
     """Load a training checkpoint into a model and, where given, an optimizer.
 
     Raises:

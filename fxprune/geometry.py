@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MatrixLayer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def is_matrix_layer(module: nn.Module) -> bool:
+def is_matrix_layer(module: nn.Module) -> TypeGuard[MatrixLayer]:
     """Whether a module is exactly a ConvNd or a Linear (a subclass may compute something else)."""
     return type(module) in (*CONVOLUTIONS, nn.Linear)
 

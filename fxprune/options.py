@@ -27,7 +27,9 @@ class Options:
         permute: choose which input channels share an N:M group.
         global_budget: for unstructured patterns: spread the zeros over the layers by what each costs.
         seed: seed for everything random.
-        memory_limit: bytes of live calibration values to hold in memory; the rest goes to a scratch file. None: no limit.
+        memory_limit: bytes of live calibration values to hold on the device (on the CPU: in memory); the rest waits in host
+            memory or in a scratch file. None: a share of what is free.
+        checkpoint_dir: folder in which finished layers are kept; a run that was interrupted goes on from there.
     """
 
     damping: float = 0.01
@@ -41,6 +43,7 @@ class Options:
     global_budget: bool = False
     seed: int = 0
     memory_limit: int | None = None
+    checkpoint_dir: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping < 1e3:
@@ -50,7 +53,9 @@ class Options:
         if self.target not in (None, "weights", "dense", "skip"):
             raise OptionsError(f"target is {self.target!r}; it should be 'weights', 'dense' or 'skip'")
         if self.memory_limit is not None and self.memory_limit <= 0:
-            raise OptionsError(f"memory_limit is {self.memory_limit}; it is a number of bytes, or None for no limit")
+            raise OptionsError(
+                f"memory_limit is {self.memory_limit}; it is a number of bytes, or None to have it chosen"
+            )
 
     def resolved(self, method: str) -> Options:
         """The same options with every None replaced by the method's own choice."""

@@ -126,9 +126,9 @@ class PruneReport:
 
     def _table(self) -> Table:
         table = Table(title=f"fxprune {self.pattern} ({self.method})", title_justify="left", pad_edge=False)
-        for heading, justify in (("layer", "left"), ("op", "left"), ("weight", "left"), ("status", "left"),
-                                 ("zeros", "right"), ("rel. error", "right"), ("s", "right"), ("why / note", "left")):  # fmt: skip
-            table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for heading in ("layer", "op", "weight", "status", "zeros", "rel. error", "s", "why / note"):
+            right = heading in ("zeros", "rel. error", "s")
+            table.add_column(heading, justify="right" if right else "left", overflow="fold")
         for layer in self.layers:
             table.add_row(
                 layer.name,

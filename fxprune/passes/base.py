@@ -57,10 +57,10 @@ class Pass(ABC):
     def call(self, graph_module: GraphModule) -> PassResult:
         """Transform the graph module in place and say whether anything changed."""
 
-    def requires(self, graph_module: GraphModule) -> None:
+    def requires(self, graph_module: GraphModule) -> None:  # noqa: B027 - no condition is the default
         """Raise GraphError if the input graph is not one that this pass can work on."""
 
-    def ensures(self, graph_module: GraphModule) -> None:
+    def ensures(self, graph_module: GraphModule) -> None:  # noqa: B027
         """Raise GraphError if the output graph lacks what this pass promises."""
 
     def record(

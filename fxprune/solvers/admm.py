@@ -50,4 +50,5 @@ def admm(problem: LayerProblem, pattern: Pattern, *, rho: float = START_RHO) -> 
                 break
             rho *= 1.1 if changed > 0.1 else 1.07 if changed > 0.005 else 1.04
             mask = new_mask
-    return sparse / scale
+    solution: Tensor = sparse / scale
+    return solution

@@ -51,7 +51,8 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     """
     lower = torch.linalg.cholesky(hessian.flip(0, 1))
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip(0, 1)
 
 
 def _scores(weight: Tensor, diagonal: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ class HessianObserver(nn.Module):
     def __init__(self, geometry: LayerGeometry) -> None:
         super().__init__()
         self.geometry = geometry
+        self.enabled = True
         self.reset()
 
     def reset(self) -> None:
@@ -114,6 +115,8 @@ class HessianObserver(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe (N, C, *spatial), or (..., C) for a Linear layer, and return it unchanged."""
+        if not self.enabled:
+            return x
         batch = self.geometry.batched(x.detach())
         self._gram.add(batch)
         self._total = self._total + patch_sum(self.geometry, batch)

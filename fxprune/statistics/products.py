@@ -63,7 +63,7 @@ def cross_product(geometry: LayerGeometry, x: Tensor, y: Tensor) -> Tensor:
 
     For convolutions this is the gradient of the weight for the output gradient y.
     """
-    if not geometry.kernel_size or geometry.is_pointwise and all(s == 1 for s in geometry.stride):
+    if not geometry.kernel_size or (geometry.is_pointwise and all(s == 1 for s in geometry.stride)):
         return patch_cross(geometry, x, y)
     symmetric = all(before == after for before, after in geometry.padding)
     if geometry.padding_mode != "zeros" or not symmetric:

@@ -1,0 +1,64 @@
+"""How far the pruned model's outputs are from the dense model's: of one layer, and of the whole model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class OutputError:
+    """||y_dense - y_pruned||^2 / ||y_dense - mean||^2 of one layer, the mean per output channel."""
+
+    channel_dim: int
+    squared_error: float = 0.0
+    squares: float = 0.0
+    sums: Tensor | None = None
+    count: int = 0
+
+    def update(self, dense: Tensor, pruned: Tensor) -> None:
+        """Add one batch of layer outputs."""
+        dense = dense.movedim(self.channel_dim, 0).flatten(1)
+        pruned = pruned.movedim(self.channel_dim, 0).flatten(1)
+        self.squared_error += float((dense - pruned).square().sum(dtype=torch.float64))
+        self.squares += float(dense.square().sum(dtype=torch.float64))
+        sums = dense.sum(1, dtype=torch.float64)
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.count += dense.shape[1]
+
+    @property
+    def relative(self) -> float:
+        """The ratio; 0 if the output is constant and reproduced."""
+        if self.sums is None:
+            return 0.0
+        variance = self.squares - float(self.sums.square().sum()) / self.count
+        return self.squared_error / variance if variance > 0 else float(self.squared_error > 0)
+
+
+@dataclass
+class OutputAgreement:
+    """Top-1 agreement and KL(dense || pruned) of the model's outputs, if the output is one (N, classes) tensor."""
+
+    same: int = 0
+    divergence: float = 0.0
+    count: int = 0
+
+    def update(self, dense: Tensor, pruned: Tensor) -> None:
+        """Add one batch of (N, classes) logits."""
+        dense, pruned = dense.double(), pruned.double()
+        self.same += int((dense.argmax(1) == pruned.argmax(1)).sum())
+        log_dense, log_pruned = dense.log_softmax(1), pruned.log_softmax(1)
+        self.divergence += float((log_dense.exp() * (log_dense - log_pruned)).sum())
+        self.count += len(dense)
+
+    @property
+    def agreement(self) -> float | None:
+        """Percent, or None."""
+        return 100 * self.same / self.count if self.count else None
+
+    @property
+    def kl(self) -> float | None:
+        """Nats a sample, or None."""
+        return self.divergence / self.count if self.count else None
