@@ -1,0 +1,25 @@
+"""The command line: one command a file, every flag also a key of a YAML file."""
+
+from __future__ import annotations
+
+import typer
+
+from fxprune.cli.command import command
+from fxprune.cli.evaluate import evaluate
+from fxprune.cli.prune import prune
+from fxprune.cli.train import train
+
+app = typer.Typer(
+    help="One-shot pruning of trained CNNs: train, prune, evaluate, benchmark, plot.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for _name, _function in (("train", train), ("prune", prune), ("evaluate", evaluate)):
+    command(app, _name)(_function)
+
+
+@app.callback()
+def main() -> None:
+    """One-shot pruning of trained CNNs: train, prune, evaluate, benchmark, plot."""
