@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from fxprune.batch_store import BatchStore, BatchValues
+from fxprune.batches import EMPTY, checked, first_item
 from fxprune.errors import CalibrationError
 from fxprune.graph import input_of, module_of
 from fxprune.output_error import OutputAgreement, OutputError
@@ -126,9 +127,7 @@ class CalibrationStream:
         for number, batch in enumerate(source):
             yield number, BatchValues(dict(self._inputs(number, batch)))
         if not len(self._store):
-            raise CalibrationError(
-                "the calibration loader gave no batches; pass a non-empty iterable (a generator can be read only once)"
-            )
+            raise CalibrationError(EMPTY)
 
     def _inputs(self, number: int, batch: Any) -> Iterator[tuple[Node, Any]]:
         """Assign one batch of the loader to the graph's placeholders."""
@@ -139,7 +138,7 @@ class CalibrationStream:
             given = {placeholders[0]: first_item(batch, number)}
         for node in placeholders:
             if node in given:
-                yield node, self._checked(given[node], number)
+                yield node, checked(given[node], number).to(self.device)
             elif node.args:
                 yield node, node.args[0]
             else:
@@ -150,19 +149,6 @@ class CalibrationStream:
         first = next(iter(given.values()))
         self.images += len(first)
         self._digest.update(str((tuple(first.shape), float(first.double().sum()))).encode())
-
-    def _checked(self, x: Any, number: int) -> Tensor:
-        """The batch on the device, or an error if it cannot be calibrated on."""
-        if not isinstance(x, Tensor):
-            raise CalibrationError(
-                f"calibration batch {number} is a {type(x).__name__}; expected a tensor, or a tuple, list or dict whose "
-                "first item is one"
-            )
-        if x.dim() == 0 or x.shape[0] == 0:
-            raise CalibrationError(f"calibration batch {number} is empty: shape {tuple(x.shape)}")
-        if not torch.isfinite(x).all():
-            raise CalibrationError(f"calibration batch {number} holds NaN or infinite values; check its preprocessing")
-        return x.to(self.device)
 
     def _mark_diverged(self, nodes: list[Node]) -> None:
         """Find the nodes whose values now differ between the two models."""
@@ -211,15 +197,6 @@ class CalibrationStream:
                 f"the model failed on calibration batch {number} at node {node.name!r} ({node.target}), "
                 f"input shapes {shapes}: {error}"
             ) from error
-
-
-def first_item(batch: Any, number: int = 0) -> Any:
-    """The input in a batch: the batch itself, or the first item of a tuple, list or dict."""
-    while isinstance(batch, (tuple, list, dict)):
-        if not batch:
-            raise CalibrationError(f"calibration batch {number} is an empty {type(batch).__name__}")
-        batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
-    return batch
 
 
 def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprune.batches import read_all
 from fxprune.compiled import CompiledModule
 from fxprune.options import Options
 from fxprune.passes import (
+    AllocateSparsity,
     FoldBatchNorm,
     InsertObservers,
     PruneWeights,
@@ -56,16 +58,20 @@ def compile(
     """
     started = time.perf_counter()
     pattern = Pattern.parse(pattern)
-    options = (options or Options()).resolved(method)
+    options = (options or Options()).resolved(method, pattern)
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     with layer_progress(progress) as on_layer:
-        prune = PruneWeights(pattern, method, calib_loader, options, on_layer=on_layer)
+        # Permutation and budgets look at the whole set before pruning does; otherwise batches are read as they come.
+        batches = read_all(calib_loader) if options.permute or options.global_budget else calib_loader
+        prune = PruneWeights(pattern, method, batches, options, on_layer=on_layer)
         graph_module = trace(model, exclude=exclude).to(default_device(device))
         RemoveInplace()(graph_module)
         if options.fold_batchnorm:
             FoldBatchNorm()(graph_module)
         InsertObservers(pattern, exclude=exclude, reconstruct=bool(options.reconstruct))(graph_module)
+        if options.global_budget:
+            AllocateSparsity(pattern, method, read_all(batches), options)(graph_module)
         prune(graph_module)
         RemoveObservers()(graph_module)
         verify(graph_module)

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from fxprune.errors import SolverError
-from fxprune.geometry import LayerGeometry, MatrixLayer
+from fxprune.geometry import LayerGeometry, MatrixLayer, is_matrix_layer
+from fxprune.graph import input_of, module_of
 from fxprune.options import Options
 from fxprune.pattern import Pattern
 from fxprune.solvers import LayerProblem, Solver, refit
-from fxprune.statistics import CrossStatistics, InputStatistics
+from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,21 @@ def solve_layer(
 def _mean_output(dense: Tensor, bias: Tensor | None, inputs: InputStatistics) -> Tensor:
     mean = torch.einsum("grd,gd->gr", dense, inputs.mean)
     return mean if bias is None else mean + bias.to(mean).reshape(mean.shape)
+
+
+def layer_of(node: Node) -> MatrixLayer:
+    """The module of a node that InsertObservers found fit to be solved."""
+    module = module_of(node)
+    assert module is not None
+    assert is_matrix_layer(module)
+    return module
+
+
+def observer_of(node: Node) -> HessianObserver:
+    """The observer that such a layer reads through."""
+    observer = module_of(input_of(node))
+    assert isinstance(observer, HessianObserver)
+    return observer
 
 
 def install(module: MatrixLayer, layer: SolvedLayer) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from fxprune.errors import OptionsError
+from fxprune.pattern import MixedPattern, NMPattern, Pattern
 
 Target = Literal["weights", "dense", "skip"]
 Inputs = Literal["pruned", "dense"]
@@ -57,11 +58,20 @@ class Options:
                 f"memory_limit is {self.memory_limit}; it is a number of bytes, or None to have it chosen"
             )
 
-    def resolved(self, method: str) -> Options:
-        """The same options with every None replaced by the method's own choice."""
+    def resolved(self, method: str, pattern: Pattern) -> Options:
+        """The same options with every None replaced by the method's own choice, for a pattern.
+
+        Raises:
+            OptionsError: if the options ask for what the pattern cannot do.
+        """
+        if self.permute and not isinstance(pattern, (NMPattern, MixedPattern)):
+            raise OptionsError(f"permute chooses which channels share an N:M group; pattern {pattern} has none")
+        if self.global_budget and isinstance(pattern, NMPattern):
+            raise OptionsError(f"global_budget: {pattern} is the same in every layer; use a sparsity, or 'mixed:0.6'")
         own = PUBLISHED if method in ("magnitude", "sparsegpt", "exact_obs") else OURS
         missing = {f.name: getattr(own, f.name) for f in fields(self) if getattr(self, f.name) is None}
-        return replace(self, **missing)
+        budget = self.global_budget or isinstance(pattern, MixedPattern)
+        return replace(self, **missing, global_budget=budget)
 
 
 PUBLISHED = Options(inputs="pruned", target="weights", bias_correction=False, refit=False, reconstruct=False)

@@ -37,7 +37,7 @@ class Pattern(ABC):
 
     @staticmethod
     def parse(text: str | Pattern) -> Pattern:
-        """Parse "N:M" (N kept of M) or a sparsity such as "0.9"; a Pattern is returned as it is.
+        """Parse "N:M" (N kept of M), a sparsity such as "0.9", or "mixed:0.6"; a Pattern is returned as it is.
 
         Raises:
             PatternError: if the text is neither, or N:M does not satisfy 0 < N < M.
@@ -55,14 +55,17 @@ class Pattern(ABC):
             if not 0 < n < m:
                 raise PatternError(f"pattern {text!r} keeps {n} of every {m} weights; N:M needs 0 < N < M, as in '2:4'")
             return NMPattern(n, m)
+        mixed = text.startswith("mixed:")
         try:
-            sparsity = float(text)
+            sparsity = float(text.removeprefix("mixed:"))
         except ValueError:
             sparsity = -1.0
-        if not 0 < sparsity < 1:
+        if mixed and 0 < sparsity <= 0.75:
+            return MixedPattern(sparsity)
+        if mixed or not 0 < sparsity < 1:
             raise PatternError(
                 f"cannot read the pattern {text!r}; write N:M, such as '2:4' (2 kept of every 4 input channels), "
-                "or a sparsity between 0 and 1, such as '0.9'"
+                "a sparsity between 0 and 1, such as '0.9', or 'mixed:0.6' (dense, 2:4 and 1:4 layers, at most 0.75)"
             )
         return UnstructuredPattern(sparsity)
 
@@ -70,6 +73,10 @@ class Pattern(ABC):
     @abstractmethod
     def sparsity(self) -> float:
         """Share of weights that the pattern sets to zero."""
+
+    def kept(self, numel: int) -> int:
+        """How many of `numel` weights stay."""
+        return numel - round(numel * self.sparsity)
 
     @abstractmethod
     def mask(self, scores: Tensor) -> Tensor:
@@ -86,6 +93,13 @@ class Pattern(ABC):
     @abstractmethod
     def decline(self, geometry: LayerGeometry) -> str | None:
         """Why a layer of this geometry cannot take the pattern, or None if it can."""
+
+    @property
+    def levels(self) -> tuple[Pattern | None, ...]:
+        """What a layer may get when all layers share one budget; None is dense."""
+        raise PatternError(
+            f"pattern {self} is the same for every layer; a budget needs a sparsity such as '0.9', or 'mixed:0.6'"
+        )
 
     def project(self, weight: Tensor, scores: Tensor | None = None) -> Tensor:
         """The weight with all but the best-scored entries set to zero.
@@ -153,9 +167,11 @@ class UnstructuredPattern(Pattern):
     def sparsity(self) -> float:  # noqa: D102
         return self.fraction
 
-    def kept(self, numel: int) -> int:
-        """How many of `numel` weights stay."""
-        return numel - round(numel * self.fraction)
+    @property
+    def levels(self) -> tuple[Pattern | None, ...]:  # noqa: D102
+        densities = [round((1 - self.fraction) * 2 ** (i / 2), 4) for i in range(-4, 5)]
+        sparse = [UnstructuredPattern(round(1 - density, 4)) for density in densities if 0 < density < 1]
+        return (*sparse, None)
 
     def mask(self, scores: Tensor) -> Tensor:  # noqa: D102
         kept = scores.flatten().topk(self.kept(scores.numel()), sorted=False).indices
@@ -173,6 +189,33 @@ class UnstructuredPattern(Pattern):
             channels = geometry.in_channels // geometry.groups
             return f"{channels} input channels: few weights with much effect, as in a layer that reads the image"
         return None
+
+
+@dataclass(frozen=True)
+class MixedPattern(Pattern):
+    """Each layer dense, 2:4 or 1:4, together at least `fraction` zeros; only a budget over layers can say which."""
+
+    fraction: float
+
+    def __str__(self) -> str:
+        return f"mixed:{self.fraction:g}"
+
+    @property
+    def sparsity(self) -> float:  # noqa: D102
+        return self.fraction
+
+    @property
+    def levels(self) -> tuple[Pattern | None, ...]:  # noqa: D102
+        return (None, NMPattern(2, 4), NMPattern(1, 4))
+
+    def mask(self, scores: Tensor) -> Tensor:  # noqa: D102
+        raise PatternError(f"pattern {self} is a choice over layers; a single weight needs '2:4' or '1:4'")
+
+    def check(self, weight: Tensor) -> PatternCheck:  # noqa: D102
+        return NMPattern(2, 4).check(weight)
+
+    def decline(self, geometry: LayerGeometry) -> str | None:  # noqa: D102
+        return NMPattern(2, 4).decline(geometry)
 
 
 def _unflatten(rows: Tensor, shape: torch.Size) -> Tensor:

@@ -1,8 +1,10 @@
 """One graph pass a file. A pass takes a GraphModule, changes it in place and says whether it did."""
+
 from __future__ import annotations
 
 from torch.fx.passes.infra.pass_base import PassResult
 
+from fxprune.passes.allocate_sparsity import AllocateSparsity
 from fxprune.passes.base import Change, Pass, changes
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
 from fxprune.passes.insert_observers import InsertObservers
@@ -13,6 +15,7 @@ from fxprune.passes.remove_observers import RemoveObservers
 from fxprune.passes.verify import verify
 
 __all__ = [
+    "AllocateSparsity",
     "Change",
     "FoldBatchNorm",
     "InsertObservers",

@@ -63,9 +63,7 @@ class Pass(ABC):
     def ensures(self, graph_module: GraphModule) -> None:  # noqa: B027
         """Raise GraphError if the output graph lacks what this pass promises."""
 
-    def record(
-        self, graph_module: GraphModule, action: str, node: Node, *, into: str = "", reason: str = ""
-    ) -> None:
+    def record(self, graph_module: GraphModule, action: str, node: Node, *, into: str = "", reason: str = "") -> None:
         """Write down a `Change`, once: a pass that is run twice does not repeat itself."""
         target = str(node.target) if node.op == "call_module" else ""
         change = Change(type(self).__name__, action, node.name, target, into, reason)

@@ -35,11 +35,13 @@ class LayerTask:
         role: "prune", "reconstruct" (re-fit, dense), or "keep".
         reason: why the layer is not pruned; "" for role "prune".
         geometry: how the layer reads its input; None for layers that are kept.
+        pattern: the layer's own pattern where layers share a budget; None: the pattern of the whole run.
     """
 
     role: Literal["prune", "reconstruct", "keep"]
     reason: str = ""
     geometry: LayerGeometry | None = None
+    pattern: Pattern | None = None
 
 
 class InsertObservers(Pass):
@@ -88,13 +90,9 @@ class InsertObservers(Pass):
         declined = self.pattern.decline(geometry)
         if declined is None:
             return LayerTask("prune", "", geometry)
-        return (
-            LayerTask("reconstruct", declined, geometry) if self.reconstruct else LayerTask("keep", declined)
-        )
+        return LayerTask("reconstruct", declined, geometry) if self.reconstruct else LayerTask("keep", declined)
 
-    def _reason_to_keep(
-        self, graph_module: GraphModule, node: Node, sites: dict[nn.Module, list[Node]]
-    ) -> str | None:
+    def _reason_to_keep(self, graph_module: GraphModule, node: Node, sites: dict[nn.Module, list[Node]]) -> str | None:
         """Why a layer's weights must not be touched at all, or None."""
         module = module_of(node)
         if module is None:

@@ -19,10 +19,9 @@ from fxprune import solvers
 from fxprune.batch_store import BatchValues
 from fxprune.calibration import CalibrationStream
 from fxprune.errors import FxPruneError, SolverError
-from fxprune.geometry import MatrixLayer, is_matrix_layer
 from fxprune.graph import input_of, module_of
 from fxprune.layer_checkpoint import LayerCheckpoint
-from fxprune.layer_solution import SolvedLayer, install, solve_layer
+from fxprune.layer_solution import SolvedLayer, install, layer_of, observer_of, solve_layer
 from fxprune.options import Options
 from fxprune.passes.base import Pass
 from fxprune.passes.insert_observers import TASK, LayerTask
@@ -30,7 +29,7 @@ from fxprune.passes.skip_connections import skip_operands
 from fxprune.pattern import Pattern
 from fxprune.precision import full_precision
 from fxprune.report import LayerReport, PruneReport
-from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics
+from fxprune.statistics import CrossStatistics, InputStatistics
 from fxprune.stopwatch import Stopwatch
 
 LAYER = "fxprune"
@@ -94,7 +93,7 @@ class PruneWeights(Pass):
         for node in to_solve:
             self.on_layer(str(node.target), len(to_solve) + 1)
             layer = checkpoint.load(str(node.target))
-            observer = _observer(node)
+            observer = observer_of(node)
             if layer is None:
                 cross = self._gather(stream, node, tasks[node])
                 checkpoint.check_data(stream.fingerprint)
@@ -152,15 +151,15 @@ class PruneWeights(Pass):
         self, node: Node, task: LayerTask, inputs: InputStatistics, cross: CrossStatistics | None
     ) -> SolvedLayer:
         assert task.geometry is not None
-        pattern = self.pattern if task.role == "prune" else None
+        pattern = (task.pattern or self.pattern) if task.role == "prune" else None
         try:
-            return solve_layer(_layer(node), task.geometry, inputs, cross, pattern, self.solver, self.options)
+            return solve_layer(layer_of(node), task.geometry, inputs, cross, pattern, self.solver, self.options)
         except FxPruneError as error:
             raise SolverError(f"layer {node.target!r}: {error}") from error
 
     def _install(self, graph_module: GraphModule, node: Node, task: LayerTask, layer: SolvedLayer) -> LayerReport:
         """Give the layer its new weights and say so."""
-        module = _layer(node)
+        module = layer_of(node)
         install(module, layer)
         status: Literal["pruned", "reconstructed"] = "pruned" if task.role == "prune" else "reconstructed"
         self.record(graph_module, status, node, reason=task.reason)
@@ -168,7 +167,7 @@ class PruneWeights(Pass):
             name=str(node.target),
             op=type(module).__name__,
             shape=tuple(layer.weight.shape),
-            pattern=str(self.pattern) if status == "pruned" else "",
+            pattern=str(task.pattern or self.pattern) if status == "pruned" else "",
             status=status,
             reason=task.reason,
             sparsity=zeros(layer.weight),
@@ -176,21 +175,6 @@ class PruneWeights(Pass):
             dead_inputs=layer.dead_inputs,
             seconds=layer.seconds,
         )
-
-
-def _layer(node: Node) -> MatrixLayer:
-    """The module of a node that InsertObservers found fit to be solved."""
-    module = module_of(node)
-    assert module is not None
-    assert is_matrix_layer(module)
-    return module
-
-
-def _observer(layer: Node) -> HessianObserver:
-    """The observer that a layer reads through."""
-    observer = module_of(input_of(layer))
-    assert isinstance(observer, HessianObserver)
-    return observer
 
 
 def zeros(weight: Tensor) -> float:

@@ -60,9 +60,7 @@ def is_identity(node: Node) -> bool:
     if node.op != "call_function":
         return False
     if node.target in _DROPOUT_FUNCTIONS or getattr(node.target, "__name__", "") == "stochastic_depth":
-        return (
-            _argument(node, "training", position=3 if node.target not in _DROPOUT_FUNCTIONS else 2) is False
-        )
+        return _argument(node, "training", position=3 if node.target not in _DROPOUT_FUNCTIONS else 2) is False
     return False
 
 

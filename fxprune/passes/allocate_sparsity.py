@@ -1,0 +1,124 @@
+"""AllocateSparsity: gives each layer its own sparsity level, such that the whole network meets one target.
+
+Every layer is solved at each level against the dense model's statistics. What a level costs is measured at the network's
+output: the KL divergence with only that layer pruned, taken at one level and scaled to the others by the layer error
+(both are quadratic in a small change of the weights). Dynamic programming then chooses the levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxprune import solvers
+from fxprune.batches import input_tensor
+from fxprune.errors import PatternError
+from fxprune.layer_solution import layer_of, observer_of
+from fxprune.options import Options
+from fxprune.output_error import OutputAgreement
+from fxprune.passes.base import Pass
+from fxprune.passes.insert_observers import TASK, LayerTask
+from fxprune.pattern import Pattern
+from fxprune.solvers import LayerProblem, refit
+from fxprune.solvers.allocation import allocate
+
+PROBE_IMAGES = 128
+
+
+class AllocateSparsity(Pass):
+    """Sets the pattern of every `LayerTask` with role "prune"; a layer that is to stay dense gets role "reconstruct".
+
+    Args:
+        pattern: its `levels` are the choice each layer has, its `sparsity` is the target over all of them together.
+        method: solver used to find what each level costs.
+        batches: calibration batches (they are read twice).
+        options: resolved options.
+    """
+
+    def __init__(self, pattern: Pattern, method: str, batches: Sequence[Any], options: Options) -> None:
+        self.pattern = pattern
+        self.solver = solvers.get(method)
+        self.batches = batches
+        self.options = options
+
+    def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
+        tasks: dict[Node, LayerTask] = {
+            node: node.meta[TASK]
+            for node in graph_module.graph.nodes
+            if TASK in node.meta and node.meta[TASK].role == "prune" and node.meta[TASK].pattern is None
+        }
+        if not tasks:
+            return PassResult(graph_module, False)
+        with torch.inference_mode():
+            inputs = [input_tensor(batch, number) for number, batch in enumerate(self.batches)]
+            device = next(graph_module.parameters()).device
+            for x in inputs:
+                graph_module(x.to(device))
+            probe = torch.cat([x[:PROBE_IMAGES] for x in inputs])[:PROBE_IMAGES].to(device)
+            for observer in {observer_of(node) for node in tasks}:
+                observer.enabled = False
+            dense = _logits(graph_module(probe))
+            costs = [self._costs(graph_module, node, probe, dense) for node in tasks]
+            for observer in {observer_of(node) for node in tasks}:
+                observer.enabled = True
+                observer.reset()
+        sizes = [layer_of(node).weight.numel() for node in tasks]
+        kept = [[size if level is None else level.kept(size) for level in self.pattern.levels] for size in sizes]
+        budget = self.pattern.kept(sum(sizes))
+        for node, level in zip(tasks, allocate(costs, kept, budget), strict=True):
+            self._assign(graph_module, node, self.pattern.levels[level])
+        return PassResult(graph_module, True)
+
+    def _costs(self, graph_module: GraphModule, node: Node, probe: Tensor, dense: Tensor) -> list[float]:
+        """What each level of one layer costs at the network's output, in nats."""
+        module, geometry = layer_of(node), node.meta[TASK].geometry
+        weight = geometry.to_matrix(module.weight.detach()).double()
+        hessian = observer_of(node).statistics().hessian(centred=bool(self.options.bias_correction))
+        problem = LayerProblem(hessian, weight @ hessian, weight).damped(self.options.damping)
+        solutions = [None if level is None else self._solve(problem, level) for level in self.pattern.levels]
+        none_lost = problem.loss(weight).sum()
+        errors = [0.0 if s is None else max(0.0, float(problem.loss(s).sum() - none_lost)) for s in solutions]
+        sparsities = [0.0 if level is None else level.sparsity for level in self.pattern.levels]
+        reference = min(range(len(errors)), key=lambda i: abs(sparsities[i] - self.pattern.sparsity))
+        solution = solutions[reference]
+        if solution is None or errors[reference] == 0:
+            return errors
+        original = module.weight.data
+        module.weight.data = geometry.to_weight(solution).to(original)
+        agreement = OutputAgreement()
+        agreement.update(dense, _logits(graph_module(probe)))
+        module.weight.data = original
+        assert agreement.kl is not None
+        return [error * agreement.kl / errors[reference] for error in errors]
+
+    def _solve(self, problem: LayerProblem, level: Pattern) -> Tensor:
+        groups = []
+        for group in problem.groups():
+            sparse = self.solver(group, level)
+            groups.append(refit(group, sparse != 0, start=sparse))
+        return torch.stack(groups)
+
+    def _assign(self, graph_module: GraphModule, node: Node, level: Pattern | None) -> None:
+        task = node.meta[TASK]
+        if level is None:
+            reason = f"dense within the budget of {self.pattern}"
+            node.meta[TASK] = replace(task, role="reconstruct", reason=reason)
+            self.record(graph_module, "kept", node, reason=reason)
+        else:
+            node.meta[TASK] = replace(task, pattern=level)
+
+
+def _logits(output: Any) -> Tensor:
+    """The output as (N, classes)."""
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        raise PatternError(
+            "a sparsity budget over layers is measured at the model's output, which has to be one (N, classes) tensor; "
+            "use a pattern that is the same for every layer"
+        )
+    return output
