@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,64 +18,17 @@ from torch import nn
 from fxprune import solvers
 from fxprune.compiler import compile
 from fxprune.data import DataSplits, calibration_loader
-from fxprune.errors import DataError, FxPruneError, OptionsError
+from fxprune.errors import OptionsError
 from fxprune.evaluation import agreement, evaluate
-from fxprune.files import atomic
+from fxprune.grid_rows import FAILED, OK, Row, read_rows, write_rows
 from fxprune.options import Options
 from fxprune.pattern import Pattern
 from fxprune.runs import source_commit
 from fxprune.tasks import Task, import_user_code, scoring_loader
 from fxprune.yaml_files import check_keys, read_yaml
 
-OK, FAILED = "ok", "failed"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the CSV: what was run, then what came out. Accuracies and agreement in percent.
-
-    Attributes:
-        name: the model's label.
-        task: model, data and further fields of the task, as JSON.
-        weights: the first digits of the weights file's SHA-256, or "pretrained": other weights are another row.
-        pattern: as asked for.
-        method: as asked for.
-        seed: of the calibration images, and of whatever is random.
-        calibration_images: how many.
-        settings: options, exclude and test_images, as JSON.
-        status: "ok" or "failed".
-        error: what went wrong.
-    """
-
-    name: str
-    task: str
-    weights: str
-    pattern: str
-    method: str
-    seed: int
-    calibration_images: int
-    settings: str
-    status: str = ""
-    dense_accuracy: float | None = None
-    accuracy: float | None = None
-    agreement: float | None = None
-    kl: float | None = None
-    sparsity: float | None = None
-    layers_pruned: int | None = None
-    seconds: float | None = None
-    commit: str = ""
-    error: str = ""
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What makes it the same row: all that comes before the status."""
-        return tuple(str(getattr(self, name)) for name in KEY)
-
-
-KEY = tuple(field.name for field in dataclasses.fields(Row))[:8]
-NUMBERS = {"seed": int, "calibration_images": int, "layers_pruned": int} | dict.fromkeys(
-    ("dense_accuracy", "accuracy", "agreement", "kl", "sparsity", "seconds"), float
-)
+T = TypeVar("T")
+Record = TypeVar("Record", Task, Options)
 
 
 @dataclass(frozen=True)
@@ -100,11 +53,15 @@ class Grid:
     methods: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
     calibration_images: tuple[int, ...] = (1024,)
-    options: Options = Options()
+    options: Options = field(default_factory=Options)
     exclude: tuple[str, ...] = ()
     test_images: int | None = None
     batch_size: int = 128
     register: tuple[str, ...] = ()
+
+
+_TEXTS = ("patterns", "methods", "exclude", "register")
+_NUMBERS = ("seeds", "calibration_images")
 
 
 def read_grid(path: str | Path) -> Grid:
@@ -116,24 +73,22 @@ def read_grid(path: str | Path) -> Grid:
         FxPruneError: an unknown method, or user code that cannot be imported.
     """
     content = read_yaml(path)
-    check_keys(content, (field.name for field in dataclasses.fields(Grid)), str(path))
+    check_keys(content, (f.name for f in dataclasses.fields(Grid)), str(path))
     for key in ("models", "patterns", "methods"):
         if not content.get(key):
             raise OptionsError(f"{path}: {key} is missing; a grid needs models, patterns and methods")
     if "seed" in (content.get("options") or {}):
         raise OptionsError(f"{path}: options holds a seed; a grid has seeds: [...] of its own")
-    lists = {key: _list(content[key]) for key in ("patterns", "methods", "exclude", "register") if content.get(key)}
-    numbers = {key: _list(content[key]) for key in ("seeds", "calibration_images") if content.get(key) is not None}
+    given: dict[str, Any] = {}
     try:
-        grid = Grid(
-            models=tuple(_model(entry, path) for entry in content["models"]),
-            options=_record(Options, content.get("options") or {}, f"{path}: options"),
-            **{key: tuple(map(str, value)) for key, value in lists.items()},
-            **{key: tuple(map(int, value)) for key, value in numbers.items()},
-            **{key: int(content[key]) for key in ("test_images", "batch_size") if content.get(key) is not None},
-        )
+        given |= {key: tuple(map(str, _list(content[key]))) for key in _TEXTS if content.get(key) is not None}
+        given |= {key: tuple(map(int, _list(content[key]))) for key in _NUMBERS if content.get(key) is not None}
+        given |= {key: int(content[key]) for key in ("test_images", "batch_size") if content.get(key) is not None}
+        given["models"] = tuple(_model(entry, path) for entry in _list(content["models"]))
+        given["options"] = _record(Options, content.get("options") or {}, f"{path}: options")
     except (TypeError, ValueError) as error:
         raise OptionsError(f"{path}: {error}") from error
+    grid = Grid(**given)
     import_user_code(grid.register)
     for pattern in grid.patterns:
         Pattern.parse(pattern)
@@ -155,8 +110,8 @@ def run_grid(
 ) -> list[Row]:
     """Run every row that the CSV does not hold as finished, and write the CSV after each.
 
-    Rows of an earlier grid stay in the file; rows that failed are run again. A row's failure is written down and ends
-    that row alone.
+    Finished rows of an earlier grid stay in the file; rows that failed are run again. A row's failure is written down and
+    ends that row alone.
 
     Args:
         grid: what to run.
@@ -172,28 +127,34 @@ def run_grid(
         DataError: the CSV is there but none that this function wrote.
         OSError: the CSV cannot be written.
     """
-    known = {row.key: row for row in read_rows(path)} if Path(path).exists() else {}
+    known = {row.key: row for row in read_rows(path) if row.status == OK} if Path(path).exists() else {}
     rows: list[Row] = []
-    count = len(grid.models) * sum(1 for _ in _combinations(grid))
+    count = len(grid.models) * len(list(_combinations(grid)))
     commit = source_commit() or ""
     for name, task in grid.models:
-        prepared: _Prepared | None = None
-        for pattern, method, seed, images in _combinations(grid):
-            row = _row(grid, name, task, pattern, method, seed, images)
-            done = known.get(row.key)
-            if done is None or done.status != OK:
-                try:
-                    prepared = prepared or _Prepared.of(task, grid, device)
-                    found = prepared.run(row, grid, progress)
-                    done = dataclasses.replace(row, status=OK, commit=commit, **found)
-                except Exception as error:  # whatever it is, it is this row's alone
-                    text = " ".join(f"{type(error).__name__}: {error}".split())
-                    done = dataclasses.replace(row, status=FAILED, commit=commit, error=text)
-                known[row.key] = done
+        # Loaded once, and only if a row needs it; if that fails, it fails for all rows alike.
+        prepare = functools.cache(functools.partial(_attempt, _Prepared.of, task, grid, device))
+        for combination in _combinations(grid):
+            row = _row(grid, name, task, *combination)
+            if row.key not in known:
+                prepared, error = prepare()
+                found: dict[str, Any] | None = None
+                if prepared is not None:
+                    found, error = _attempt(prepared.run, row, grid, progress)
+                status = FAILED if found is None else OK
+                known[row.key] = dataclasses.replace(row, status=status, commit=commit, error=error, **(found or {}))
                 write_rows(path, known.values())
-            rows.append(done)
-            on_row(done, len(rows), count)
+            rows.append(known[row.key])
+            on_row(rows[-1], len(rows), count)
     return rows
+
+
+def _attempt(function: Callable[..., T], *arguments: Any) -> tuple[T | None, str]:
+    """What a function returns, and ""; or None and what went wrong, whatever it is."""
+    try:
+        return function(*arguments), ""
+    except Exception as error:
+        return None, " ".join(f"{type(error).__name__}: {error}".split())
 
 
 @dataclass(frozen=True)
@@ -230,3 +191,57 @@ class _Prepared:
             "layers_pruned": sum(layer.status == "pruned" for layer in compiled.report.layers),
             "seconds": round(compiled.report.seconds, 3),
         }
+
+
+def _combinations(grid: Grid) -> Iterator[tuple[str, str, int, int]]:
+    return itertools.product(grid.patterns, grid.methods, grid.seeds, grid.calibration_images)
+
+
+def _row(grid: Grid, name: str, task: Task, pattern: str, method: str, seed: int, images: int) -> Row:
+    """The row before it is run."""
+    where = {"data": task.data, "model": task.model} | _changed(task, Task(task.model, task.data, task.weights))
+    settings = _changed(grid.options, Options())
+    settings |= {key: value for key in ("exclude", "test_images") if (value := getattr(grid, key))}
+    return Row(
+        name=name,
+        task=json.dumps(where),
+        weights=_fingerprint(task),
+        pattern=str(Pattern.parse(pattern)),
+        method=method,
+        seed=seed,
+        calibration_images=images,
+        settings=json.dumps(settings),
+    )
+
+
+def _changed(record: Any, default: Any) -> dict[str, Any]:
+    """Fields that are not as in `default`."""
+    names = [f.name for f in dataclasses.fields(record)]
+    return {name: getattr(record, name) for name in names if getattr(record, name) != getattr(default, name)}
+
+
+def _fingerprint(task: Task) -> str:
+    if task.weights is None or not Path(task.weights).is_file():
+        return "pretrained" if task.pretrained else "absent"
+    return hashlib.sha256(Path(task.weights).read_bytes()).hexdigest()[:12]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _model(entry: Any, path: str | Path) -> tuple[str, Task]:
+    if not isinstance(entry, Mapping):
+        raise OptionsError(f"{path}: a model is a mapping such as {{model: simple_cnn, data: digits}}, not {entry!r}")
+    fields = {key.replace("-", "_"): value for key, value in entry.items()}
+    name = fields.pop("name", fields.get("model"))
+    task = _record(Task, fields, f"{path}: model {name!r}")
+    if task.model is None or task.data is None:
+        raise OptionsError(f"{path}: model {name!r} needs both model and data")
+    return str(name), task
+
+
+def _record(record: type[Record], values: Mapping[str, Any], where: str) -> Record:
+    values = {key.replace("-", "_"): tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    check_keys(values, (f.name for f in dataclasses.fields(record)), where)
+    return record(**values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from fxprune.cli.benchmark import benchmark
 from fxprune.cli.command import command
 from fxprune.cli.evaluate import evaluate
 from fxprune.cli.prune import prune
@@ -16,7 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _name, _function in (("train", train), ("prune", prune), ("evaluate", evaluate)):
+for _name, _function in (("train", train), ("prune", prune), ("evaluate", evaluate), ("benchmark", benchmark)):
     command(app, _name)(_function)
 
 

@@ -1,0 +1,95 @@
+"""The rows of a benchmark grid, and the CSV that holds them."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fxprune.errors import DataError
+from fxprune.files import atomic
+
+OK, FAILED = "ok", "failed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the CSV: what was run, then what came out. Accuracies and agreement in percent.
+
+    Attributes:
+        name: the model's label.
+        task: model, data and further fields of the task, as JSON.
+        weights: the first digits of the weights file's SHA-256, or "pretrained": other weights are another row.
+        pattern: as asked for.
+        method: as asked for.
+        seed: of the calibration images, and of whatever is random.
+        calibration_images: how many.
+        settings: options, exclude and test_images, as JSON.
+        status: "ok" or "failed".
+        error: what went wrong.
+    """
+
+    name: str
+    task: str
+    weights: str
+    pattern: str
+    method: str
+    seed: int
+    calibration_images: int
+    settings: str
+    status: str = ""
+    dense_accuracy: float | None = None
+    accuracy: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    sparsity: float | None = None
+    layers_pruned: int | None = None
+    seconds: float | None = None
+    commit: str = ""
+    error: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes it the same row: all that comes before the status."""
+        return tuple(str(getattr(self, name)) for name in KEY)
+
+
+KEY = tuple(field.name for field in dataclasses.fields(Row))[:8]
+NUMBERS = {"seed": int, "calibration_images": int, "layers_pruned": int} | dict.fromkeys(
+    ("dense_accuracy", "accuracy", "agreement", "kl", "sparsity", "seconds"), float
+)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Read a CSV of `write_rows`.
+
+    Raises:
+        DataError: it is absent, or not such a CSV.
+    """
+    fields = [field.name for field in dataclasses.fields(Row)]
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames is None or list(reader.fieldnames) != fields:
+                raise DataError(f"{path} is no CSV of fxprune benchmark; its header is {reader.fieldnames}")
+            return [Row(**{name: _value(name, text) for name, text in line.items()}) for line in reader]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} cannot be read as a CSV of fxprune benchmark: {error}") from error
+
+
+def _value(name: str, text: str) -> Any:
+    kind = NUMBERS.get(name)
+    if kind is None:
+        return text
+    return kind(text) if text else None
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write rows to a CSV, whole or not at all."""
+    with atomic(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in dataclasses.fields(Row)])
+        writer.writerows(dataclasses.astuple(row) for row in rows)
