@@ -69,9 +69,12 @@ def model_layers(model: nn.Module, called: set[nn.Module]) -> list[ModelLayer]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     layers = []
-    for name, module in model.named_modules():
-        if not isinstance(module, LAYERS) or not (module in called or name in patterns):
+    listed: set[nn.Module] = set()
+    for name, module in model.named_modules(remove_duplicate=False):  # the report may use any of a shared layer's names
+        wanted = name in patterns or (module in called and module not in listed)
+        if not isinstance(module, LAYERS) or not wanted:
             continue
+        listed.add(module)
         weight = module.weight
         layers.append(
             ModelLayer(

@@ -16,6 +16,7 @@ from fxprune.errors import ValidationError
 from fxprune.export.batches import Batch, named_outputs
 from fxprune.export.onnx_file import OnnxFile
 from fxprune.export.session import run_session
+from fxprune.precision import full_precision
 
 # Largest difference allowed, relative to the largest output, by the number type of the file's weights.
 TOLERANCES = {"float32": 1e-4, "float64": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
@@ -73,7 +74,10 @@ class _Tally:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[Callable[[tuple[Tensor, ...]], dict[str, Tensor]]]:
-    """Yield the model as a function from inputs to named outputs on the CPU; eval mode inside, flags restored after."""
+    """Yield the model as a function from inputs to named outputs on the CPU; eval mode inside, flags restored after.
+
+    TF32 is off inside: with its 10 bits a model on a GPU would not agree with the file.
+    """
     flags = [(module, module.training) for module in model.modules()]
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
 
@@ -84,7 +88,7 @@ def evaluating(model: nn.Module) -> Iterator[Callable[[tuple[Tensor, ...]], dict
 
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             yield run
     finally:
         for module, training in flags:

@@ -39,7 +39,8 @@ def run_session(session: onnxruntime.InferenceSession, file: OnnxFile, batch: Ba
                 f"{file.path}: the file's input {port} does not fit batch {number} of shape {tuple(value.shape)}; "
                 "is this the file of another model, or was it exported with dynamic_batch=False for another batch size?"
             )
-        array = value.detach().cpu().numpy()
+        value = value.detach().cpu()
+        array = value.double().numpy() if value.is_floating_point() else value.numpy()
         feeds[port.name] = array.astype(port.dtype) if port.dtype.startswith("float") else array
     if len(batch.inputs) != len(file.inputs):
         ports = "; ".join(map(str, file.inputs))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -79,7 +79,8 @@ class AllocateSparsity(Pass):
         """What each level of one layer costs at the network's output, in nats."""
         module, geometry = layer_of(node), node.meta[TASK].geometry
         weight = geometry.to_matrix(module.weight.detach()).double()
-        hessian = observer_of(node).statistics().hessian(centred=bool(self.options.bias_correction))
+        inputs = observer_of(node).statistics()
+        hessian = inputs.hessian(centred=bool(self.options.bias_correction))
         problem = LayerProblem(hessian, weight @ hessian, weight).damped(self.options.damping)
         solutions = [None if level is None else self._solve(problem, level) for level in self.pattern.levels]
         none_lost = problem.loss(weight).sum()
@@ -89,11 +90,14 @@ class AllocateSparsity(Pass):
         solution = solutions[reference]
         if solution is None or errors[reference] == 0:
             return errors
-        original = module.weight.data
+        original, bias = module.weight.data, module.bias
         module.weight.data = geometry.to_weight(solution).to(original)
+        if self.options.bias_correction:
+            shift = torch.einsum("grd,gd->gr", weight - solution, inputs.mean).flatten().to(original)
+            module.bias = nn.Parameter(shift if bias is None else bias + shift)
         agreement = OutputAgreement()
         agreement.update(dense, _logits(graph_module(probe)))
-        module.weight.data = original
+        module.weight.data, module.bias = original, bias
         assert agreement.kl is not None
         return [error * agreement.kl / errors[reference] for error in errors]
 

@@ -9,8 +9,9 @@ with H the centred, damped Hessian of the dense model's inputs.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils._pytree import tree_leaves
 
-from fxprune.batches import EMPTY, input_tensor
+from fxprune.batches import EMPTY, checked, input_tensor
 from fxprune.channels import Channels, analyse_channels, permute_channels, value_shapes
-from fxprune.channels.grouping import Grouping, Reader, search_grouping
+from fxprune.channels.grouping import Reader, search_grouping
+from fxprune.channels.layout import Classes
 from fxprune.errors import CalibrationError, GraphError
 from fxprune.geometry import is_matrix_layer
 from fxprune.graph import input_of, module_of
@@ -31,8 +33,11 @@ from fxprune.passes.insert_observers import TASK, InsertObservers, LayerTask
 from fxprune.pattern import NMPattern, Pattern
 from fxprune.precision import full_precision
 from fxprune.solvers import LayerProblem
+from fxprune.statistics import HessianObserver
 
 TOLERANCE = 1e-4
+_Inputs: TypeAlias = tuple[int, list[Tensor]]
+"""The number of a batch, and the model's arguments in it."""
 
 
 class PermuteChannels(Pass):
@@ -79,44 +84,135 @@ class PermuteChannels(Pass):
         self.exclude = tuple(exclude)
         self.damping = damping
         self.seed = seed
-        self._example: tuple[Tensor, list[Any]] | None = None
+        self._example: tuple[_Inputs, list[Tensor]] | None = None
 
     def requires(self, graph_module: GraphModule) -> None:  # noqa: D102 - documented on Pass
-        if any(module.training for module in graph_module.modules()):
-            raise GraphError("PermuteChannels needs the graph in eval mode; call eval() first")
+        for module in map(module_of, graph_module.graph.nodes):
+            if module is not None and any(part.training for part in module.modules()):
+                raise GraphError(f"a {type(module).__name__} is in training mode; call eval() before PermuteChannels")
         if any(TASK in node.meta for node in graph_module.graph.nodes):
             raise GraphError("PermuteChannels has to run before InsertObservers")
 
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
         self._example = None
-        levels = (self.pattern, *self.pattern.levels)
+        levels = (self.pattern,) if isinstance(self.pattern, NMPattern) else self.pattern.levels
         pattern = next((level for level in levels if isinstance(level, NMPattern)), None)
         if pattern is None:
             for node in graph_module.graph.nodes:
-                if is_matrix_layer(module_of(node)):
+                module = module_of(node)
+                if module is not None and is_matrix_layer(module):
                     self.record(graph_module, "kept", node, reason=f"pattern {self.pattern} has no groups of channels")
             return PassResult(graph_module, False)
+        inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+        device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
+        batches = (_arguments(inputs, batch, number, device) for number, batch in enumerate(self.batches))
         with torch.inference_mode(), full_precision():
-            return self._permute(graph_module, pattern)
-
-    def _permute(self, graph_module: GraphModule, pattern: NMPattern) -> PassResult:
-        observed = copy.deepcopy(graph_module)
-        InsertObservers(pattern, exclude=self.exclude, reconstruct=False)(observed)
-        batches = self._inputs(graph_module)
-        first = next(batches, None)
-        if first is None:
-            raise CalibrationError(EMPTY)
-        self._example = first, tree_leaves(graph_module(first))
-        channels = analyse_channels(graph_module, value_shapes(graph_module, first), exclude=self.exclude)
-        layers = self._layers(graph_module, channels, observed)
-        if not layers:
-            return PassResult(graph_module, False)
-        observed(first)
-        for x in batches:
-            observed(x)
-        readers = {node: _readers(twin, channels.layouts[input_of(node)].classes, self.damping) for node, twin in layers.items()}
+            channels, readers = self._observe(graph_module, pattern, batches)
         grouping = search_grouping([r for of in readers.values() for r in of], channels, pattern, seed=self.seed)
         if np.array_equal(grouping.source, np.arange(channels.count)):
             return PassResult(graph_module, False)
         permute_channels(graph_module, channels, grouping.source)
-        ...
+        losses = iter(zip(grouping.before, grouping.after, strict=True))
+        for node, of in readers.items():
+            before, after = np.sum([next(losses) for _ in of], axis=0)
+            classes = channels.layouts[input_of(node)].classes
+            if not np.array_equal(classes, grouping.source[classes]):
+                saved = f"{pattern} loses {after / before:.1%} of the saliency that it lost before"
+                self.record(graph_module, "permuted", node, reason=saved)
+        return PassResult(graph_module, True)
+
+    def ensures(self, graph_module: GraphModule) -> None:  # noqa: D102 - documented on Pass
+        if self._example is None:
+            return
+        (number, inputs), before = self._example
+        self._example = None
+        with torch.inference_mode(), full_precision():
+            after = _run(graph_module, number, inputs)
+        for old, new in zip(before, after, strict=True):
+            difference, scale = float((old - new).abs().max()), float(old.abs().max())
+            if not difference <= TOLERANCE * scale:
+                raise GraphError(
+                    f"permuting channels has changed the network's output by {difference:.3g}, where the largest value is "
+                    f"{scale:.3g}; the channel analysis is wrong for this model: compile without permutation, and report it"
+                )
+
+    def _observe(
+        self, graph_module: GraphModule, pattern: NMPattern, batches: Iterator[_Inputs]
+    ) -> tuple[Channels, dict[Node, list[Reader]]]:
+        """Analyse the channels, and score the weights of every layer whose input channels can be permuted."""
+        first = next(batches, None)
+        if first is None:
+            raise CalibrationError(EMPTY)
+        number, inputs = first
+        self._example = first, _run(graph_module, number, inputs)
+        channels = analyse_channels(graph_module, value_shapes(graph_module, *inputs), exclude=self.exclude)
+        observed = copy.deepcopy(graph_module)  # The observers go into a copy.
+        twins = dict(zip(graph_module.graph.nodes, list(observed.graph.nodes), strict=True))
+        InsertObservers(pattern, exclude=self.exclude, reconstruct=False)(observed)
+        movable = {c for atom in channels.atoms for c in atom.tolist()}
+        layers: dict[Node, Node] = {}
+        for node, twin in twins.items():
+            task: LayerTask | None = twin.meta.get(TASK)
+            if task is None or task.role != "prune":
+                continue
+            reason = _reason_to_keep(channels, input_of(node), movable)
+            if reason is None:
+                layers[node] = twin
+            else:
+                self.record(graph_module, "kept", node, reason=reason)
+        wanted = {observer_of(twin) for twin in layers.values()}
+        for module in observed.modules():
+            if isinstance(module, HessianObserver):
+                module.enabled = module in wanted
+        for number, inputs in itertools.chain([first], batches) if layers else ():
+            _run(observed, number, inputs)
+        readers = {
+            node: list(_readers(twin, channels.layouts[input_of(node)].classes, self.damping))
+            for node, twin in layers.items()
+        }
+        return channels, readers
+
+
+def _arguments(inputs: Sequence[Node], batch: Any, number: int, device: torch.device) -> _Inputs:
+    """The arguments in batch `number`: one tensor, or those a dict holds under the names of the model's inputs."""
+    names = [str(node.target) for node in inputs]
+    if isinstance(batch, dict) and names[0] in batch:
+        given = itertools.takewhile(batch.__contains__, names)
+        return number, [checked(batch[name], number).to(device) for name in given]
+    return number, [input_tensor(batch, number).to(device)]
+
+
+def _run(graph_module: GraphModule, number: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in the graph's output."""
+    try:
+        output = graph_module(*inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = [tuple(x.shape) for x in inputs]
+        raise CalibrationError(
+            f"the model failed on calibration batch {number}, shapes {shapes}: {error}. Check the batch and the image size"
+        ) from error
+    return [value for value in tree_leaves(output) if isinstance(value, Tensor)]
+
+
+def _reason_to_keep(channels: Channels, source: Node, movable: set[int]) -> str | None:
+    """Why the input channels of a layer that reads `source` are left where they are, or None."""
+    layout = channels.layouts.get(source)
+    classes = [] if layout is None else layout.classes.tolist()
+    if movable.isdisjoint(classes):
+        return f"its input channels stay in place: {channels.reason(source)}"
+    if len(set(classes)) < len(classes):
+        return "it reads each channel at several places, as after a flatten, and groups run over these"
+    return None
+
+
+def _readers(node: Node, classes: Classes, damping: float) -> Iterator[Reader]:
+    """The scores of an observed layer's weights, relative to the variance of its output; one reader a group."""
+    geometry = node.meta[TASK].geometry
+    weight = geometry.to_matrix(layer_of(node).weight.detach()).double()
+    hessian = observer_of(node).statistics().hessian(centred=True)
+    variance = (weight @ hessian * weight).sum()
+    problem = LayerProblem(hessian, weight @ hessian, weight).damped(damping)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian)).diagonal(dim1=1, dim2=2)
+    scores = weight.square() / inverse[:, None] / torch.where(variance > 0, variance, 1.0)
+    for group, of in zip(scores, np.split(classes, geometry.groups), strict=True):
+        yield Reader(group.reshape(-1, len(of)), of)

@@ -13,7 +13,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
+import fxprune
 from fxprune.export import export_onnx, inspect_onnx, validate_onnx
+from fxprune.export.parity import evaluating
+from fxprune.pattern import Pattern
+from fxprune.report import LayerReport, PruneReport
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.9"])
+def test_what_compile_returns(pattern: str, tmp_path: Path) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+    x = torch.randn(16, 3, 12, 12)
+    model(x)  # so that the running statistics are not 0 and 1
+    compiled = fxprune.compile(model.eval(), [x], pattern, method="magnitude", progress=False)
+    report = export_onnx(compiled, tmp_path / "m.onnx", x[:4], loader=[x], sparse_initializers=True)
+    pruned = [layer.name for layer in compiled.report.layers if layer.status == "pruned"]
+    assert pruned
+    assert [layer.name for layer in report.layers if layer.ok] == pruned
+    assert report.pattern == compiled.report.pattern == pattern
+    assert report.method == "magnitude"
+    assert bool(report.sparse_initializers) is (pattern == "0.9")
+    for layer in compiled.report.layers:
+        assert report[layer.name].sparsity == pytest.approx(layer.sparsity)
+    metadata = inspect_onnx(tmp_path / "m.onnx").metadata
+    assert metadata["fxprune.pattern"] == pattern
 
 
 class Point(NamedTuple):
@@ -105,6 +131,38 @@ def test_shared_tied_and_equal_weights(tmp_path: Path) -> None:
     assert both == {("both.weight", "Gemm", 1), ("both.weight_transposed", "MatMul", 0)}
     # The functional call is no layer of a module, but the file's inspection shows it.
     assert inspect_onnx(tmp_path / "m.onnx")["free"].op == "Conv"
+
+
+def test_report_may_use_any_name_of_a_shared_layer(tmp_path: Path) -> None:
+    model = Awkward().eval()
+    model.alias = model.shared
+    model.shared.weight.data = Pattern.parse("2:4").project(model.shared.weight.data)
+    graph_module = symbolic_trace(model)
+    graph_module.add_submodule("alias", graph_module.get_submodule("shared"))
+    layer = LayerReport("alias", "Conv2d", (4, 4, 3, 3), "2:4", "pruned")
+    graph_module.meta["fxprune_report"] = PruneReport((layer,), "magnitude", "2:4")
+    report = export_onnx(graph_module, tmp_path / "m.onnx", torch.randn(2, 4, 6, 6))
+    assert report["alias"].ok
+    assert report["alias"].initializer in ("alias.weight", "shared.weight")
+
+
+def test_reference_runs_without_tf32() -> None:
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    with evaluating(nn.Identity()) as run:
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert list(run((torch.ones(1),))) == ["output"]
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_model_on_a_gpu(precision: str, tmp_path: Path) -> None:
+    model = symbolic_trace(Awkward().eval()).cuda()
+    x = torch.randn(64, 4, 6, 6)
+    report = export_onnx(model, tmp_path / "m.onnx", x, precision=precision, loader=[x.cuda(), x])
+    assert report.parity.samples == 128
+    assert next(model.parameters()).is_cuda
 
 
 def test_conv1d_conv3d_and_padding_modes(tmp_path: Path) -> None:
