@@ -1,0 +1,219 @@
+"""Compares matched nodes, and says of removed and inserted ones what became of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fxprune.graph_diff.matching import Matching, sources
+from fxprune.graph_diff.model_graph import GraphNode, ModelGraph, Weights
+from fxprune.graph_diff.node_state import node_state
+from fxprune.graph_diff.pictures import draw_weights
+from fxprune.graph_diff.result import NodeDiff, NodeState, Status
+from fxprune.graph_diff.weights import ROUNDING, changed_others, composed, fold, relative_change, was_folded
+from fxprune.graph_diff.wording import percent, sizes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two graphs, what corresponds in them, and every node summed up.
+
+    Attributes:
+        before: the first graph.
+        after: the second graph.
+        matching: which nodes correspond.
+        folded: id before of a removed BatchNorm -> id before of the layer that it was folded into.
+        old: nodes before, by id.
+        new: nodes after, by id.
+        states_before: nodes before summed up, by id.
+        states_after: likewise.
+    """
+
+    before: ModelGraph
+    after: ModelGraph
+    matching: Matching
+    folded: Mapping[str, str]
+    old: Mapping[str, GraphNode]
+    new: Mapping[str, GraphNode]
+    states_before: Mapping[str, NodeState]
+    states_after: Mapping[str, NodeState]
+
+    @classmethod
+    def of(cls, before: ModelGraph, after: ModelGraph, matching: Matching) -> Comparison:
+        """Find out which BatchNorms were folded, and sum up all nodes."""
+        old, new = ({node.id: node for node in graph.nodes} for graph in (before, after))
+        states = [{node.id: node_state(node) for node in graph.nodes} for graph in (before, after)]
+        return cls(before, after, matching, _folded(before, after, matching, old, new), old, new, *states)
+
+    def matched(self, before: str, after: str) -> NodeDiff:
+        """The difference between two nodes that correspond."""
+        u, v = self.old[before], self.new[after]
+        norms = [self.old[norm] for norm, layer in self.folded.items() if layer == before]
+        weights = u.weights
+        for norm in norms:
+            weights = fold(weights, norm.weights)
+        change = relative_change(weights.weight, v.weights.weight)
+        if norms and change is not None and change < ROUNDING:
+            change = 0.0
+        phrases = [*self._operation_changes(u, v), *self._weight_changes(weights, v, change, bool(norms))]
+        phrases += [f"{_short(norm, v)} folded in" for norm in norms]
+        phrases += self._input_changes(u, v)
+        if u.name != v.name and u.weights.weight is not None:
+            phrases.append(f"was {u.name}")
+        status: Status = "unchanged" if not phrases else "changed"
+        return NodeDiff(
+            name=v.name,
+            status="replaced" if u.op != v.op else status,
+            before=self.states_before[before],
+            after=self.states_after[after],
+            changes=tuple(phrases),
+            folded=tuple(norm.name for norm in norms),
+            weight_change=change,
+            output_error=v.output_error,
+            reason=self._reason(v),
+            picture=draw_weights(weights, v.weights),
+        )
+
+    def removed(self, before: str) -> NodeDiff:
+        """A node that only the first graph has."""
+        u = self.old[before]
+        layer = self.folded.get(before)
+        heirs = [self.new[name] for name in self.matching.replaced.get(before, ())]
+        change, phrase, into = None, "", tuple(heir.name for heir in heirs)
+        if layer is not None:
+            into = (self.new[self.matching.pairs[layer]].name,)
+            phrase = f"folded into {into[0]}"
+        elif heirs:
+            phrase = f"replaced by {', '.join(into)}"
+            change = _change_of_composed(u, heirs)
+        return NodeDiff(
+            name=u.name,
+            status="replaced" if heirs else "removed",
+            before=self.states_before[before],
+            after=None,
+            changes=(phrase,) if phrase else (),
+            into=into,
+            weight_change=change,
+            reason=self._reason(u),
+            picture=draw_weights(u.weights, None),
+        )
+
+    def inserted(self, after: str) -> NodeDiff:
+        """A node that only the second graph has."""
+        v = self.new[after]
+        replaced = [self.old[name].name for name, heirs in self.matching.replaced.items() if after in heirs]
+        phrases = [f"in place of {', '.join(replaced)}"] if replaced else []
+        if v.pattern:
+            phrases.append(f"pruned to {v.pattern}")
+        return NodeDiff(
+            name=v.name,
+            status="inserted",
+            before=None,
+            after=self.states_after[after],
+            changes=tuple(phrases),
+            output_error=v.output_error,
+            reason=self._reason(v),
+            picture=draw_weights(None, v.weights),
+        )
+
+    def _operation_changes(self, u: GraphNode, v: GraphNode) -> list[str]:
+        """Operation, arguments and sizes."""
+        old, new = self.states_before[u.id], self.states_after[v.id]
+        if u.op != v.op:
+            return [f"{u.op} → {v.op}"]
+        names = dict.fromkeys([*u.arguments, *v.arguments])
+        differing = [name for name in names if u.arguments.get(name) != v.arguments.get(name)]
+        phrases = [f"{name} {u.arguments.get(name, 'unset')} → {v.arguments.get(name, 'unset')}" for name in differing]
+        if old.weight_shape != new.weight_shape:
+            phrases.append(f"weight {sizes(old.weight_shape)} → {sizes(new.weight_shape)}")
+        if old.dtype != new.dtype:
+            phrases.append(f"{old.dtype or 'no weight'} → {new.dtype or 'no weight'}")
+        shapes = (old.output_shape, new.output_shape)
+        if None not in shapes and shapes[0] != shapes[1]:
+            phrases.append(f"output {sizes(shapes[0] or ())} → {sizes(shapes[1] or ())}")
+        return phrases
+
+    def _weight_changes(self, weights: Weights, v: GraphNode, change: float | None, folded: bool) -> list[str]:
+        """Weight, bias and other tensors; `weights` are those before, with BatchNorm folded."""
+        phrases = []
+        compares = weights.weight is not None and v.weights.weight is not None
+        moved = change != 0.0 if compares and weights.weight.shape == v.weights.weight.shape else False  # type: ignore[union-attr]
+        if moved and change is not None and change < ROUNDING:
+            phrases.append("weight differs by rounding")
+        elif moved and v.pattern:
+            phrases.append(f"pruned to {v.pattern}")
+        elif moved:
+            phrases.append("re-fitted" if v.status == "reconstructed" else "weight changed")
+        if v.weights.weight is not None and not torch.isfinite(v.weights.weight).all():
+            phrases.append("weight holds NaN or infinite values")
+        before, after = weights.others, v.weights.others
+        zero_bias = {name for name, tensor in {**before, **after}.items() if name == "bias" and not tensor.any()}
+        phrases += [f"{name} added" for name in after if name not in before and name not in zero_bias]
+        phrases += [f"{name} removed" for name in before if name not in after and name not in zero_bias]
+        for name, moved_by in changed_others(before, after).items():
+            if moved_by is None or moved_by > (ROUNDING if folded else 0):
+                phrases.append(f"{name} changed" + ("" if moved_by is None else f" by {percent(moved_by)}"))
+        return phrases
+
+    def _input_changes(self, u: GraphNode, v: GraphNode) -> list[str]:
+        """Other sources, not counting what was removed or inserted between."""
+        pairs = self.matching.pairs
+        old = tuple(pairs[source] for source in sources(u, self.old, pairs))
+        new = sources(v, self.new, set(pairs.values()))
+        if old == new:
+            return []
+        old_names, new_names = (", ".join(self.new[s].name for s in found) or "nothing" for found in (old, new))
+        return [f"reads {new_names} instead of {old_names}"]
+
+    def _reason(self, node: GraphNode) -> str:
+        """What the layer's report and the passes say, each once."""
+        told = [
+            f"{change.pass_name}: {change.reason}"
+            for change in self.after.changes
+            if change.node == node.id and change.reason and change.reason != node.reason
+        ]
+        if node.reason:
+            told.insert(0, node.reason if node.status != "kept" else f"not pruned: {node.reason}")
+        return "; ".join(dict.fromkeys(told))
+
+
+def _folded(
+    before: ModelGraph,
+    after: ModelGraph,
+    matching: Matching,
+    old: Mapping[str, GraphNode],
+    new: Mapping[str, GraphNode],
+) -> dict[str, str]:
+    """Removed BatchNorms that went into the layer before them: on record, or by the looks of its weights."""
+    recorded = {(change.node, change.into) for change in after.changes if change.action == "folded"}
+    folded = {}
+    for norm in before.nodes:
+        layer = norm.inputs[0] if norm.inputs else ""
+        if norm.id in matching.pairs or norm.weights.scale is None or layer not in matching.pairs:
+            continue
+        heir = matching.pairs[layer]
+        if old[layer].weights.weight is not None and (
+            (norm.id, heir) in recorded or was_folded(old[layer].weights, norm.weights, new[heir].weights)
+        ):
+            folded[norm.id] = layer
+    return folded
+
+
+def _change_of_composed(node: GraphNode, heirs: list[GraphNode]) -> float | None:
+    """Relative change of a layer that two layers in a row replace."""
+    layers = [heir.weights for heir in heirs if heir.weights.weight is not None]
+    if len(layers) != 2 or any(layer.groups != 1 or layer.transposed for layer in [*layers, node.weights]):
+        return None
+    first, second = layers[0].weight, layers[1].weight
+    assert first is not None
+    assert second is not None
+    return relative_change(node.weights.weight, composed(first, second))
+
+
+def _short(norm: GraphNode, layer: GraphNode) -> str:
+    """A BatchNorm's name without the part that the layer has too; "BN" if only a number is left."""
+    stem = layer.name.rpartition(".")[0]
+    name = norm.name.removeprefix(f"{stem}.") if stem else norm.name
+    return "BN" if name.isdecimal() else name
