@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fxprune.errors import DataError
 from fxprune.files import atomic
 from fxprune.yaml_files import to_yaml
 
@@ -76,6 +77,22 @@ def start_run(folder: str | Path, command: str, config: Mapping[str, Any]) -> Ru
         part.write_text(to_yaml(config), encoding="utf-8")
     (folder / RECORD).unlink(missing_ok=True)
     return Run(folder, command, dict(config), time.time())
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Read the run.json of a finished run.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    path = Path(folder) / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} holds no finished run of fxprune: {error}") from error
+    if not isinstance(record, dict) or not {"config", "results"} <= set(record):
+        raise DataError(f"{path} is no record of a run of fxprune")
+    return record
 
 
 def versions() -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,13 @@ class Task:
         if self.weights is not None:
             load_weights(model, self.weights)
         return model.eval()
+
+
+def task_from(config: Mapping[str, Any]) -> Task:
+    """The task that a command's options describe, such as those in a run folder; its other options are left aside."""
+    found = {field.name: config[field.name] for field in dataclasses.fields(Task) if field.name in config}
+    found |= {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
+    return Task(**found)
 
 
 def scoring_loader(splits: DataSplits, *, images: int | None = None, batch_size: int = 256) -> DataLoader[Any]:

@@ -7,6 +7,7 @@ import typer
 from fxprune.cli.benchmark import benchmark
 from fxprune.cli.command import command
 from fxprune.cli.evaluate import evaluate
+from fxprune.cli.plot import plot
 from fxprune.cli.prune import prune
 from fxprune.cli.train import train
 
@@ -17,7 +18,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _name, _function in (("train", train), ("prune", prune), ("evaluate", evaluate), ("benchmark", benchmark)):
+for _name, _function in (
+    ("train", train),
+    ("prune", prune),
+    ("evaluate", evaluate),
+    ("benchmark", benchmark),
+    ("plot", plot),
+):
     command(app, _name)(_function)
 
 

@@ -23,7 +23,7 @@ from fxprune.files import atomic
 from fxprune.onnx_module import OnnxModule
 from fxprune.runs import CONFIG
 from fxprune.saving import is_saved, load
-from fxprune.tasks import Task, import_user_code, scoring_loader
+from fxprune.tasks import Task, import_user_code, scoring_loader, task_from
 from fxprune.yaml_files import read_yaml
 
 # Options of a task that make no sense here: the file holds the weights.
@@ -79,15 +79,12 @@ def _filled(task: Task, file: Path) -> tuple[Task, dict[str, Any]]:
     if not config.is_file():
         return task, {}
     made = read_yaml(config)
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(Task):
-        value = made.get(field.name)
-        if (
-            field.name not in LEFT_OUT
-            and getattr(task, field.name) == field.default
-            and value not in (None, field.default)
-        ):
-            found[field.name] = tuple(value) if isinstance(value, list) else value
+    then, default = task_from(made), Task()
+    found = {
+        name: value
+        for name, value in dataclasses.asdict(then).items()
+        if name not in LEFT_OUT and getattr(task, name) == getattr(default, name) != value
+    }
     if found:
         stderr.print(f"from {config}: {', '.join(f'{name} {value}' for name, value in found.items())}", soft_wrap=True)
     return dataclasses.replace(task, **found), made

@@ -76,6 +76,7 @@ def prune(
         "sparsity": report.sparsity,
         "layers_pruned": sum(layer.status == "pruned" for layer in report.layers),
         "compile_seconds": report.seconds,
+        "num_classes": splits.info.num_classes,
     }
     exported: OnnxReport | None = None
     if onnx:

@@ -1,0 +1,129 @@
+"""fxprune plot: pictures of a benchmark's CSV, of a report, or of a pruned model."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import Tensor, nn
+
+from fxprune.cli.command import stderr, stdout
+from fxprune.cli.prune import PRUNED
+from fxprune.compiled import CompiledModule
+from fxprune.errors import DataError, FxPruneError, OptionsError
+from fxprune.grid_rows import OK, read_rows
+from fxprune.passes import FoldBatchNorm, RemoveInplace
+from fxprune.runs import read_record
+from fxprune.saving import load
+from fxprune.tasks import import_user_code, task_from
+from fxprune.tracing import trace
+
+FORMATS = ("png", "svg")
+SPECTRA, MASKS = 8, 3  # layers drawn where none are named
+
+Weights = dict[str, Tensor]
+
+
+def plot(
+    sources: Annotated[
+        list[Path], typer.Argument(help="benchmark.csv, report.json, pruned.pt, or a folder of fxprune prune.")
+    ],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out/plots"),
+    formats: Annotated[
+        list[str] | None, typer.Option(help="png, svg or pdf; once for each. png and svg by default.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Layers for spectra and masks: names or patterns; some by default.")
+    ] = None,
+) -> None:
+    """Draw what a file holds.
+
+    A benchmark's CSV: accuracy against sparsity and methods side by side, for every model. A report: zeros and error of
+    every layer. A pruned model: its report, its layers' singular values (with the dense ones, where its folder says what
+    it was made from), and its masks.
+    """
+    try:
+        plots: Any = importlib.import_module("fxprune.plots")
+    except ModuleNotFoundError as error:
+        raise OptionsError(f"plots need {error.name}, which is not installed: pip install 'fxprune[plot]'") from error
+    for source in sources:
+        for name, picture in _pictures(source, plots, layers or []):
+            files = plots.save_figure(picture, out / name, formats or FORMATS)
+            stdout.print("  ".join(map(str, files)), soft_wrap=True)
+
+
+def _pictures(source: Path, plots: Any, chosen: list[str]) -> Iterator[tuple[str, Any]]:
+    """Names and figures of all pictures of one source."""
+    if source.suffix == ".csv":
+        rows = read_rows(source)
+        if failed := sum(row.status != OK for row in rows):
+            stderr.print(f"{source}: {failed} failed rows are left out", soft_wrap=True)
+        for name in dict.fromkeys(row.name for row in rows if row.status == OK):
+            yield f"accuracy-{name}", plots.accuracy_against_sparsity(rows, name)
+            yield f"methods-{name}", plots.method_comparison(rows, name)
+    elif source.suffix == ".json":
+        yield f"layers-{source.parent.name}", plots.layer_sparsity_and_error(plots.read_report(source))
+    elif source.is_dir() or source.suffix == ".pt":
+        file = source / PRUNED if source.is_dir() else source
+        compiled = load(file)
+        label = file.parent.name if file.name == PRUNED else file.stem
+        yield f"layers-{label}", plots.layer_sparsity_and_error(compiled.report, type(compiled).__name__)
+        weights = _pruned_weights(compiled)
+        dense = _dense_weights(file.parent)
+        yield (
+            f"spectra-{label}",
+            plots.singular_value_spectra(_choose(weights, chosen, SPECTRA), dense, type(compiled).__name__),
+        )
+        groups = int(compiled.report.pattern.partition(":")[2] or 0)
+        yield f"masks-{label}", plots.mask_pictures(_choose(weights, chosen, MASKS), type(compiled).__name__, groups)
+    else:
+        raise DataError(
+            f"{source} is neither a .csv, nor a .json, nor a .pt file, nor a folder; there is nothing to draw"
+        )
+
+
+def _pruned_weights(compiled: CompiledModule) -> Weights:
+    names = [layer.name for layer in compiled.report.layers if layer.status == "pruned"]
+    return {name: _weight(compiled.get_submodule(name)) for name in names}
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _dense_weights(folder: Path) -> Weights | None:
+    """Weights of the dense model, BatchNorm folded, where the run folder says what it was; else None, and why on stderr."""
+    try:
+        record = read_record(folder)
+        config = record["config"]
+        import_user_code(config["register"] or ())
+        task = task_from(config)
+        graph = trace(task.trained_model(record["results"]["num_classes"]))
+    except FxPruneError as error:
+        stderr.print(f"without the dense model's spectra: {error}", markup=False, soft_wrap=True)
+        return None
+    RemoveInplace()(graph)
+    if config["fold_batchnorm"]:
+        FoldBatchNorm()(graph)
+    return {name: module.weight for name, module in graph.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+
+
+def _choose(weights: Weights, patterns: list[str], count: int) -> Weights:
+    """The layers that match; without patterns `count` of them, spread evenly over the network's depth."""
+    if patterns:
+        found = {name: weight for name, weight in weights.items() if any(fnmatchcase(name, p) for p in patterns)}
+        if not found:
+            raise OptionsError(f"layers: {', '.join(patterns)} match none of the pruned layers {', '.join(weights)}")
+        return found
+    names = list(weights)
+    places = (
+        range(len(names)) if len(names) <= count else [round(i * (len(names) - 1) / (count - 1)) for i in range(count)]
+    )
+    return {names[place]: weights[names[place]] for place in places}
