@@ -31,7 +31,7 @@ def call_sites(graph_module: GraphModule) -> dict[nn.Module, list[Node]]:
 
 def input_of(node: Node) -> Node:
     """The single tensor input of a one-input module call, given by position or by keyword."""
-    argument: Any = node.args[0] if node.args else next(iter(node.kwargs.values()))
+    argument: Any = node.args[0] if node.args else node.kwargs.get("input", next(iter(node.kwargs.values()), None))
     if not isinstance(argument, Node):
         raise GraphError(f"node {node.name!r} is called with {argument!r} where a tensor was expected")
     return argument

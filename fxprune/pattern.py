@@ -7,6 +7,7 @@ share of a layer's weights is zero.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry, flatten_weight
+
+ROUNDING = 1e-6  # 10 * (1 - 0.9) is a little less than 1.
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ class Pattern(ABC):
         """Share of weights that the pattern sets to zero."""
 
     def kept(self, numel: int) -> int:
-        """How many of `numel` weights stay."""
-        return numel - round(numel * self.sparsity)
+        """How many of `numel` weights stay at most; rounded down, so that parts which keep to it do so together."""
+        return math.floor(numel - numel * self.sparsity + ROUNDING)
 
     @abstractmethod
     def mask(self, scores: Tensor) -> Tensor:
@@ -161,7 +164,7 @@ class UnstructuredPattern(Pattern):
     fraction: float
 
     def __str__(self) -> str:
-        return f"{self.fraction:g}"
+        return str(self.fraction)
 
     @property
     def sparsity(self) -> float:  # noqa: D102
@@ -198,7 +201,7 @@ class MixedPattern(Pattern):
     fraction: float
 
     def __str__(self) -> str:
-        return f"mixed:{self.fraction:g}"
+        return f"mixed:{self.fraction}"
 
     @property
     def sparsity(self) -> float:  # noqa: D102

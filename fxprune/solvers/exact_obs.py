@@ -44,7 +44,7 @@ def _greedy(weight: Tensor, inverse: Tensor, pattern: NMPattern | None) -> tuple
     row = torch.arange(rows, device=weight.device)
     left = torch.ones(rows, columns, dtype=torch.bool, device=weight.device)
     cost = torch.full_like(weight, torch.inf)
-    worst = torch.zeros_like(weight[:, 0])
+    worst, infinity = torch.zeros_like(weight[:, 0]), torch.full_like(weight[:, 0], torch.inf)
     steps = columns if pattern is None else columns // pattern.m * (pattern.m - pattern.n)
     for _ in range(steps):
         diagonal = inverse.diagonal(dim1=1, dim2=2)
@@ -53,7 +53,7 @@ def _greedy(weight: Tensor, inverse: Tensor, pattern: NMPattern | None) -> tuple
             in_group = left.unflatten(1, (-1, pattern.m)).sum(-1, keepdim=True) > pattern.n
             score = torch.where(in_group.expand(-1, -1, pattern.m).flatten(1), score, torch.inf)
         best, j = score.min(1)
-        worst = torch.maximum(worst, best)
+        worst = torch.maximum(worst.nextafter(infinity), best)  # Strictly, lest a tie keep what went first.
         cost[row, j] = worst
         column = inverse[row, :, j]
         pivot = column[row, j]

@@ -1,0 +1,82 @@
+"""Refit against torch.linalg.lstsq on each row's own columns."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxprune.pattern import Pattern
+from fxprune.solvers import refit
+from fxprune.solvers.refit import refit_by_cholesky, refit_by_conjugate_gradients
+
+module = importlib.import_module("fxprune.solvers.refit")  # fxprune.solvers.refit itself is the function.
+
+
+def least_squares(inputs: Tensor, outputs: Tensor, mask: Tensor) -> Tensor:
+    weight = torch.zeros(mask.shape, dtype=inputs.dtype)
+    for row, kept in enumerate(mask):
+        if kept.any():
+            weight[row, kept] = torch.linalg.lstsq(inputs[kept].mT, outputs[row, :, None]).solution[:, 0]
+    return weight
+
+
+def masks(columns: int) -> dict[str, Tensor]:
+    """Six rows each: N:M, supports of every size from none to all, and all alike."""
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(6, columns, generator=generator)
+    sizes = [0, 1, columns // 2, columns - 1, columns, 0]
+    largest = scores.sort(descending=True).values
+    uneven = torch.stack([scores[row] > (largest[row, n] if n < columns else -1) for row, n in enumerate(sizes)])
+    return {"2:4": Pattern.parse("2:4").mask(scores), "uneven": uneven, "all": scores > -1, "none": scores > 2}
+
+
+@pytest.mark.parametrize("kind", ["2:4", "uneven", "all", "none"])
+@pytest.mark.parametrize("columns", [4, 24, 40])
+def test_equals_lstsq_on_the_support(make_case, columns, kind):
+    case, mask = make_case(6, columns, correlation=0.3), masks(columns)[kind]
+    expected = least_squares(case.inputs, case.outputs, mask)
+    for solve in (refit, refit_by_cholesky):
+        found = solve(case.problem, mask)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+        assert not found[~mask].any()
+    for start in (None, case.weight, expected):
+        found = refit_by_conjugate_gradients(case.problem, mask, start=start)
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+        assert not found[~mask].any()
+
+
+def test_chunks_give_the_same(make_case, monkeypatch):
+    case, mask = make_case(6, 24), masks(24)["uneven"]
+    whole = refit_by_cholesky(case.problem, mask)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    torch.testing.assert_close(refit_by_cholesky(case.problem, mask), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_large_supports_go_to_conjugate_gradients(make_case, monkeypatch):
+    case = make_case(3, 24)
+    mask = masks(24)["2:4"][:3]
+    monkeypatch.setattr(module, "CG_ITERATIONS", 1)
+    monkeypatch.setattr(
+        module, "refit_by_conjugate_gradients", lambda problem, mask, *, start=None: "conjugate gradients"
+    )
+    assert refit(case.problem, mask) == "conjugate gradients"
+
+
+def test_conjugate_gradients_stop_at_the_solution(make_case, monkeypatch):
+    """From the solution itself no iteration is needed; from afar, one is not enough: the iterations do the work."""
+    case, mask = make_case(6, 24, correlation=0.6), masks(24)["2:4"]
+    expected = least_squares(case.inputs, case.outputs, mask)
+    monkeypatch.setattr(module, "CG_ITERATIONS", 1)
+    torch.testing.assert_close(refit_by_conjugate_gradients(case.problem, mask, start=expected), expected)
+    far = refit_by_conjugate_gradients(case.problem, mask)
+    assert (far - expected).abs().max() > 1e-2
+
+
+def test_refit_is_never_worse_than_the_solver(make_case):
+    case = make_case(8, 24, correlation=0.5)
+    weight = Pattern.parse("2:4").project(case.weight)
+    better = refit(case.problem, weight != 0, start=weight)
+    assert case.problem.loss(better) < case.problem.loss(weight)
