@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
+from torch.utils.data import Dataset, IterableDataset
 
 from fxprune.errors import CalibrationError
 
@@ -45,12 +48,75 @@ def input_tensor(batch: Any, number: int = 0) -> Tensor:
     return checked(first_item(batch, number), number)
 
 
+def assign(placeholders: Sequence[Node], batch: Any, number: int = 0) -> dict[Node, Any]:
+    """The value of every input of a graph in one batch: a checked tensor, or the input's own default.
+
+    Raises:
+        CalibrationError: if the batch cannot be used, or leaves out an input that has no default.
+    """
+    if not placeholders:
+        return {}
+    if isinstance(batch, dict) and placeholders[0].target in batch:
+        given = {node: batch[node.target] for node in placeholders if node.target in batch}
+    else:
+        given = {placeholders[0]: first_item(batch, number)}
+    values: dict[Node, Any] = {}
+    for node in placeholders:
+        if node in given:
+            values[node] = checked(given[node], number)
+        elif node.args:
+            values[node] = node.args[0]
+        else:
+            raise CalibrationError(
+                f"the model has an input {node.target!r} that calibration batch {number} does not give; "
+                "yield dicts with the names of the model's inputs as keys"
+            )
+    return values
+
+
+def check_loader(loader: Any) -> None:
+    """Raise CalibrationError for what can be iterated over, perhaps, but does not give batches."""
+    if isinstance(loader, Tensor):
+        raise CalibrationError(
+            f"the calibration loader is a tensor of shape {tuple(loader.shape)}; give its batches, such as images.split(128)"
+        )
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise CalibrationError(
+            f"the calibration loader is a dataset ({type(loader).__name__}), which gives single images; "
+            "wrap it in torch.utils.data.DataLoader(dataset, batch_size=128)"
+        )
+    if isinstance(loader, (str, bytes, dict)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise CalibrationError(
+            f"the calibration loader is of type {type(loader).__name__}; expected an iterable of batches, "
+            "such as a DataLoader or a list of tensors"
+        )
+
+
+def peek(loader: Iterable[Any], images: int = 1) -> tuple[list[Any], Iterable[Any]]:
+    """The first batches, with so many images if there are, and all batches; the loader is started once only.
+
+    Raises:
+        CalibrationError: if there are none, one cannot be used, or this is not a loader.
+    """
+    check_loader(loader)
+    rest, head, seen = iter(loader), [], 0
+    for number, batch in enumerate(rest):
+        head.append(batch)
+        seen += len(input_tensor(batch, number))
+        if seen >= images:
+            break
+    if not head:
+        raise CalibrationError(EMPTY)
+    return head, loader if isinstance(loader, (list, tuple)) else chain(head, rest)
+
+
 def read_all(loader: Iterable[Any]) -> Sequence[Any]:
     """All batches of a loader in a list, for what reads them more than once.
 
     Raises:
         CalibrationError: if there are none.
     """
+    check_loader(loader)
     batches = loader if isinstance(loader, (list, tuple)) else list(loader)
     if not batches:
         raise CalibrationError(EMPTY)

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from fxprune.batch_store import BatchStore, BatchValues
-from fxprune.batches import EMPTY, checked, first_item
+from fxprune.batches import EMPTY, assign
 from fxprune.errors import CalibrationError
 from fxprune.graph import input_of, module_of
-from fxprune.output_error import OutputAgreement, OutputError
+from fxprune.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.statistics import HessianObserver
 from fxprune.stopwatch import Stopwatch
 
@@ -76,7 +76,7 @@ class CalibrationStream:
         if previous is not None:
             first = self._position[previous] + 1
             self._diverged.add(previous)
-            self.errors[previous] = OutputError(-1 if isinstance(module_of(previous), nn.Linear) else 1)
+            self.errors[previous] = OutputError(channel_dim(previous))
         between = self._nodes[first : self._position[cut]]
         self._mark_diverged(between)
         for number, values in self._batches():
@@ -125,30 +125,19 @@ class CalibrationStream:
             return
         source, self._source = self._source, None
         for number, batch in enumerate(source):
-            yield number, BatchValues(dict(self._inputs(number, batch)))
+            yield number, BatchValues(self._inputs(number, batch))
         if not len(self._store):
             raise CalibrationError(EMPTY)
 
-    def _inputs(self, number: int, batch: Any) -> Iterator[tuple[Node, Any]]:
+    def _inputs(self, number: int, batch: Any) -> dict[Node, Any]:
         """Assign one batch of the loader to the graph's placeholders."""
         placeholders = [node for node in self._nodes if node.op == "placeholder"]
-        if isinstance(batch, dict) and placeholders[0].target in batch:
-            given = {node: batch[node.target] for node in placeholders if node.target in batch}
-        else:
-            given = {placeholders[0]: first_item(batch, number)}
-        for node in placeholders:
-            if node in given:
-                yield node, checked(given[node], number).to(self.device)
-            elif node.args:
-                yield node, node.args[0]
-            else:
-                raise CalibrationError(
-                    f"the model has an input {node.target!r} that calibration batch {number} does not give; "
-                    "yield dicts with the names of the model's inputs as keys"
-                )
-        first = next(iter(given.values()))
-        self.images += len(first)
-        self._digest.update(str((tuple(first.shape), float(first.double().sum()))).encode())
+        values = assign(placeholders, batch, number)
+        if placeholders:
+            first = values[placeholders[0]]
+            self.images += len(first)
+            self._digest.update(str((tuple(first.shape), float(first.double().sum()))).encode())
+        return {node: x.to(self.device) if isinstance(x, Tensor) else x for node, x in values.items()}
 
     def _mark_diverged(self, nodes: list[Node]) -> None:
         """Find the nodes whose values now differ between the two models."""
@@ -162,11 +151,16 @@ class CalibrationStream:
             pass  # Given with the batch.
         elif isinstance(observer := module_of(node), HessianObserver):
             source = input_of(node)
-            with self.stopwatch.measure("statistics"):
-                observer(values.dense(source) if self.observe_dense else values.pruned(source))
             values.dense_values[node] = values.dense(source)
             if node in self._diverged:
                 values.pruned_values[node] = values.pruned(source)
+            try:
+                with self.stopwatch.measure("statistics"):
+                    observer(values.dense(source) if self.observe_dense else values.pruned(source))
+            except (RuntimeError, IndexError):
+                for layer in node.users:  # What the layer itself says about such an input is of more use.
+                    self._execute(layer, values.dense, number)
+                raise
         else:
             values.dense_values[node] = self._execute(node, values.dense, number)
             if node in self._diverged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.batches import read_all
+from fxprune import solvers
+from fxprune.batches import peek, read_all
 from fxprune.compiled import CompiledModule
 from fxprune.options import Options
 from fxprune.passes import (
     AllocateSparsity,
     FoldBatchNorm,
     InsertObservers,
+    PermuteChannels,
+    Polish,
     PruneWeights,
     RemoveInplace,
     RemoveObservers,
@@ -24,6 +28,8 @@ from fxprune.passes import (
 from fxprune.pattern import Pattern
 from fxprune.progress import layer_progress
 from fxprune.tracing import trace
+
+PERMUTATION_IMAGES = 512
 
 
 def compile(
@@ -59,21 +65,29 @@ def compile(
     started = time.perf_counter()
     pattern = Pattern.parse(pattern)
     options = (options or Options()).resolved(method, pattern)
-    home = next((p.device for p in model.parameters()), torch.device("cpu"))
+    solvers.get(method)  # A misspelt name is told before anything is read.
 
     with layer_progress(progress) as on_layer:
-        # Permutation and budgets look at the whole set before pruning does; otherwise batches are read as they come.
-        batches = read_all(calib_loader) if options.permute or options.global_budget else calib_loader
-        prune = PruneWeights(pattern, method, batches, options, on_layer=on_layer)
-        graph_module = trace(model, exclude=exclude).to(default_device(device))
+        # What looks at the whole set besides pruning needs it in memory; otherwise batches are read as they come.
+        batches = read_all(calib_loader) if options.global_budget or options.polish else calib_loader
+        head, batches = peek(batches, PERMUTATION_IMAGES if options.permute else 1)
+        graph_module = trace(model, exclude=exclude, example=head[0])
+        home = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
+        graph_module.to(default_device(device))
+
         RemoveInplace()(graph_module)
         if options.fold_batchnorm:
             FoldBatchNorm()(graph_module)
+        if options.permute:
+            PermuteChannels(pattern, head, exclude=exclude, damping=options.damping, seed=options.seed)(graph_module)
+        dense = copy.deepcopy(graph_module) if options.polish else None
         InsertObservers(pattern, exclude=exclude, reconstruct=bool(options.reconstruct))(graph_module)
         if options.global_budget:
             AllocateSparsity(pattern, method, read_all(batches), options)(graph_module)
-        prune(graph_module)
+        PruneWeights(pattern, method, batches, options, on_layer=on_layer)(graph_module)
         RemoveObservers()(graph_module)
+        if dense is not None:
+            Polish(dense, read_all(batches), epochs=options.polish, flip=options.flip, seed=options.seed)(graph_module)
         verify(graph_module)
 
     return CompiledModule.of(graph_module.to(home), seconds=time.perf_counter() - started)

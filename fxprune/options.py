@@ -25,8 +25,10 @@ class Options:
         refit: solve for the kept weights by least squares after the solver has chosen the mask.
         reconstruct: re-fit layers that are not pruned (first conv, depthwise, ...) to the same target.
         fold_batchnorm: fold BatchNorm into the layer before it.
-        permute: choose which input channels share an N:M group.
+        permute: choose which input channels share an N:M group, on the first 512 images.
         global_budget: for unstructured patterns: spread the zeros over the layers by what each costs.
+        polish: epochs of label-free distillation on the calibration set afterwards, masks fixed; 0 for none.
+        flip: polish on mirrored images too; right for photographs, wrong for digits.
         seed: seed for everything random.
         memory_limit: bytes of live calibration values to hold on the device (on the CPU: in memory); the rest waits in host
             memory or in a scratch file. None: a share of what is free.
@@ -40,19 +42,27 @@ class Options:
     refit: bool | None = None
     reconstruct: bool | None = None
     fold_batchnorm: bool = True
-    permute: bool = False
+    permute: bool | None = None
     global_budget: bool = False
+    polish: int = 0
+    flip: bool = False
     seed: int = 0
     memory_limit: int | None = None
     checkpoint_dir: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("damping", "polish", "seed", "memory_limit"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float, type(None))) or isinstance(value, bool):
+                raise OptionsError(f"{name} is {value!r}; it should be a number")
         if not 0 <= self.damping < 1e3:
             raise OptionsError(f"damping is {self.damping}; it should be at least 0, and is usually 0.001 to 0.1")
         if self.inputs not in (None, "pruned", "dense"):
             raise OptionsError(f"inputs is {self.inputs!r}; it should be 'pruned' or 'dense'")
         if self.target not in (None, "weights", "dense", "skip"):
             raise OptionsError(f"target is {self.target!r}; it should be 'weights', 'dense' or 'skip'")
+        if self.polish < 0:
+            raise OptionsError(f"polish is {self.polish}; it is a number of epochs, 0 for none")
         if self.memory_limit is not None and self.memory_limit <= 0:
             raise OptionsError(
                 f"memory_limit is {self.memory_limit}; it is a number of bytes, or None to have it chosen"
@@ -64,15 +74,19 @@ class Options:
         Raises:
             OptionsError: if the options ask for what the pattern cannot do.
         """
-        if self.permute and not isinstance(pattern, (NMPattern, MixedPattern)):
+        grouped = isinstance(pattern, (NMPattern, MixedPattern))
+        if self.permute and not grouped:
             raise OptionsError(f"permute chooses which channels share an N:M group; pattern {pattern} has none")
         if self.global_budget and isinstance(pattern, NMPattern):
             raise OptionsError(f"global_budget: {pattern} is the same in every layer; use a sparsity, or 'mixed:0.6'")
         own = PUBLISHED if method in ("magnitude", "sparsegpt", "exact_obs") else OURS
         missing = {f.name: getattr(own, f.name) for f in fields(self) if getattr(self, f.name) is None}
         budget = self.global_budget or isinstance(pattern, MixedPattern)
-        return replace(self, **missing, global_budget=budget)
+        missing["permute"] = grouped and bool(own.permute if self.permute is None else self.permute)
+        return replace(self, **(missing | {"global_budget": budget}))
 
 
-PUBLISHED = Options(inputs="pruned", target="weights", bias_correction=False, refit=False, reconstruct=False)
-OURS = Options(inputs="pruned", target="skip", bias_correction=True, refit=True, reconstruct=True)
+PUBLISHED = Options(
+    inputs="pruned", target="weights", bias_correction=False, refit=False, reconstruct=False, permute=False
+)
+OURS = Options(inputs="pruned", target="skip", bias_correction=True, refit=True, reconstruct=True, permute=True)

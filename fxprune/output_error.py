@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fxprune.graph import module_of
+
+
+def channel_dim(layer: Node) -> int:
+    """Where a layer's output has its channels: last for Linear, second for convolutions."""
+    return -1 if isinstance(module_of(layer), nn.Linear) else 1
 
 
 @dataclass

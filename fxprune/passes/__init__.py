@@ -8,6 +8,8 @@ from fxprune.passes.allocate_sparsity import AllocateSparsity
 from fxprune.passes.base import Change, Pass, changes
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
 from fxprune.passes.insert_observers import InsertObservers
+from fxprune.passes.permute_channels import PermuteChannels
+from fxprune.passes.polish import Polish
 from fxprune.passes.prune_weights import PruneWeights
 from fxprune.passes.reestimate_batchnorm import ReestimateBatchNorm
 from fxprune.passes.remove_inplace import RemoveInplace
@@ -21,6 +23,8 @@ __all__ = [
     "InsertObservers",
     "Pass",
     "PassResult",
+    "PermuteChannels",
+    "Polish",
     "PruneWeights",
     "ReestimateBatchNorm",
     "RemoveInplace",

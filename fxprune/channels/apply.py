@@ -1,0 +1,80 @@
+"""Permutes the parameters of a graph module's layers so that its channels change places."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from fxprune.channels.layout import Channels, Classes, Layout, new_places
+from fxprune.channels.operations import MATRIX_MODULES, VECTOR_MODULES, VECTORS
+from fxprune.graph import input_of, module_of
+
+
+@torch.no_grad()
+def permute_channels(graph_module: GraphModule, channels: Channels, source: Classes) -> None:
+    """Put the channels of class `source[c]` in the place of those of class c, everywhere at once, in place.
+
+    Args:
+        graph_module: the graph that was analysed.
+        channels: its analysis.
+        source: (count,) a permutation of all classes that moves classes only within their atoms.
+    """
+    for node, layout in channels.layouts.items():
+        module = module_of(node)
+        if type(module) not in VECTOR_MODULES and type(module) not in MATRIX_MODULES:
+            continue
+        assert module is not None
+        inputs, outputs = _places(channels.layouts.get(input_of(node)), source), _places(layout, source)
+        if inputs is None and outputs is None:
+            continue  # Nothing moves; perhaps the analysis has not understood this layer.
+        if type(module) in VECTOR_MODULES:
+            assert outputs is not None
+            _permute_vectors(module, outputs)
+        else:
+            _permute_matrix(module, inputs, outputs)
+
+
+def _places(layout: Layout | None, source: Classes) -> Classes | None:
+    """Where a tensor's channels come from, or None if they stay."""
+    places = None if layout is None else new_places(layout.classes, source)
+    return None if places is None or np.array_equal(places, np.arange(len(places))) else places
+
+
+def _permute_vectors(module: nn.Module, places: Classes) -> None:
+    for name in VECTORS:
+        vector = getattr(module, name, None)
+        if isinstance(vector, Tensor) and vector.numel() > 1:
+            vector.data = vector.data[_index(places, vector)]
+
+
+def _permute_matrix(module: nn.Module, inputs: Classes | None, outputs: Classes | None) -> None:
+    """Rows follow the output's channels; columns, in each group, the input's."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, nn.Parameter)
+    rows_dim = 1 if isinstance(module, _ConvTransposeNd) else 0
+    if outputs is not None:
+        weight.data = weight.data.index_select(rows_dim, _index(outputs, weight))
+        if isinstance(bias, Tensor):
+            bias.data = bias.data[_index(outputs, bias)]
+    if inputs is None:
+        return
+    groups = getattr(module, "groups", 1)
+    if groups == 1:
+        weight.data = weight.data.index_select(1 - rows_dim, _index(inputs, weight))
+    elif groups < len(inputs):  # A depthwise filter has one column.
+        columns = _index(_columns_of_rows(inputs, len(weight), groups), weight)
+        weight.data = weight.data[torch.arange(len(weight), device=weight.device)[:, None], columns]
+
+
+def _columns_of_rows(inputs: Classes, rows: int, groups: int) -> Classes:
+    """For each row, where its columns come from within the row's group, (rows, C / groups)."""
+    grouped = inputs.reshape(groups, -1)
+    within = grouped - np.arange(groups)[:, None] * grouped.shape[1]
+    return np.repeat(within, rows // groups, axis=0)
+
+
+def _index(places: Classes, like: Tensor) -> Tensor:
+    return torch.from_numpy(places).to(like.device)

@@ -1,0 +1,98 @@
+"""The walk over a traced graph that gives every tensor its channel layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxprune.channels.context import Context, Shape, Value, holds_tensor
+from fxprune.channels.functions import function_rule
+from fxprune.channels.layout import Channels, Layout
+from fxprune.channels.modules import module_rule
+from fxprune.channels.operations import METADATA, called_name, describe
+from fxprune.graph import call_sites, module_of
+from fxprune.tracing import matches
+
+
+def analyse_channels(
+    graph_module: GraphModule, shapes: Mapping[Node, Shape], *, exclude: Sequence[str] = ()
+) -> Channels:
+    """Find out which channels are the same in different tensors, and which may change places.
+
+    What is not known to treat channels alike fixes all channels that it reads: other operations and modules, modules
+    called at several places, with hooks, with computed or shared parameters, or excluded. So does the model's output.
+
+    Args:
+        graph_module: a traced graph in eval mode.
+        shapes: of every node's value, from `value_shapes`.
+        exclude: module names or fnmatch patterns of modules whose parameters must stay as they are.
+    """
+    context = Context(shapes)
+    sites = call_sites(graph_module)
+    shared = _shared_parameters(graph_module)
+    for node in graph_module.graph.nodes:
+        value = _rule(context, node, sites, shared, exclude)
+        if isinstance(value, str):
+            for source in node.all_input_nodes:
+                context.fix(context.values[source], value)
+            value = context.fixed(shapes.get(node), value)
+        context.values[node] = value
+    layouts = {node: value for node, value in context.values.items() if isinstance(value, Layout)}
+    return context.relations.solve(layouts)
+
+
+def _rule(
+    context: Context,
+    node: Node,
+    sites: Mapping[nn.Module, Sequence[Node]],
+    shared: set[int],
+    exclude: Sequence[str],
+) -> Value | str:
+    if node.op == "placeholder":
+        return f"they are the channels of the model's input {node.name!r}"
+    if node.op == "get_attr":
+        return f"they are read directly from {node.target!r}"
+    if node.op == "output":
+        return "they are the channels of the model's output"
+    if not context.tensors(node):
+        return f"{describe(node)} makes a tensor from no other"
+    module = module_of(node)
+    if module is None:
+        reads_metadata = called_name(node) in METADATA and not holds_tensor(context.shapes.get(node))
+        return None if reads_metadata else function_rule(context, node)
+    reason = _reason_to_fix(node, module, sites, shared, exclude)
+    return reason or module_rule(context, node, module)
+
+
+def _reason_to_fix(
+    node: Node,
+    module: nn.Module,
+    sites: Mapping[nn.Module, Sequence[Node]],
+    shared: set[int],
+    exclude: Sequence[str],
+) -> str | None:
+    """Why a module's parameters cannot be permuted, whatever it computes."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"{describe(node)} has forward hooks"
+    if not [*module.parameters(), *module.buffers()]:
+        return None
+    if matches(str(node.target), exclude):
+        return f"{describe(node)} is excluded"
+    if len(sites[module]) > 1:
+        return f"{describe(node)} is called at {len(sites[module])} places"
+    if any(id(p) in shared for p in module.parameters()):
+        return f"{describe(node)} shares a parameter with another part of the model"
+    if hasattr(module, "weight") and "weight" not in module._parameters:
+        return f"the weight of {describe(node)} is computed"
+    return None
+
+
+def _shared_parameters(graph_module: GraphModule) -> set[int]:
+    """Ids of parameters that have several names, or are read by a get_attr node."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in graph_module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    reads = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    return {key for key, of in names.items() if len(of) > 1 or not reads.isdisjoint(of)}

@@ -1,0 +1,67 @@
+"""Unequal sparsity under one budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune import FxPruneError, Options
+from fxprune.pattern import Pattern
+
+
+class Net(nn.Module):
+    """A wide layer that is nearly low rank, so cheap to prune, beside a narrow one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.useless = nn.Conv2d(16, 16, 3, padding=1)
+        self.needed = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+        self.useless.weight.data *= 1e-3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        x = self.useless(x) + x
+        x = self.needed(x).relu()
+        return 20 * self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def batches():
+    return list(torch.randn(64, 3, 8, 8).split(16))
+
+
+@pytest.mark.parametrize("pattern", ["0.6", "mixed:0.5"])
+def test_a_layer_that_does_not_matter_is_pruned_more(batches, pattern):
+    compiled = fxprune.compile(Net().eval(), batches, pattern, progress=False, options=Options(global_budget=True))
+    useless, needed = compiled.report["useless"], compiled.report["needed"]
+    assert useless.sparsity > needed.sparsity
+    prunable = [compiled.report[name] for name in ("useless", "needed", "head")]
+    zeros = sum(layer.sparsity * layer.weights for layer in prunable)
+    assert zeros / sum(layer.weights for layer in prunable) >= Pattern.parse(pattern).sparsity - 1e-3
+    for layer in prunable:
+        if layer.pattern:
+            assert Pattern.parse(layer.pattern).check(compiled.get_submodule(layer.name).weight).ok
+        else:
+            assert layer.reason.startswith("dense within the budget")
+
+
+def test_the_model_is_unchanged_by_probing(batches):
+    model = Net().eval()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    fxprune.compile(model, batches, "mixed:0.3", progress=False)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_a_budget_needs_a_pattern_with_levels(batches):
+    with pytest.raises(FxPruneError, match="same in every layer"):
+        fxprune.compile(Net(), batches, "2:4", progress=False, options=Options(global_budget=True))
+
+
+def test_a_budget_needs_logits(batches):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    with pytest.raises(FxPruneError, match="classes"):
+        fxprune.compile(model, batches, "mixed:0.5", progress=False)
