@@ -6,13 +6,15 @@ import typer
 
 from fxprune.cli.benchmark import benchmark
 from fxprune.cli.command import command
+from fxprune.cli.diff import diff
 from fxprune.cli.evaluate import evaluate
+from fxprune.cli.inspect import inspect
 from fxprune.cli.plot import plot
 from fxprune.cli.prune import prune
 from fxprune.cli.train import train
 
 app = typer.Typer(
-    help="One-shot pruning of trained CNNs: train, prune, evaluate, benchmark, plot.",
+    help="One-shot pruning of trained CNNs: train, prune, evaluate, benchmark, plot, diff, inspect.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -24,10 +26,12 @@ for _name, _function in (
     ("evaluate", evaluate),
     ("benchmark", benchmark),
     ("plot", plot),
+    ("diff", diff),
+    ("inspect", inspect),
 ):
     command(app, _name)(_function)
 
 
 @app.callback()
 def main() -> None:
-    """One-shot pruning of trained CNNs: train, prune, evaluate, benchmark, plot."""
+    """One-shot pruning of trained CNNs: train, prune, evaluate, benchmark, plot, diff, inspect."""

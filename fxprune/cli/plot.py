@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from fxprune.cli.command import stderr, stdout
 from fxprune.cli.prune import PRUNED
+from fxprune.cli.run_folder import dense_model
 from fxprune.compiled import CompiledModule
 from fxprune.errors import DataError, FxPruneError, OptionsError
 from fxprune.grid_rows import OK, read_rows
 from fxprune.passes import FoldBatchNorm, RemoveInplace
-from fxprune.runs import read_record
 from fxprune.saving import load
-from fxprune.tasks import import_user_code, task_from
 from fxprune.tracing import trace
 
 FORMATS = ("png", "svg")
@@ -101,11 +100,8 @@ def _weight(module: nn.Module) -> Tensor:
 def _dense_weights(folder: Path) -> Weights | None:
     """Weights of the dense model, BatchNorm folded, where the run folder says what it was; else None, and why on stderr."""
     try:
-        record = read_record(folder)
-        config = record["config"]
-        import_user_code(config["register"] or ())
-        task = task_from(config)
-        graph = trace(task.trained_model(record["results"]["num_classes"]))
+        model, config = dense_model(folder)
+        graph = trace(model)
     except FxPruneError as error:
         stderr.print(f"without the dense model's spectra: {error}", markup=False, soft_wrap=True)
         return None

@@ -182,7 +182,7 @@ def test_every_field_has_a_text(record: type) -> None:
     assert set(attribute_texts(record)) == set(inspect.signature(record).parameters)
 
 
-@pytest.mark.parametrize("name", ["train", "prune", "evaluate", "benchmark", "plot"])
+@pytest.mark.parametrize("name", ["train", "prune", "evaluate", "benchmark", "plot", "diff", "inspect"])
 def test_every_command_has_help(name: str) -> None:
     result = runner.invoke(fxprune_app, [name, "--help"])
     assert result.exit_code == 0

@@ -1,0 +1,55 @@
+"""fxprune diff: what changed between two graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+
+from fxprune.cli.command import stdout
+from fxprune.cli.prune import PRUNED
+from fxprune.cli.run_folder import dense_model
+from fxprune.errors import OptionsError
+from fxprune.files import atomic
+from fxprune.graph_diff import diff as compare
+from fxprune.models import model_info
+from fxprune.saving import load
+
+
+def diff(
+    before: Annotated[Path, typer.Argument(help="A folder of fxprune prune; or a pruned.pt or .onnx file.")],
+    after: Annotated[Path | None, typer.Argument(help="Another such file; not with a folder.")] = None,
+    *,
+    html: Annotated[Path | None, typer.Option(help="Write a page to look at.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json-file", help="Write the difference as JSON.")] = None,
+    all_nodes: Annotated[bool, typer.Option("--all-nodes", help="List nodes that are the same too.")] = False,
+) -> None:
+    """Say what changed from one graph to another.
+
+    A folder of `fxprune prune` alone: from the dense model that it started from to the pruned one.
+    """
+    old: nn.Module | Path
+    new: nn.Module | Path
+    example: torch.Tensor | None = None
+    if after is None:
+        if not before.is_dir():
+            raise OptionsError(f"{before} is no folder of fxprune prune; name a second file to compare it with")
+        old, config = dense_model(before)
+        new = load(before / PRUNED)
+        channels, height, width = model_info(config["model"]).input_shape
+        side = config["image_size"]
+        example = torch.zeros(1, config["in_channels"] or channels, side or height, side or width)
+    else:
+        old, new = (file if file.suffix == ".onnx" else load(file) for file in (before, after))
+    found = compare(old, new, example_inputs=example)
+    if html is not None:
+        with atomic(html) as part:
+            found.to_html(part)
+    if json_file is not None:
+        with atomic(json_file) as part:
+            found.to_json(part)
+    text = found.render(all=all_nodes, color=stdout.is_terminal, width=max(stdout.width, 100))
+    stdout.print(text, markup=False, soft_wrap=True)
