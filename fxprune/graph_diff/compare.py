@@ -136,6 +136,8 @@ def _notes(comparison: Comparison, nodes: list[NodeDiff]) -> tuple[str, ...]:
         notes.append(
             f"Nodes that differ only in working in place or not: {inplace}. The values are the same: no change."
         )
+    if comparison.has_unknown_order:
+        notes.append("Channels were permuted, and it is not recorded how: by how much weights changed cannot be told.")
     if comparison.before.shapes_known != comparison.after.shapes_known:
         notes.append("Sizes of activations are known for one of the two graphs only.")
     own = [f"{graph.title}: {note}" for graph in (comparison.before, comparison.after) for note in graph.notes]

@@ -46,6 +46,7 @@ class GraphNode:
         arguments: everything else that it is called with, by name, as text.
         inputs: ids of the nodes that it reads, in order.
         weights: its stored tensors.
+        order: (inputs, outputs): where its channels stood before a pass permuted them; None for those that stayed.
         inplace: whether it overwrites its input.
         output_shape: sizes of its (first) output, None where that is not known.
         multiply_adds: multiplications with a weight or of two activations, for one sample; None if not known.
@@ -62,6 +63,7 @@ class GraphNode:
     arguments: Mapping[str, str]
     inputs: tuple[str, ...]
     weights: Weights = field(default_factory=Weights)
+    order: tuple[Tensor | None, Tensor | None] = (None, None)
     inplace: bool = False
     output_shape: tuple[int | str, ...] | None = None
     multiply_adds: int | None = None
@@ -69,6 +71,11 @@ class GraphNode:
     pattern: str = ""
     output_error: float | None = None
     reason: str = ""
+
+    @property
+    def is_permuted(self) -> bool:
+        """Whether it is recorded how its channels were permuted."""
+        return any(places is not None for places in self.order)
 
 
 @dataclass(frozen=True, eq=False)

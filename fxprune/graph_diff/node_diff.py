@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from fxprune.graph_diff.matching import Matching, sources
 from fxprune.graph_diff.model_graph import GraphNode, ModelGraph, Weights
 from fxprune.graph_diff.node_state import node_state
 from fxprune.graph_diff.pictures import draw_weights
 from fxprune.graph_diff.result import NodeDiff, NodeState, Status
-from fxprune.graph_diff.weights import ROUNDING, changed_others, composed, fold, relative_change, was_folded
-from fxprune.graph_diff.wording import percent, sizes
+from fxprune.graph_diff.weight_phrases import other_phrases, weight_phrases
+from fxprune.graph_diff.weights import ROUNDING, composed, fold, relative_change, reorder, was_folded
+from fxprune.graph_diff.wording import sizes
 
 
 @dataclass(frozen=True)
@@ -47,17 +46,27 @@ class Comparison:
         states = [{node.id: node_state(node) for node in graph.nodes} for graph in (before, after)]
         return cls(before, after, matching, _folded(before, after, matching, old, new), old, new, *states)
 
+    @property
+    def has_unknown_order(self) -> bool:
+        """Whether a pass permuted channels and did not write down how."""
+        permuted = [any(c.action == "permuted" for c in graph.changes) for graph in (self.before, self.after)]
+        return permuted == [False, True] and not any(node.is_permuted for node in self.after.nodes)
+
     def matched(self, before: str, after: str) -> NodeDiff:
         """The difference between two nodes that correspond."""
         u, v = self.old[before], self.new[after]
         norms = [self.old[norm] for norm, layer in self.folded.items() if layer == before]
-        weights = u.weights
-        for norm in norms:
-            weights = fold(weights, norm.weights)
+        weights = self._comparable(u, v, norms)
         change = relative_change(weights.weight, v.weights.weight)
         if norms and change is not None and change < ROUNDING:
             change = 0.0
-        phrases = [*self._operation_changes(u, v), *self._weight_changes(weights, v, change, bool(norms))]
+        phrases = [
+            *self._operation_changes(u, v),
+            *weight_phrases(weights, v, change, ordered=not self.has_unknown_order),
+            *other_phrases(weights, v, rounded=bool(norms), ordered=not self.has_unknown_order),
+        ]
+        if v.is_permuted and not u.is_permuted:
+            phrases.append("channels permuted")
         phrases += [f"{_short(norm, v)} folded in" for norm in norms]
         phrases += self._input_changes(u, v)
         if u.name != v.name and u.weights.weight is not None:
@@ -70,11 +79,18 @@ class Comparison:
             after=self.states_after[after],
             changes=tuple(phrases),
             folded=tuple(norm.name for norm in norms),
-            weight_change=change,
+            weight_change=None if change and self.has_unknown_order else change,
             output_error=v.output_error,
             reason=self._reason(v),
             picture=draw_weights(weights, v.weights),
         )
+
+    def _comparable(self, u: GraphNode, v: GraphNode, norms: list[GraphNode]) -> Weights:
+        """The tensors before, with BatchNorm folded and channels permuted as they are after."""
+        weights = u.weights
+        for norm in norms:
+            weights = fold(weights, norm.weights)
+        return reorder(weights, *v.order) if v.is_permuted and not u.is_permuted else weights
 
     def removed(self, before: str) -> NodeDiff:
         """A node that only the first graph has."""
@@ -133,28 +149,6 @@ class Comparison:
         shapes = (old.output_shape, new.output_shape)
         if None not in shapes and shapes[0] != shapes[1]:
             phrases.append(f"output {sizes(shapes[0] or ())} → {sizes(shapes[1] or ())}")
-        return phrases
-
-    def _weight_changes(self, weights: Weights, v: GraphNode, change: float | None, folded: bool) -> list[str]:
-        """Weight, bias and other tensors; `weights` are those before, with BatchNorm folded."""
-        phrases = []
-        compares = weights.weight is not None and v.weights.weight is not None
-        moved = change != 0.0 if compares and weights.weight.shape == v.weights.weight.shape else False  # type: ignore[union-attr]
-        if moved and change is not None and change < ROUNDING:
-            phrases.append("weight differs by rounding")
-        elif moved and v.pattern:
-            phrases.append(f"pruned to {v.pattern}")
-        elif moved:
-            phrases.append("re-fitted" if v.status == "reconstructed" else "weight changed")
-        if v.weights.weight is not None and not torch.isfinite(v.weights.weight).all():
-            phrases.append("weight holds NaN or infinite values")
-        before, after = weights.others, v.weights.others
-        zero_bias = {name for name, tensor in {**before, **after}.items() if name == "bias" and not tensor.any()}
-        phrases += [f"{name} added" for name in after if name not in before and name not in zero_bias]
-        phrases += [f"{name} removed" for name in before if name not in after and name not in zero_bias]
-        for name, moved_by in changed_others(before, after).items():
-            if moved_by is None or moved_by > (ROUNDING if folded else 0):
-                phrases.append(f"{name} changed" + ("" if moved_by is None else f" by {percent(moved_by)}"))
         return phrases
 
     def _input_changes(self, u: GraphNode, v: GraphNode) -> list[str]:

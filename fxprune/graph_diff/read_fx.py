@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxprune.graph_diff.fx_operation import is_inplace, operation_arguments, operation_name, read_nodes
@@ -16,6 +17,8 @@ from fxprune.graph_diff.fx_weights import PRODUCTS, node_parameters, node_weight
 from fxprune.graph_diff.model_graph import GraphNode, ModelGraph, Weights, weight_multiply_adds
 from fxprune.passes.base import changes
 from fxprune.report import LayerReport, PruneReport
+
+ORDER = "fxprune_order"
 
 
 def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph:
@@ -89,6 +92,7 @@ def _read_node(graph_module: GraphModule, node: Node, call: int, shapes: Mapping
         arguments=operation_arguments(node),
         inputs=tuple(source.name for source in read_nodes(node) if source.op != "get_attr"),
         weights=weights,
+        order=_order(node),
         inplace=is_inplace(node),
         output_shape=shapes.get(node),
         multiply_adds=_multiply_adds(node, weights, shapes),
@@ -96,6 +100,15 @@ def _read_node(graph_module: GraphModule, node: Node, call: int, shapes: Mapping
         pattern=report.pattern if report else "",
         output_error=report.relative_error if report else None,
         reason=report.reason if report else "",
+    )
+
+
+def _order(node: Node) -> tuple[Tensor | None, Tensor | None]:
+    """What a permutation of channels wrote down: the former places of the input's and of the output's channels."""
+    inputs, outputs = node.meta.get(ORDER, (None, None))
+    return (
+        None if inputs is None else torch.as_tensor(inputs, dtype=torch.long),
+        None if outputs is None else torch.as_tensor(outputs, dtype=torch.long),
     )
 
 

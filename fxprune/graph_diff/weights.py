@@ -35,6 +35,36 @@ def fold(weights: Weights, norm: Weights) -> Weights:
     return Weights(folded.to(weight.dtype), others, weights.groups, weights.transposed)
 
 
+def reorder(weights: Weights, inputs: Tensor | None, outputs: Tensor | None) -> Weights:
+    """The same layer with its channels in another order: new channel i is old channel `inputs[i]` or `outputs[i]`.
+
+    Args:
+        weights: of a convolution, a matrix product, or of a normalisation of R channels.
+        inputs: (C,) for the input's channels, each within its group; None leaves them.
+        outputs: (R,) for the output's channels; None leaves them.
+    """
+    weight, rows = weights.weight, 1 if weights.transposed else 0
+    others = dict(weights.others)
+    if outputs is not None:
+        weight = None if weight is None else weight.index_select(rows, outputs)
+        others = {name: tensor[outputs] if len(tensor) == len(outputs) else tensor for name, tensor in others.items()}
+    if inputs is not None and weight is not None and weights.groups == 1:
+        weight = weight.index_select(1 - rows, inputs)
+    elif inputs is not None and weight is not None and weight.shape[1] > 1:
+        grouped = inputs.reshape(weights.groups, -1)
+        within = grouped - torch.arange(weights.groups)[:, None] * grouped.shape[1]
+        columns = within.repeat_interleave(len(weight) // weights.groups, dim=0)
+        weight = weight[torch.arange(len(weight))[:, None], columns]
+    return Weights(weight, others, weights.groups, weights.transposed)
+
+
+def same_numbers(before: Tensor | None, after: Tensor | None) -> bool:
+    """Whether two tensors hold the same numbers, in whatever order."""
+    if before is None or after is None or before.shape != after.shape:
+        return False
+    return torch.equal(before.flatten().sort().values, after.to(before.dtype).flatten().sort().values)
+
+
 def relative_change(before: Tensor | None, after: Tensor | None) -> float | None:
     """||after - before|| / ||before|| (Frobenius); None if the shapes differ or a number is not finite."""
     if before is None or after is None or before.shape != after.shape:

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.fx.experimental.optimization import fuse
 
 import fxprune
 from fxprune.compiled import CompiledModule
 from fxprune.errors import ExportError, GraphError
 from fxprune.graph_diff import GraphDiff, diff
+from fxprune.passes.base import Change
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
 from fxprune.tracing import trace
 from tests.graph_diff.small_net import SmallNet, edited, fill
@@ -187,6 +189,48 @@ def test_nan_is_not_hidden(net: SmallNet) -> None:
     node = diff(net, other)["fc"]
     assert node.weight_change is None
     assert "weight holds NaN or infinite values" in node.changes
+
+
+def permuted(net: SmallNet, *, recorded: bool) -> GraphModule:
+    """conv1's eight channels in another order up to the skip connection, where they are put back."""
+    places = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
+    graph_module = trace(net)
+    graph_module.conv1.weight.data = graph_module.conv1.weight.data[places]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(graph_module.bn1, name).data = getattr(graph_module.bn1, name).data[places]
+    graph_module.conv2.weight.data = graph_module.conv2.weight.data[:, places] * 1.25
+    graph_module.meta["fxprune_changes"] = [Change("Permute", "permuted", "conv2")]
+    if recorded:
+        orders = {"conv1": (None, places), "bn1": (None, places), "conv2": (places, None)}
+        for node in graph_module.graph.nodes:
+            if node.name in orders:
+                node.meta["fxprune_order"] = orders[node.name]
+    return graph_module
+
+
+def test_permuted_channels_are_put_in_order_where_it_is_recorded(net: SmallNet) -> None:
+    result = diff(net, permuted(net, recorded=True))
+    assert {node.name: node.changes for node in result.changed} == {
+        "conv1": ("channels permuted",),
+        "bn1": ("channels permuted",),
+        "conv2": ("weight changed", "channels permuted"),
+    }
+    assert result["conv1"].weight_change == 0
+    assert result["conv2"].weight_change == pytest.approx(0.25, rel=1e-6)
+
+
+def test_permuted_channels_are_not_taken_for_changed_weights(net: SmallNet) -> None:
+    other = permuted(net, recorded=False)
+    result = diff(net, other)
+    assert {node.name: node.changes for node in result.changed} == {
+        "conv1": ("channels permuted",),
+        "conv2": ("weight changed",),
+    }
+    assert result["conv1"].weight_change is None
+    assert result["conv2"].weight_change is None
+    assert any("not recorded how" in note for note in result.notes)
+    assert diff(other, other).is_empty
+    assert diff(other, other).notes == ()
 
 
 def test_modules_that_cannot_be_traced_stay_leaves_on_both_sides() -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.graph_diff.fx_weights import _module_weights
-from fxprune.graph_diff.weights import composed, fold, relative_change, was_folded
+from fxprune.graph_diff.weights import composed, fold, relative_change, reorder, same_numbers, was_folded
 
 
 def random_norm(channels: int) -> nn.BatchNorm2d:
@@ -78,3 +78,30 @@ def test_what_does_not_compose_gives_none() -> None:
     assert composed(torch.randn(3, 4, 3, 3), torch.randn(6, 3, 3, 3)) is None
     assert composed(torch.randn(3, 4), torch.randn(6, 2)) is None
     assert composed(torch.randn(3, 4), torch.randn(6, 3, 1, 1)) is None
+
+
+@pytest.mark.parametrize(("kind", "groups"), [(nn.Conv2d, 1), (nn.Conv2d, 2), (nn.ConvTranspose2d, 1)])
+def test_reorder_moves_rows_and_columns(kind: type[nn.Conv2d], groups: int) -> None:
+    layer = kind(4, 6, 3, groups=groups).double()
+    inputs = torch.tensor([1, 0, 3, 2]) if groups == 2 else torch.tensor([2, 0, 3, 1])
+    outputs = torch.tensor([2, 0, 1, 5, 3, 4])
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    moved = reorder(_module_weights(layer), inputs, outputs)
+    function = F.conv_transpose2d if kind is nn.ConvTranspose2d else F.conv2d
+    output = function(x[:, inputs], moved.weight, moved.others["bias"], groups=groups)
+    assert torch.allclose(output, layer(x)[:, outputs], atol=1e-12)
+
+
+def test_reorder_moves_the_vectors_of_a_normalisation() -> None:
+    norm, outputs = random_norm(4), torch.tensor([3, 1, 0, 2])
+    x = torch.randn(2, 4, 3, 3)
+    moved = reorder(_module_weights(norm), None, outputs).others
+    output = F.batch_norm(x[:, outputs], moved["running_mean"], moved["running_var"], moved["weight"], moved["bias"])
+    assert torch.allclose(output, norm(x)[:, outputs], atol=1e-6)
+
+
+def test_same_numbers_in_any_order() -> None:
+    weight = torch.randn(4, 3)
+    assert same_numbers(weight, weight.flip(0))
+    assert not same_numbers(weight, weight + 1e-3)
+    assert not same_numbers(weight, weight.T)
