@@ -6,9 +6,12 @@ from fxprune import models, passes, solvers
 from fxprune.compiled import CompiledModule
 from fxprune.compiler import compile
 from fxprune.errors import FxPruneError
+from fxprune.export import export_onnx, inspect_onnx, validate_onnx
+from fxprune.graph_diff import diff
 from fxprune.options import Options
 from fxprune.pattern import Pattern
 from fxprune.report import LayerReport, PruneReport
+from fxprune.saving import load, save
 
 __version__ = "0.1.0"
 
@@ -20,7 +23,13 @@ __all__ = [
     "Pattern",
     "PruneReport",
     "compile",
+    "diff",
+    "export_onnx",
+    "inspect_onnx",
+    "load",
     "models",
     "passes",
+    "save",
     "solvers",
+    "validate_onnx",
 ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
 from torch.fx import GraphModule
 
+from fxprune.export.deployment import assess_deployment
 from fxprune.passes.prune_weights import REPORT
-from fxprune.report import PruneReport
+from fxprune.report import LayerReport, PruneReport
 
 
 class CompiledModule(GraphModule):
@@ -18,7 +20,9 @@ class CompiledModule(GraphModule):
         """The same graph and modules, and the report that `PruneWeights` left, with the time of the whole run."""
         compiled = cls(graph_module, graph_module.graph, graph_module._get_name())
         compiled.meta.update(graph_module.meta)
-        compiled.meta[REPORT] = replace(graph_module.meta[REPORT], seconds=seconds)
+        report: PruneReport = graph_module.meta[REPORT]
+        layers = tuple(_with_verdict(layer, compiled) for layer in report.layers)
+        compiled.meta[REPORT] = replace(report, layers=layers, seconds=seconds)
         compiled.eval()
         return compiled
 
@@ -28,3 +32,13 @@ class CompiledModule(GraphModule):
         report = self.meta[REPORT]
         assert isinstance(report, PruneReport)
         return report
+
+
+def _with_verdict(layer: LayerReport, graph_module: GraphModule) -> LayerReport:
+    """The report of a pruned layer with what its zeros are worth where it runs."""
+    if not layer.pattern:
+        return layer
+    module = graph_module.get_submodule(layer.name)
+    assert isinstance(module.weight, Tensor)
+    verdict = assess_deployment(module.weight, op=layer.op, groups=getattr(module, "groups", 1)).verdict
+    return replace(layer, verdict=verdict)
