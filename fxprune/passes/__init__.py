@@ -14,6 +14,7 @@ from fxprune.passes.prune_weights import PruneWeights
 from fxprune.passes.reestimate_batchnorm import ReestimateBatchNorm
 from fxprune.passes.remove_inplace import RemoveInplace
 from fxprune.passes.remove_observers import RemoveObservers
+from fxprune.passes.to_semi_structured import ToSemiStructured
 from fxprune.passes.verify import verify
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ReestimateBatchNorm",
     "RemoveInplace",
     "RemoveObservers",
+    "ToSemiStructured",
     "changes",
     "verify",
 ]
