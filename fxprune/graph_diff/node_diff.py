@@ -81,7 +81,8 @@ class Comparison:
             folded=tuple(norm.name for norm in norms),
             weight_change=None if change and self.has_unknown_order else change,
             output_error=v.output_error,
-            reason=self._reason(v),
+            reason=f"not pruned: {v.reason}" if v.reason and v.status != "pruned" else "",
+            notes=self._notes(v),
             picture=draw_weights(weights, v.weights),
         )
 
@@ -112,7 +113,7 @@ class Comparison:
             changes=(phrase,) if phrase else (),
             into=into,
             weight_change=change,
-            reason=self._reason(u),
+            notes=self._notes(u),
             picture=draw_weights(u.weights, None),
         )
 
@@ -130,7 +131,8 @@ class Comparison:
             after=self.states_after[after],
             changes=tuple(phrases),
             output_error=v.output_error,
-            reason=self._reason(v),
+            reason=f"not pruned: {v.reason}" if v.reason and v.status != "pruned" else "",
+            notes=self._notes(v),
             picture=draw_weights(None, v.weights),
         )
 
@@ -161,16 +163,14 @@ class Comparison:
         old_names, new_names = (", ".join(self.new[s].name for s in found) or "nothing" for found in (old, new))
         return [f"reads {new_names} instead of {old_names}"]
 
-    def _reason(self, node: GraphNode) -> str:
-        """What the layer's report and the passes say, each once."""
+    def _notes(self, node: GraphNode) -> tuple[str, ...]:
+        """What passes wrote down about a node, each note once, and without the reason that the layer's report gives."""
         told = [
             f"{change.pass_name}: {change.reason}"
             for change in self.after.changes
             if change.node == node.id and change.reason and change.reason != node.reason
         ]
-        if node.reason:
-            told.insert(0, node.reason if node.status != "kept" else f"not pruned: {node.reason}")
-        return "; ".join(dict.fromkeys(told))
+        return tuple(dict.fromkeys(told))
 
 
 def _folded(

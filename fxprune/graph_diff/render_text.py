@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MARKS = {"unchanged": " ", "changed": "~", "removed": "-", "inserted": "+", "replaced": "!"}
 STYLES = {"unchanged": "dim", "changed": "yellow", "removed": "red", "inserted": "green", "replaced": "magenta"}
 NOT_PRUNED = "not pruned: "
+_MAIN = ("pruned", "re-fitted")  # beside these, what follows goes without saying
+_MINOR = ("bias changed", "channels permuted")
 _WEIGHT = "weight: ‖after − before‖ / ‖before‖, with BatchNorm folded into before where it is in after."
 _OUTPUT_ERROR = "output error: ‖y_dense − y_pruned‖² / ‖y_dense − mean‖² on the calibration set."
 
@@ -62,9 +64,9 @@ def _parts(diff: GraphDiff, all: bool) -> list[RenderableType]:
     title = Text.assemble(("Graph diff  ", "bold"), diff.before, (" → ", "bold"), diff.after)
     shown = [node for node in diff.nodes if all or not (node.status == "unchanged" or _is_folded(node))]
     parts: list[RenderableType] = [title, Padding(_costs(diff), (1, 0, 1, 0)), Text(f"Nodes: {summary(diff)}")]
-    told = dict.fromkeys(node.reason.removeprefix(NOT_PRUNED) for node in shown if node.reason)
+    told = dict.fromkeys(reason for node in shown for reason in _footnotes(node, all))
     reasons = {reason: number for number, reason in enumerate(told, 1)}
-    parts.append(Padding(_nodes(shown, reasons), (1, 0, 1, 0)))
+    parts.append(Padding(_nodes(shown, reasons, all), (1, 0, 1, 0)))
     parts += [Text(f"[{number}] {reason}") for reason, number in reasons.items()]
     if any(node.weight_change for node in shown):
         parts.append(Text(_WEIGHT, style="dim"))
@@ -96,7 +98,7 @@ def _costs(diff: GraphDiff) -> Table:
     return table
 
 
-def _nodes(nodes: list[NodeDiff], reasons: dict[str, int]) -> Table:
+def _nodes(nodes: list[NodeDiff], reasons: dict[str, int], all: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="dim", show_edge=False)
     table.add_column("", width=1)
     table.add_column("node", overflow="fold", ratio=None, max_width=34)
@@ -116,7 +118,7 @@ def _nodes(nodes: list[NodeDiff], reasons: dict[str, int]) -> Table:
             cells += [_zeros(node), "" if node.weight_change is None else percent(node.weight_change)]
         if errors:
             cells.append("" if node.output_error is None else percent(node.output_error))
-        table.add_row(*cells, _changes(node, reasons))
+        table.add_row(*cells, _changes(node, reasons, all))
     return table
 
 
@@ -135,12 +137,20 @@ def _zeros(node: NodeDiff) -> str:
     return shares[-1] if shares[0] in ("0.0%", shares[-1]) else f"{shares[0].rstrip('%')} → {shares[-1]}"
 
 
-def _changes(node: NodeDiff, reasons: dict[str, int]) -> Text:
-    """What changed in a few words, with the number of the reason, which stands below the table."""
+def _changes(node: NodeDiff, reasons: dict[str, int], all: bool) -> Text:
+    """What changed in a few words, with the numbers of what stands below the table."""
     phrases = list(node.changes) or ([node.status] if node.status in ("removed", "inserted") else [])
-    if node.reason.startswith(NOT_PRUNED):
+    if not all and phrases and phrases[0].startswith(_MAIN):
+        phrases = [phrase for phrase in phrases if not phrase.startswith(_MINOR)]
+    if node.reason:
         phrases.append(NOT_PRUNED.rstrip(": "))
     text = Text("; ".join(phrases))
-    if node.reason:
-        text.append(f"{' ' if phrases else ''}[{reasons[node.reason.removeprefix(NOT_PRUNED)]}]", style="dim")
+    numbers = ", ".join(str(reasons[reason]) for reason in _footnotes(node, all))
+    if numbers:
+        text.append(f"{' ' if phrases else ''}[{numbers}]", style="dim")
     return text
+
+
+def _footnotes(node: NodeDiff, all: bool) -> list[str]:
+    reason = [node.reason.removeprefix(NOT_PRUNED)] if node.reason else []
+    return [*reason, *node.notes] if all else reason

@@ -63,7 +63,8 @@ class NodeDiff:
         weight_change: ||after - before|| / ||before|| of the weight, with those BatchNorms folded into `before`; of a
             layer that two replace, with the product of their weights as `after`; None if the shapes do not compare.
         output_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on the calibration set, where it was measured.
-        reason: what the passes wrote down, such as why a layer was not pruned.
+        reason: why the layer was not pruned, as "not pruned: ...".
+        notes: what the passes wrote down about it.
         picture: its weights for the HTML page.
     """
 
@@ -77,6 +78,7 @@ class NodeDiff:
     weight_change: float | None = None
     output_error: float | None = None
     reason: str = ""
+    notes: tuple[str, ...] = ()
     picture: WeightPicture | None = field(default=None, repr=False)
 
     @property
@@ -168,7 +170,7 @@ class GraphDiff:
         """The diff as text.
 
         Args:
-            all: list unchanged nodes too, and folded BatchNorms on lines of their own.
+            all: list unchanged nodes too, folded BatchNorms on lines of their own, and what passes wrote down.
             color: with ANSI colours; None colours what goes to a terminal, unless NO_COLOR is set.
             width: columns at most.
         """

@@ -26,7 +26,7 @@ Keys = webdriver.Keys
 
 FLAGS = (
     "--headless --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-dev-shm-usage "
-    "--disable-component-update --disable-sync --window-size=1400,900"
+    "--disable-component-update --disable-sync --force-prefers-reduced-motion --window-size=1400,900"
 ).split()
 
 

@@ -22,8 +22,11 @@ def result(net: SmallNet, compiled: CompiledModule, images: Tensor) -> GraphDiff
 
 def with_fixed_reasons(result: GraphDiff) -> GraphDiff:
     """The wording of reasons is the passes' own, and no part of these snapshots."""
-    reasons = {"conv1": "not pruned: why conv1 was not pruned", "act": "SomePass: what it did to act"}
-    nodes = tuple(replace(node, reason=reasons.get(node.name, "")) for node in result.nodes)
+    reasons = {"conv1": "not pruned: why conv1 was not pruned"}
+    notes = {"act": ("SomePass: what it did to act",), "conv1": ("SomePass: what it did to conv1",)}
+    nodes = tuple(
+        replace(node, reason=reasons.get(node.name, ""), notes=notes.get(node.name, ())) for node in result.nodes
+    )
     return replace(result, nodes=nodes)
 
 
@@ -53,7 +56,11 @@ def test_long_names_and_reasons_stay_within_the_width(result: GraphDiff, width: 
         result,
         before="SomeNetworkWithAVeryLongClassName" * 2,
         nodes=tuple(
-            replace(node, name=f"features.denseblock4.denselayer24.{node.name}", reason="no reason in particular " * 9)
+            replace(
+                node,
+                name=f"features.denseblock4.denselayer24.{node.name}",
+                reason="not pruned: " + "no reason in particular " * 9,
+            )
             for node in result.nodes
         ),
     )
