@@ -17,8 +17,6 @@ from rich.table import Table
 import fxprune
 from fxprune.data import calibration_loader, load_data, make_loader
 from fxprune.evaluation import agreement, evaluate
-from fxprune.export import export_onnx
-from fxprune.models import create
 from fxprune.recipe import Recipe
 from fxprune.training import Epoch, train
 
@@ -32,7 +30,7 @@ def main(folder: Path = Path("out/demo"), epochs: int = 6) -> None:
     # 1. A data set and a model by name. Any torch.nn.Module that torch.fx can trace would do.
     digits = load_data("digits")
     test = make_loader(digits.test, batch_size=250)
-    model = create("simple_cnn", width=16)
+    model = fxprune.models.create("simple_cnn", width=16)
 
     def say(epoch: Epoch) -> None:
         console.print(f"epoch {epoch.epoch}: {epoch.test_accuracy:.1f}% of the test digits are right")
@@ -54,7 +52,7 @@ def main(folder: Path = Path("out/demo"), epochs: int = 6) -> None:
 
     # 5. An ONNX file. It is kept only if onnxruntime computes what the graph does and all pruned layers in it are 2:4.
     onnx_file = folder / "simple_cnn_2-4.onnx"
-    onnx = export_onnx(best, onnx_file, next(iter(test)), loader=test)
+    onnx = fxprune.export_onnx(best, onnx_file, next(iter(test)), loader=test)
 
     table = Table("2:4, no retraining", title=f"\n{len(digits.test)} test digits", title_justify="left")  # type: ignore[arg-type]
     for heading in ("accuracy", "agrees with dense", "KL to dense", "zeros"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+import fxprune
 from fxprune.cli.benchmark import benchmark
 from fxprune.cli.command import command
 from fxprune.cli.diff import diff
@@ -32,6 +35,17 @@ for _name, _function in (
     command(app, _name)(_function)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fxprune {fxprune.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """One-shot pruning of trained CNNs: train, prune, evaluate, benchmark, plot, diff, inspect."""

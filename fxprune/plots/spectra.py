@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from fxprune.errors import DataError
@@ -89,6 +90,7 @@ def _panel(
             textcoords="offset points", ha="right", va="top", color=color, size=11,
         )  # fmt: skip
         written += 1
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.margins(y=0.12)

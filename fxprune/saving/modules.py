@@ -80,6 +80,11 @@ class ModuleWriter:
             raise CheckpointError(f"module {path!r} cannot be stored: {error}") from error
 
     def _weight(self, name: str, tensor: Tensor) -> str:
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            raise CheckpointError(
+                f"{name} is a {type(tensor).__name__}, which no plain weights file holds; save the model before it is "
+                "converted to such tensors"
+            )
         first = self._names.setdefault(id(tensor), name)
         if first == name:
             self.weights[name] = tensor.detach()

@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import fxprune
 from fxprune.cli import app as fxprune_app
 from fxprune.cli.command import command
 from fxprune.cli.signature import attribute_texts
@@ -191,3 +192,7 @@ def test_every_command_has_help(name: str) -> None:
 
 def test_an_unknown_command_is_a_usage_error() -> None:
     assert runner.invoke(fxprune_app, ["prun"]).exit_code == 2
+
+
+def test_the_version_is_the_packages() -> None:
+    assert runner.invoke(fxprune_app, ["--version"]).output == f"fxprune {fxprune.__version__}\n"

@@ -173,6 +173,17 @@ def test_hooks_and_odd_attributes_are_refused(tmp_path: Path) -> None:
         save(odd, tmp_path / "model.pt")
 
 
+class Marked(torch.Tensor):
+    """A tensor of another kind, such as torch's semi-structured ones."""
+
+
+def test_tensors_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    model, _ = compiled("simple_cnn", (1, 28, 28))
+    model.fc2.weight = torch.nn.Parameter(model.fc2.weight.detach().as_subclass(Marked))
+    with pytest.raises(CheckpointError, match=r"fc2\.weight is a Marked"):
+        save(model, tmp_path / "model.pt")
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip", None, "cut"])
 def test_damaged_files_are_errors(content: bytes | str | None, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
