@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import copy
+import operator
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.fx import GraphModule, Tracer
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node, Proxy, Tracer
+from torch.nn.parameter import is_lazy
 
 from fxprune.errors import FxPruneError, TraceError
+from fxprune.trace_check import difference
 
 _NOT_THE_USERS_CODE = (str(Path(torch.__file__).parent), __file__)
+_INPLACE = (
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
+)  # fmt: skip
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -25,39 +33,42 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(candidate, pattern) for pattern in patterns for candidate in enclosing)
 
 
-def trace(model: nn.Module, *, exclude: Sequence[str] = ()) -> GraphModule:
+def trace(model: nn.Module, *, exclude: Sequence[str] = (), example: Any = None) -> GraphModule:
     """Copy a model, put the copy in eval mode and trace it symbolically.
 
-    The user's model is not modified: neither its weights nor its training flags nor its device.
+    The user's model is not modified: neither its weights nor its training flags nor its device. Arguments of `forward`
+    that have a plain default (None, a number, a string) keep it, unless the example gives them.
 
     Args:
         model: any module that torch.fx can trace; a GraphModule may be traced again.
-        exclude: module names or fnmatch patterns. An excluded module that cannot be traced becomes a leaf: it is
-            called as a whole, and nothing inside it is changed.
+        exclude: module names or fnmatch patterns. An excluded module that cannot be traced, or that is traced wrongly,
+            becomes a leaf: it is called as a whole, and nothing inside it is changed.
+        example: a batch as a calibration loader gives it; with one, the traced graph is compared with the model on it.
 
     Raises:
-        TraceError: names the module and the source line where tracing stopped, and the remedy.
+        TraceError: names the module and the source line where tracing stopped, and the remedy; or says that the graph
+            does not compute what the model does.
         FxPruneError: if a name in `exclude` matches no module.
     """
-    check_exclude(model, exclude)
-    try:
-        model = copy.deepcopy(model).eval()
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be copied ({error}), and fxprune works on a copy only. Detach what the model "
-            "holds besides parameters and buffers (hooks with closures, generators, open files) before compiling."
-        ) from error
+    model = _copied(_usable(model, exclude))
     leaves: set[str] = set()
+    cause: Exception | None
+    given = tuple(example) if isinstance(example, dict) else ()
     while True:
-        tracer = _PathTracer(leaves)
+        tracer = _PathTracer(leaves, given)
         try:
-            graph = tracer.trace(model)
-            return GraphModule(model, graph, type(model).__name__)
+            graph_module = GraphModule(model, tracer.trace(model), type(model).__name__)
         except Exception as error:
-            excluded = [path for path in tracer.path if path not in leaves and matches(path, exclude)]
-            if not excluded:
-                raise TraceError(_explain(model, tracer, error)) from error
-            leaves.add(excluded[0])
+            stopped_in, problem, cause = tracer.path, _explain(model, tracer, error), error
+        else:
+            wrong = None if example is None else difference(model, graph_module, example)
+            if wrong is None:
+                return graph_module
+            stopped_in, problem, cause = tracer.entered, wrong, None
+        excluded = [path for path in stopped_in if path not in leaves and matches(path, exclude)]
+        if not excluded:
+            raise TraceError(problem) from cause
+        leaves.add(excluded[0])
 
 
 def check_exclude(model: nn.Module, exclude: Sequence[str]) -> None:
@@ -73,24 +84,108 @@ def check_exclude(model: nn.Module, exclude: Sequence[str]) -> None:
             )
 
 
-class _PathTracer(Tracer):
-    """A tracer that remembers which modules it is inside of, so that a failure can be placed."""
+def _usable(model: nn.Module, exclude: Sequence[str]) -> nn.Module:
+    """The model itself, out of a wrapper for parallel runs or torch.compile; or an error if there is nothing to trace."""
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"expected a torch.nn.Module to compile, got {model!r} ({type(model).__name__})")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            f"{type(model).__name__} is TorchScript, which cannot be traced; compile the nn.Module it came from"
+        )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return _usable(model.module, exclude)
+    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        return _usable(inner, exclude)
+    check_exclude(model, exclude)
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            raise TraceError(
+                f"{name!r} holds no values yet ({type(tensor).__name__} on {tensor.device}): run a lazy model on one batch, "
+                "load the weights of one built on the meta device, and train it, before compiling"
+            )
+    return model
 
-    def __init__(self, leaves: set[str]) -> None:
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode."""
+    # Tensors that were computed and are only kept around (by weight_norm's hook, say) cannot be copied with their history.
+    held = chain.from_iterable(vars(module).values() for module in model.modules())
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied ({error}), and fxprune works on a copy only. Detach what the model "
+            "holds besides parameters and buffers (hooks with closures, generators, open files) before compiling."
+        ) from error
+
+
+class _PathTracer(Tracer):
+    """A tracer that remembers which modules it went into, so that a failure can be placed.
+
+    Args:
+        leaves: modules to call as a whole.
+        given: arguments of `forward` that are inputs even if they have a default.
+    """
+
+    def __init__(self, leaves: Collection[str] = (), given: Collection[str] = ()) -> None:
         super().__init__()
         self.leaves = leaves
+        self.given = given
         self.path: list[str] = []
+        self.entered: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: Node) -> Proxy:
+        return _InplaceProxy(node, self)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        root_fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        return root_fn, [self._own_default(arg) for arg in args]
+
+    def _own_default(self, arg: Any) -> Any:
+        """The default of an argument that nobody gives, in place of its placeholder."""
+        if not isinstance(arg, Proxy) or not arg.node.args or arg.node.target in self.given:
+            return arg
+        default = arg.node.args[0]
+        if not isinstance(default, (bool, int, float, str, type(None))):
+            return arg
+        self.graph.erase_node(arg.node)
+        return default
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         self.path.append(self.path_of_module(m))
+        if not self.is_leaf_module(m, self.path[-1]):
+            self.entered.append(self.path[-1])
         result = super().call_module(m, forward, args, kwargs)
         self.path.pop()  # Not in a finally: after a failure the path says where it was.
         return result
+
+
+class _InplaceProxy(Proxy):
+    """A proxy under which `x += y` is recorded as the in-place operation it is.
+
+    torch.fx's own has no `__iadd__`, so Python falls back to `x = x + y`, and another name of x keeps its old value.
+    """
+
+
+def _record_inplace(function: Callable[[Any, Any], Any]) -> None:
+    name = function.__name__  # "iadd"
+
+    def record(self: Proxy, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {}, name=name.rstrip("_")[1:])
+
+    setattr(_InplaceProxy, f"__{name}__", record)
+
+
+for _function in _INPLACE:
+    _record_inplace(_function)
 
 
 def _explain(model: nn.Module, tracer: _PathTracer, error: Exception) -> str:
@@ -105,6 +200,6 @@ def _explain(model: nn.Module, tracer: _PathTracer, error: Exception) -> str:
         else "Move that part into a submodule and name it in exclude to keep it whole as a leaf"
     )
     return (
-        f"torch.fx could not trace {type(model).__name__}: it stopped in {place} ({kind}){line}: {error} "
+        f"torch.fx could not trace {type(model).__name__}: it stopped in {place} ({kind}){line}: {str(error).rstrip('.')}. "
         f"{remedy}, or rewrite the line without control flow that depends on tensor values."
     )
