@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from fxprune import Options, Pattern
+from fxprune.errors import OptionsError
+
+TWO_FOUR = Pattern.parse("2:4")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("damping", -0.1), ("damping", float("nan")), ("damping", 1e3), ("damping", "0.01"), ("damping", True),
+        ("inputs", "both"), ("target", "output"), ("memory_limit", 0), ("memory_limit", "1GB"), ("polish", -1),
+        ("polish", "yes"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_named(name, value):
+    with pytest.raises(OptionsError, match=rf"^{name} is "):
+        Options(**{name: value})
+
+
+def test_options_cannot_be_misspelt_or_changed():
+    with pytest.raises(TypeError, match="dampning"):
+        Options(dampning=0.1)
+    with pytest.raises(FrozenInstanceError):
+        Options().damping = 0.1
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "exact_obs"])
+def test_published_methods_are_as_published(method):
+    options = Options().resolved(method, TWO_FOUR)
+    assert (options.inputs, options.target) == ("pruned", "weights")
+    assert options.bias_correction is options.refit is options.reconstruct is options.permute is False
+
+
+@pytest.mark.parametrize("method", ["admm", "one of the user's own"])
+def test_our_own_choice(method):
+    options = Options().resolved(method, TWO_FOUR)
+    assert (options.inputs, options.target) == ("pruned", "skip")
+    assert options.bias_correction is options.refit is options.reconstruct is options.permute is True
+    assert Options().resolved(method, Pattern.parse("0.9")).permute is False  # No groups to share.
+
+
+@pytest.mark.parametrize("method", ["magnitude", "admm"])
+def test_what_the_user_says_stays(method):
+    chosen = {
+        "damping": 0.05,
+        "inputs": "dense",
+        "target": "dense",
+        "bias_correction": True,
+        "refit": False,
+        "reconstruct": False,
+    }
+    resolved = Options(**chosen).resolved(method, TWO_FOUR)
+    for name, value in chosen.items():
+        assert getattr(resolved, name) == value
+
+
+def test_nothing_is_left_open():
+    resolved = Options().resolved("sparsegpt", TWO_FOUR)
+    left_open = {f.name for f in fields(resolved) if getattr(resolved, f.name) is None}
+    assert left_open == {"memory_limit", "checkpoint_dir"}  # There None has a meaning of its own.
+    assert resolved.resolved("admm", TWO_FOUR) == resolved
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("permute", "0.9"), ("global_budget", "2:4")])
+def test_what_a_pattern_cannot_do(name, pattern):
+    with pytest.raises(OptionsError, match=rf"{name}.*{pattern}"):
+        Options(**{name: True}).resolved("admm", Pattern.parse(pattern))

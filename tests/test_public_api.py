@@ -1,0 +1,75 @@
+"""The public names and signatures. A change here is a change for every user: it belongs in the CHANGELOG."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+import torch
+
+import fxprune
+from fxprune import errors, passes, solvers
+
+
+def test_names():
+    assert sorted(fxprune.__all__) == fxprune.__all__
+    assert len(set(fxprune.__all__)) == len(fxprune.__all__)
+    for module in (fxprune, passes, solvers):
+        for name in module.__all__:
+            assert getattr(module, name) is not None
+    promised = {"compile", "CompiledModule", "FxPruneError", "LayerReport", "Options", "Pattern", "PruneReport"}
+    assert promised | {"models", "passes", "solvers"} <= set(fxprune.__all__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", fxprune.__version__)
+
+
+def test_compile_takes_eight_arguments_and_no_more():
+    parameters = inspect.signature(fxprune.compile).parameters
+    assert list(parameters) == [
+        "model", "calib_loader", "pattern", "method", "exclude", "device", "progress", "options"
+    ]  # fmt: skip
+    keyword_only = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    assert keyword_only == ["method", "exclude", "device", "progress", "options"]
+    assert {name: p.default for name, p in parameters.items() if p.default is not p.empty} == {
+        "pattern": "2:4", "method": "admm", "exclude": (), "device": None, "progress": True, "options": None
+    }  # fmt: skip
+
+
+def test_every_error_is_an_fxprune_error():
+    found = [v for v in vars(errors).values() if inspect.isclass(v) and issubclass(v, Exception)]
+    assert fxprune.FxPruneError in found
+    for error in found:
+        assert issubclass(error, fxprune.FxPruneError)
+        assert error.__doc__
+
+
+def test_every_pass_and_solver_is_documented():
+    for name in passes.__all__:
+        assert inspect.getdoc(getattr(passes, name)), name
+    for solver in solvers.SOLVERS.values():
+        assert inspect.getdoc(solver)
+
+
+def test_a_solver_of_ones_own():
+    @solvers.register("keep the first")
+    def keep_first(problem, pattern):
+        return problem.weight * pattern.mask(-torch.arange(problem.weight.shape[1]).double().expand_as(problem.weight))
+
+    try:
+        model = torch.nn.Linear(8, 3)
+        wrapped = torch.nn.Sequential(model)
+        options = fxprune.Options(refit=False, bias_correction=False)
+        compiled = fxprune.compile(
+            wrapped, [torch.randn(9, 8)], "2:4", method="keep the first", options=options, progress=False
+        )
+        expected = model.weight.detach().clone()
+        expected[:, [2, 3, 6, 7]] = 0
+        torch.testing.assert_close(compiled.get_submodule("0").weight.detach(), expected)
+        assert compiled.report.method == "keep the first"
+    finally:
+        del solvers.SOLVERS["keep the first"]
+
+
+def test_an_unknown_solver_is_told_which_there_are():
+    with pytest.raises(fxprune.FxPruneError, match=r"'sparsgpt'.*'magnitude', 'sparsegpt', 'exact_obs', 'admm'"):
+        solvers.get("sparsgpt")
