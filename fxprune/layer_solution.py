@@ -34,7 +34,7 @@ def solve_layer(
     inputs: InputStatistics,
     cross: CrossStatistics | None,
     pattern: Pattern | None,
-    solver: Solver,
+    solver: Solver | None,
     options: Options,
 ) -> SolvedLayer:
     """Pose and solve one layer's problem from its statistics.
@@ -45,18 +45,14 @@ def solve_layer(
         inputs: moments of the patches.
         cross: cross moment of the wanted output, or None where that is the layer's own output on those inputs.
         pattern: None re-fits the layer without a pattern.
-        solver: chooses the weights to keep.
+        solver: chooses the weights to keep; None will do without a pattern.
         options: resolved options.
     """
-    weight, bias = module.weight, module.bias
-    dense = geometry.to_matrix(weight.detach()).double()
-    centred = bool(options.bias_correction)
-    hessian = inputs.hessian(centred=centred)
-    target = dense @ hessian if cross is None else cross.target(inputs, bias, centred=centred)
-    problem = LayerProblem(hessian, target, dense).damped(options.damping)
+    problem = pose_problem(module, geometry, inputs, cross, options)
     if pattern is None:
         matrix = problem.optimum()
     else:
+        assert solver is not None
         solved = []
         for group in problem.groups():
             sparse = solver(group, pattern)
@@ -64,13 +60,47 @@ def solve_layer(
         matrix = torch.stack(solved)
     if not torch.isfinite(matrix).all():
         raise SolverError("the solution holds NaN or infinite values; use more calibration images, or more damping")
-    if centred:
+    bias = fitted_bias(module, geometry, matrix, inputs, cross, options)
+    weight = geometry.to_weight(matrix).to(module.weight)
+    return SolvedLayer(weight, bias, problem.damping, dead_inputs(inputs))
+
+
+def pose_problem(
+    module: MatrixLayer,
+    geometry: LayerGeometry,
+    inputs: InputStatistics,
+    cross: CrossStatistics | None,
+    options: Options,
+) -> LayerProblem:
+    """The damped problem of one layer, (G, D, D) and (G, R/G, D); arguments as for `solve_layer`."""
+    dense = geometry.to_matrix(module.weight.detach()).double()
+    centred = bool(options.bias_correction)
+    hessian = inputs.hessian(centred=centred)
+    target = dense @ hessian if cross is None else cross.target(inputs, module.bias, centred=centred)
+    return LayerProblem(hessian, target, dense).damped(options.damping)
+
+
+def fitted_bias(
+    module: MatrixLayer,
+    geometry: LayerGeometry,
+    matrix: Tensor,
+    inputs: InputStatistics,
+    cross: CrossStatistics | None,
+    options: Options,
+) -> Tensor | None:
+    """The bias (R,) that goes with new weights (G, R/G, D): the layer's own, or under `bias_correction` the best one."""
+    bias = module.bias
+    if options.bias_correction:
         # The mean of the wanted output less the mean that the new weights give.
+        dense = geometry.to_matrix(module.weight.detach()).double()
         wanted = cross.mean if cross is not None else _mean_output(dense, bias, inputs)
         bias = (wanted - torch.einsum("grd,gd->gr", matrix, inputs.mean)).flatten()
-    dead = int((inputs.gram.diagonal(dim1=1, dim2=2) == 0).sum())
-    new_bias = None if bias is None else bias.detach().to(weight)
-    return SolvedLayer(geometry.to_weight(matrix).to(weight), new_bias, problem.damping, dead)
+    return None if bias is None else bias.detach().to(module.weight)
+
+
+def dead_inputs(inputs: InputStatistics) -> int:
+    """Columns whose input was zero throughout the calibration set."""
+    return int((inputs.gram.diagonal(dim1=1, dim2=2) == 0).sum())
 
 
 def _mean_output(dense: Tensor, bias: Tensor | None, inputs: InputStatistics) -> Tensor:

@@ -13,7 +13,8 @@ from fxprune.graph import module_of
 
 def channel_dim(layer: Node) -> int:
     """Where a layer's output has its channels: last for Linear, second for convolutions."""
-    return -1 if isinstance(module_of(layer), nn.Linear) else 1
+    module = module_of(layer)  # While it is solved, a factored layer is an nn.Sequential of two.
+    return -1 if isinstance(module[-1] if isinstance(module, nn.Sequential) else module, nn.Linear) else 1
 
 
 @dataclass
