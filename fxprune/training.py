@@ -196,16 +196,15 @@ def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, reci
         writer = csv.writer(file)
         writer.writerow([field.name for field in dataclasses.fields(Epoch)])
         writer.writerows(dataclasses.astuple(epoch) for epoch in log)
-    if best is latest:
-        save_checkpoint(folder / BEST, model, epoch=latest.epoch, accuracy=latest.test_accuracy)
-    save_checkpoint(
-        folder / LAST,
-        model,
-        optimizer=optimizer,
-        epoch=latest.epoch,
-        accuracy=latest.test_accuracy,
-        extra=dataclasses.asdict(recipe),
-    )
+    noted: dict[str, Any] = {"epoch": latest.epoch, "accuracy": latest.test_accuracy}
+    try:
+        if best is latest:
+            save_checkpoint(folder / BEST, model, **noted)
+        save_checkpoint(folder / LAST, model, optimizer=optimizer, extra=dataclasses.asdict(recipe), **noted)
+    except RuntimeError as error:  # how torch reports a full disk
+        raise TrainingError(
+            f"cannot write a checkpoint to {folder}: {error}; is the disk full? The one of the epoch before is whole"
+        ) from error
 
 
 def read_log(path: str | Path) -> list[Epoch]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,24 @@ def test_best_checkpoint_and_log(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "log.csv").open()))
     assert [float(row["test_accuracy"]) for row in rows] == [epoch.test_accuracy for epoch in log]
     assert tuple(read_log(tmp_path / "log.csv")) == log
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(epoch: Epoch) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # no file may grow beyond that
+
+    try:
+        with pytest.raises((TrainingError, OSError), match=r"cannot write a checkpoint|File too large"):
+            fit(Recipe(epochs=3), folder=tmp_path, on_epoch=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_checkpoint(tmp_path / "last.pt", small_model()).epoch == 1
+    assert {file.name for file in tmp_path.iterdir()} == {"last.pt", "best.pt", "log.csv"}
+    # The log may be ahead of the checkpoint; resuming goes by the checkpoint.
+    _, log = fit(Recipe(epochs=3), folder=tmp_path, resume=True)
+    assert [epoch.epoch for epoch in log] == [1, 2, 3]
 
 
 def test_progress_is_reported() -> None:

@@ -28,7 +28,7 @@ def benchmark(
     Run the command again to go on after an interruption: finished rows are kept, failed ones are tried again. The exit
     code is 1 if a row failed.
     """
-    rows = run_grid(read_grid(grid), out, device=device, progress=True, on_row=_say)
+    rows = run_grid(read_grid(grid), out, device=device, progress=stderr.is_terminal, on_row=_say)
     failed = sum(row.status != OK for row in rows)
     stdout.print(f"{out}: {len(rows) - failed} of {len(rows)} rows finished", soft_wrap=True)
     if failed:

@@ -57,7 +57,14 @@ def prune(
     with stderr.status("scoring the dense model"):
         dense_accuracy = evaluate(model, test, place)
     compiled = compile(
-        model, calibration, pattern, method=method, exclude=tuple(exclude or ()), device=place, options=options
+        model,
+        calibration,
+        pattern,
+        method=method,
+        exclude=tuple(exclude or ()),
+        device=place,
+        options=options,
+        progress=stderr.is_terminal,
     )
     report = compiled.report
     save(compiled, folder / PRUNED)

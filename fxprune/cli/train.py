@@ -74,7 +74,7 @@ class _Bar(Progress):
 
     def __init__(self, epochs: int, steps: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        super().__init__(*columns, console=stderr, transient=True)
+        super().__init__(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
         self.epochs = epochs
         self.bar = self.add_task(f"epoch 1/{epochs}", total=epochs * steps)
 
