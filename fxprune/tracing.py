@@ -57,7 +57,7 @@ def trace(model: nn.Module, *, exclude: Sequence[str] = (), example: Any = None)
     while True:
         tracer = _PathTracer(leaves, given)
         try:
-            graph_module = GraphModule(model, tracer.trace(model), type(model).__name__)
+            graph_module = GraphModule(model, tracer.trace(model), type(model).__name__).eval()
         except Exception as error:
             stopped_in, problem, cause = tracer.path, _explain(model, tracer, error), error
         else:
