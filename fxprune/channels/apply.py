@@ -12,6 +12,9 @@ from fxprune.channels.layout import Channels, Classes, Layout, new_places
 from fxprune.channels.operations import MATRIX_MODULES, VECTOR_MODULES, VECTORS
 from fxprune.graph import input_of, module_of
 
+# node.meta[ORDER] is (inputs, outputs): index tensors that say which of the layer's first channels stands where, or None.
+ORDER = "fxprune_order"
+
 
 @torch.no_grad()
 def permute_channels(graph_module: GraphModule, channels: Channels, source: Classes) -> None:
@@ -35,6 +38,15 @@ def permute_channels(graph_module: GraphModule, channels: Channels, source: Clas
             _permute_vectors(module, outputs)
         else:
             _permute_matrix(module, inputs, outputs)
+        before = node.meta.get(ORDER, (None, None))
+        node.meta[ORDER] = (_after(before[0], inputs), _after(before[1], outputs))
+
+
+def _after(before: Tensor | None, places: Classes | None) -> Tensor | None:
+    """Where channels come from after a further permutation."""
+    if places is None:
+        return before
+    return torch.from_numpy(places) if before is None else before[torch.from_numpy(places)]
 
 
 def _places(layout: Layout | None, source: Classes) -> Classes | None:
