@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -94,6 +96,14 @@ def test_every_page_is_in_the_site_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in PAGES[2:]:
         assert page.relative_to(ROOT / "docs").as_posix() in menu, f"{page.name} is not in mkdocs.yml"
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed (pip install 'fxprune[docs]')")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert (tmp_path / "algorithm" / "index.html").is_file()
 
 
 def test_the_checks_can_fail(tmp_path: Path) -> None:
