@@ -86,9 +86,14 @@ class CalibrationStream:
                 for node in between:
                     self._run(node, values, number)
                 if cut.op != "output":
-                    self._run_dense(cut, values, number)
+                    values.dense_values[cut] = self._execute(cut, values.dense, number)
             with torch.inference_mode(), self.stopwatch.measure("statistics"):
                 visit(values)
+            for dead in self._dying[
+                cut
+            ]:  # Only the layer's pruned input is still needed, to run it once it is replaced.
+                if dead in values.pruned_values:
+                    values.dense_values.pop(dead, None)
             self._store.put(number, values)
 
     def finish(self) -> OutputAgreement:
@@ -166,13 +171,6 @@ class CalibrationStream:
             if node in self._diverged:
                 values.pruned_values[node] = self._execute(node, values.pruned, number)
         values.forget(self._dying[node])
-
-    def _run_dense(self, cut: Node, values: BatchValues, number: int) -> None:
-        """The dense output of a layer that is about to be replaced; its pruned input stays for later."""
-        values.dense_values[cut] = self._execute(cut, values.dense, number)
-        for dead in self._dying[cut]:
-            if dead in values.pruned_values:
-                values.dense_values.pop(dead, None)
 
     def _run_replaced(self, cut: Node, values: BatchValues, number: int) -> None:
         """The output of a layer that has been replaced, and its error."""
