@@ -1,0 +1,102 @@
+"""The lines of speed.csv."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.measure import Times
+from fxprune.files import atomic
+
+
+@dataclass(frozen=True)
+class Row:
+    """One computation. None: not measured, or without meaning there.
+
+    Attributes:
+        section: "statistics", "compile", "growth" or "resnet50".
+        case: layer, model or size.
+        method: which of the ways that are compared.
+        seconds: median over the repeats; least and most beside it.
+        over_first: median of the quotients, round by round, of this time over that of the case's first method.
+        gflop: 10^9 floating-point operations that the method takes (a multiply-add is two).
+        gbyte: 10^9 bytes that its steps read and write at the least, each operand once a step.
+        result_mib: MiB of the result alone.
+        extra_mib: most MiB held beyond the input, result included.
+        difference: largest |H - H64|_ij / sqrt(H64_ii H64_jj) from the float64 reference.
+        stream: seconds of the stages of a compilation, like statistics and solve; other is the rest.
+        error: mean relative output error of the layers pruned.
+        live_mib: most MiB of calibration values held.
+        rss_mib: most MiB resident of the whole process (on CUDA: allocated on the GPU).
+        load: of the machine as the section began; above its cores, the times are too long.
+    """
+
+    section: str
+    case: str
+    method: str
+    seconds: float
+    seconds_min: float
+    seconds_max: float
+    repeats: int
+    over_first: float | None = None
+    gflop: float | None = None
+    gbyte: float | None = None
+    result_mib: float | None = None
+    extra_mib: float | None = None
+    difference: float | None = None
+    stream: float | None = None
+    statistics: float | None = None
+    solve: float | None = None
+    other: float | None = None
+    error: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+    images: int | None = None
+    live_mib: float | None = None
+    rss_mib: float | None = None
+    load: float | None = None
+    threads: int | None = None
+    machine: str = ""
+
+    @classmethod
+    def of(cls, section: str, case: str, method: str, times: Times, **values: Any) -> Row:
+        """A row from its times."""
+        seconds = times.seconds
+        return cls(section, case, method, times.median, min(seconds), max(seconds), len(seconds), **values)
+
+
+TEXTS = ("section", "case", "method", "machine")
+INTEGERS = ("repeats", "images", "threads")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The CSV's rows; none if there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [Row(**{name: _value(name, text) for name, text in line.items()}) for line in csv.DictReader(file)]
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write the CSV, whole or not at all, numbers to six digits."""
+    with atomic(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in dataclasses.fields(Row)])
+        for row in rows:
+            writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in dataclasses.astuple(row)])
+
+
+def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """Rows of sections that were run again take the place of the old ones."""
+    again = {row.section for row in new}
+    return [row for row in old if row.section not in again] + list(new)
+
+
+def _value(name: str, text: str) -> Any:
+    if name in TEXTS:
+        return text
+    return None if text == "" else (int(text) if name in INTEGERS else float(text))
