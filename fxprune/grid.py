@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fxprune import solvers
-from fxprune.compiler import compile
+from fxprune.compiler import compile, default_device
 from fxprune.data import DataSplits, calibration_loader
 from fxprune.errors import OptionsError
 from fxprune.evaluation import agreement, evaluate
@@ -130,10 +130,10 @@ def run_grid(
     known = {row.key: row for row in read_rows(path) if row.status == OK} if Path(path).exists() else {}
     rows: list[Row] = []
     count = len(grid.models) * len(list(_combinations(grid)))
-    commit = source_commit() or ""
+    commit, place = source_commit() or "", default_device(device)
     for name, task in grid.models:
         # Loaded once, and only if a row needs it; if that fails, it fails for all rows alike.
-        prepare = functools.cache(functools.partial(_attempt, _Prepared.of, task, grid, device))
+        prepare = functools.cache(functools.partial(_attempt, _Prepared.of, task, grid, place))
         for combination in _combinations(grid):
             row = _row(grid, name, task, *combination)
             if row.key not in known:
@@ -165,10 +165,10 @@ class _Prepared:
     splits: DataSplits
     test: Any
     dense_accuracy: float
-    device: torch.device | str | None
+    device: torch.device
 
     @classmethod
-    def of(cls, task: Task, grid: Grid, device: torch.device | str | None) -> _Prepared:
+    def of(cls, task: Task, grid: Grid, device: torch.device) -> _Prepared:
         splits = task.load_data()
         model = task.trained_model(splits.info.num_classes)
         test = scoring_loader(splits, images=grid.test_images)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
-from rich.markup import escape
 
 CONFIG = "config"
 
@@ -70,7 +69,7 @@ def _fields(record: type[Any], title: str, left_out: tuple[str, ...] = ()) -> li
     for field in dataclasses.fields(record):
         if field.name in left_out:
             continue
-        option = typer.Option(help=escape(_capital(texts.get(field.name, ""))), rich_help_panel=title)
+        option = typer.Option(help=_capital(texts.get(field.name, "")), rich_help_panel=title)
         hint = list[float] | None if hints[field.name] == tuple[float, ...] | None else hints[field.name]
         parameters.append(
             inspect.Parameter(

@@ -26,7 +26,7 @@ class Shape:
     """A shape.
 
     Attributes:
-        sides: how many [sides],
+        sides: how many in [0, 9],
             counted once.
         sizes: one each.
         convex: without dents.
@@ -172,9 +172,9 @@ def test_ctrl_c_is_exit_code_130() -> None:
 
 
 def test_help_says_what_the_dataclass_says() -> None:
-    assert attribute_texts(Shape)["sides"] == "how many [sides], counted once."
+    assert attribute_texts(Shape)["sides"] == "how many in [0, 9], counted once."
     output = " ".join(run("--help").replace("│", " ").split())
-    assert "How many [sides], counted once." in output
+    assert "How many in [0, 9], counted once." in output
     assert "Draw." in output
 
 
