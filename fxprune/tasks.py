@@ -106,6 +106,11 @@ def task_from(config: Mapping[str, Any]) -> Task:
     return Task(**found)
 
 
+def module_classes(model: nn.Module) -> tuple[type[nn.Module], ...]:
+    """The classes of a model's modules: what its saved graph may name beside torch's own (see `fxprune.save`)."""
+    return tuple({type(module) for module in model.modules()})
+
+
 def scoring_loader(splits: DataSplits, *, images: int | None = None, batch_size: int = 256) -> DataLoader[Any]:
     """Batches of the test split, of its first `images` where given.
 

@@ -17,6 +17,7 @@ from fxprune.files import atomic
 from fxprune.graph_diff import diff as compare
 from fxprune.models import model_info
 from fxprune.saving import load
+from fxprune.tasks import module_classes
 
 
 def diff(
@@ -38,7 +39,7 @@ def diff(
         if not before.is_dir():
             raise OptionsError(f"{before} is no folder of fxprune prune; name a second file to compare it with")
         old, config = dense_model(before)
-        new = load(before / PRUNED)
+        new = load(before / PRUNED, allow=module_classes(old))
         channels, height, width = model_info(config["model"]).input_shape
         side = config["image_size"]
         example = torch.zeros(1, config["in_channels"] or channels, side or height, side or width)
@@ -52,4 +53,4 @@ def diff(
         with atomic(json_file) as part:
             found.to_json(part)
     text = found.render(all=all_nodes, color=stdout.is_terminal, width=max(stdout.width, 100))
-    stdout.print(text, markup=False, soft_wrap=True)
+    typer.echo(text)

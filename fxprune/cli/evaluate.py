@@ -23,7 +23,7 @@ from fxprune.files import atomic
 from fxprune.onnx_module import OnnxModule
 from fxprune.runs import CONFIG
 from fxprune.saving import is_saved, load
-from fxprune.tasks import Task, import_user_code, scoring_loader, task_from
+from fxprune.tasks import Task, import_user_code, module_classes, scoring_loader, task_from
 from fxprune.yaml_files import read_yaml
 
 # Options of a task that make no sense here: the file holds the weights.
@@ -95,7 +95,8 @@ def _open(file: Path, task: Task, splits: DataSplits, place: torch.device) -> nn
     if file.suffix == ".onnx":
         return OnnxModule(file)
     if is_saved(file):
-        return load(file).to(place)
+        own = module_classes(task.new_model(splits.info.num_classes)) if task.model else ()
+        return load(file, allow=own).to(place)
     if task.model is None:
         raise ModelError(f"{file} holds weights alone: name the model that they belong to (--model)")
     return load_weights(task.new_model(splits.info.num_classes), file).to(place)

@@ -23,4 +23,4 @@ def inspect(
         with atomic(json_file) as part:
             found.to_json(part)
     text = found.render(width=max(stdout.width, 100), color=stdout.is_terminal)
-    stdout.print(text, markup=False, soft_wrap=True)
+    typer.echo(text)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from fxprune.cli.command import stderr, stdout
 from fxprune.cli.prune import PRUNED
 from fxprune.cli.run_folder import dense_model
-from fxprune.compiled import CompiledModule
 from fxprune.errors import DataError, FxPruneError, OptionsError
+from fxprune.geometry import is_matrix_layer
 from fxprune.grid_rows import OK, read_rows
 from fxprune.passes import FoldBatchNorm, RemoveInplace
+from fxprune.pattern import MixedPattern, NMPattern, Pattern
 from fxprune.saving import load
+from fxprune.tasks import module_classes
 from fxprune.tracing import trace
 
 FORMATS = ("png", "svg")
@@ -69,26 +71,26 @@ def _pictures(source: Path, plots: Any, chosen: list[str]) -> Iterator[tuple[str
         yield f"layers-{source.parent.name}", plots.layer_sparsity_and_error(plots.read_report(source))
     elif source.is_dir() or source.suffix == ".pt":
         file = source / PRUNED if source.is_dir() else source
-        compiled = load(file)
-        label = file.parent.name if file.name == PRUNED else file.stem
-        yield f"layers-{label}", plots.layer_sparsity_and_error(compiled.report, type(compiled).__name__)
-        weights = _pruned_weights(compiled)
-        dense = _dense_weights(file.parent)
-        yield (
-            f"spectra-{label}",
-            plots.singular_value_spectra(_choose(weights, chosen, SPECTRA), dense, type(compiled).__name__),
-        )
-        groups = int(compiled.report.pattern.partition(":")[2] or 0)
-        yield f"masks-{label}", plots.mask_pictures(_choose(weights, chosen, MASKS), type(compiled).__name__, groups)
+        yield from _model_pictures(file, plots, chosen)
     else:
         raise DataError(
             f"{source} is neither a .csv, nor a .json, nor a .pt file, nor a folder; there is nothing to draw"
         )
 
 
-def _pruned_weights(compiled: CompiledModule) -> Weights:
-    names = [layer.name for layer in compiled.report.layers if layer.status == "pruned"]
-    return {name: _weight(compiled.get_submodule(name)) for name in names}
+def _model_pictures(file: Path, plots: Any, chosen: list[str]) -> Iterator[tuple[str, Any]]:
+    """Report, spectra and masks of a pruned model."""
+    dense, classes = _dense_weights(file.parent)
+    compiled = load(file, allow=classes)
+    name = type(compiled).__name__
+    label = file.parent.name if file.name == PRUNED else file.stem
+    yield f"layers-{label}", plots.layer_sparsity_and_error(compiled.report, name)
+    pruned = [layer.name for layer in compiled.report.layers if layer.status == "pruned"]
+    weights = {layer: _weight(compiled.get_submodule(layer)) for layer in pruned}
+    yield f"spectra-{label}", plots.singular_value_spectra(_choose(weights, chosen, SPECTRA), dense, name)
+    pattern = Pattern.parse(compiled.report.pattern)
+    group = pattern.m if isinstance(pattern, NMPattern) else 4 if isinstance(pattern, MixedPattern) else 0
+    yield f"masks-{label}", plots.mask_pictures(_choose(weights, chosen, MASKS), name, group)
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -97,18 +99,19 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def _dense_weights(folder: Path) -> Weights | None:
-    """Weights of the dense model, BatchNorm folded, where the run folder says what it was; else None, and why on stderr."""
+def _dense_weights(folder: Path) -> tuple[Weights | None, tuple[type[nn.Module], ...]]:
+    """Weights of the dense model, BatchNorm folded, and its classes; None, and why on stderr, without a run folder."""
     try:
         model, config = dense_model(folder)
-        graph = trace(model)
+        graph = trace(model, exclude=config["exclude"] or ())
     except FxPruneError as error:
         stderr.print(f"without the dense model's spectra: {error}", markup=False, soft_wrap=True)
-        return None
+        return None, ()
     RemoveInplace()(graph)
     if config["fold_batchnorm"]:
         FoldBatchNorm()(graph)
-    return {name: module.weight for name, module in graph.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    weights = {name: _weight(module) for name, module in graph.named_modules() if is_matrix_layer(module)}
+    return weights, module_classes(model)
 
 
 def _choose(weights: Weights, patterns: list[str], count: int) -> Weights:

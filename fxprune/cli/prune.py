@@ -21,7 +21,7 @@ from fxprune.options import Options
 from fxprune.pattern import Pattern
 from fxprune.runs import start_run
 from fxprune.saving import save
-from fxprune.tasks import Task, import_user_code, scoring_loader
+from fxprune.tasks import Task, import_user_code, module_classes, scoring_loader
 
 PRUNED, ONNX = "pruned.pt", "model.onnx"
 
@@ -67,10 +67,10 @@ def prune(
         progress=stderr.is_terminal,
     )
     report = compiled.report
-    save(compiled, folder / PRUNED)
+    typer.echo(report.render(width=max(stdout.width, 100), color=stdout.is_terminal))
     _write(report.to_csv, folder / "report.csv")
     _write(report.to_json, folder / "report.json")
-    stdout.print(report.render(width=max(stdout.width, 100), color=stdout.is_terminal), markup=False, soft_wrap=True)
+    save(compiled, folder / PRUNED, allow=module_classes(model))
 
     with stderr.status("scoring the pruned model"):
         accuracy = evaluate(compiled, test, place)

@@ -87,10 +87,42 @@ def test_a_failed_run_does_not_look_finished(
     fxprune(*again)
     assert (tmp_path / "run.json").exists()
 
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sys.modules["fxprune.cli.prune"], "save", full)
     assert "No space left on device" in fxprune(*again, code=1)
     assert not (tmp_path / "run.json").exists()
     assert load(tmp_path / "pruned.pt").report.pattern == "2:4"
+
+
+OWN_LEAF = """
+import torch
+from torch import nn
+from fxprune.models import register
+
+
+class Gate(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if float(x.detach().sum()) > 0 else x * 3
+
+
+@register("gated_cli", input_shape=(1, 28, 28), num_classes=10, mean=(0.1307,), std=(0.3081,))
+def gated(num_classes: int = 10) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 5, 4), nn.ReLU(), Gate(), nn.Flatten(), nn.Linear(144, num_classes))
+"""
+
+
+def test_a_model_with_an_untraceable_module_of_ones_own(fxprune: Fxprune, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "gated.py").write_text(OWN_LEAF)
+    own = ("--register", tmp_path / "gated.py", "--model", "gated_cli", "--data", digits)
+    fxprune("train", *own, "--epochs", 1, "--out", tmp_path / "t")
+    weights = ("--weights", tmp_path / "t" / "last.pt", "--calibration-images", 50)
+    same = (*own, *weights, "--no-onnx", "--out", tmp_path / "p")
+    assert "exclude=('2',)" in fxprune("prune", *same, code=1)
+    fxprune("prune", *same, "--exclude", "2", "--pattern", "mixed:0.4")
+    results = json.loads((tmp_path / "p" / "run.json").read_text())["results"]
+    said = fxprune("evaluate", tmp_path / "p" / "pruned.pt")
+    assert f"{results['accuracy']:.2f}% of 300" in said
+    fxprune("plot", tmp_path / "p", "--out", tmp_path / "plots", "--formats", "svg")
+    fxprune("diff", tmp_path / "p")
