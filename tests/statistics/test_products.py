@@ -35,7 +35,10 @@ def naive_patches(module: nn.Module, x: Tensor) -> Tensor:
             for position in itertools.product(*map(range, sizes)):
                 columns = []
                 for offset in itertools.product(*map(range, module.kernel_size)):
-                    at = [p * s + o * d for p, s, o, d in zip(position, module.stride, offset, module.dilation)]
+                    at = [
+                        p * s + o * d
+                        for p, s, o, d in zip(position, module.stride, offset, module.dilation, strict=True)
+                    ]
                     columns.append(image[(slice(None), *at)])
                 rows.append(torch.cat(columns))
         groups.append(torch.stack(rows))
@@ -121,7 +124,11 @@ def test_the_matrix_form_computes_the_layer(module):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 1), (1, 4), (2, 7)])
-@pytest.mark.parametrize("module", [nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 5, padding=2), nn.Conv2d(4, 6, 3, padding=2, dilation=2)], ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "module",
+    [nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 5, padding=2), nn.Conv2d(4, 6, 3, padding=2, dilation=2)],
+    ids=repr,
+)
 def test_images_smaller_than_the_kernel(module, size):
     module.double()
     x = torch.randn(2, 4, *size, dtype=torch.float64)
