@@ -89,9 +89,8 @@ class CalibrationStream:
                     values.dense_values[cut] = self._execute(cut, values.dense, number)
             with torch.inference_mode(), self.stopwatch.measure("statistics"):
                 visit(values)
-            for dead in self._dying[
-                cut
-            ]:  # Only the layer's pruned input is still needed, to run it once it is replaced.
+            # Of the layer's inputs only the pruned one is still needed, to run the layer once it is replaced.
+            for dead in self._dying[cut]:
                 if dead in values.pruned_values:
                     values.dense_values.pop(dead, None)
             self._store.put(number, values)

@@ -15,6 +15,8 @@ from fxprune.geometry import LayerGeometry
 from fxprune.statistics.patches import patch_sum
 from fxprune.statistics.products import GramAccumulator, cross_product
 
+ROUNDING = 1e-6  # Relative to the second moment, whose batches are summed in float32.
+
 
 @dataclass(frozen=True)
 class InputStatistics:
@@ -35,13 +37,15 @@ class InputStatistics:
         second = self.gram / self.count
         if not centred:
             return second
-        mean = self.mean
+        mean, constant = self.mean, self.constant
         centred_second = second - mean[:, :, None] * mean[:, None, :]
-        # A constant input has variance zero; what rounding leaves of it must not look like a signal.
-        rounding = 1e-6 * second.diagonal(dim1=1, dim2=2)
-        constant = centred_second.diagonal(dim1=1, dim2=2) <= rounding
-        centred_second.masked_fill_(constant[:, :, None] | constant[:, None, :], 0)
-        return centred_second
+        return centred_second.masked_fill_(constant[:, :, None] | constant[:, None, :], 0)
+
+    @property
+    def constant(self) -> Tensor:
+        """Whether an input hardly varies, (G, D): what rounding leaves of its variance must not look like a signal."""
+        second = self.gram.diagonal(dim1=1, dim2=2) / self.count
+        return second - self.mean**2 <= ROUNDING * second
 
     @property
     def mean(self) -> Tensor:
@@ -86,7 +90,8 @@ class CrossStatistics:
     def target(self, inputs: InputStatistics, bias: Tensor | None, *, centred: bool) -> Tensor:
         """Y X^T / P, (G, R/G, D) float64, with both means removed, or with only the layer's fixed bias removed."""
         offset = self.mean if centred else _zero_or(bias, self.total)
-        return self.cross / self.count - offset[:, :, None] * inputs.mean[:, None, :]
+        target = self.cross / self.count - offset[:, :, None] * inputs.mean[:, None, :]
+        return target.masked_fill_(inputs.constant[:, None, :], 0) if centred else target
 
 
 def _zero_or(bias: Tensor | None, like: Tensor) -> Tensor:

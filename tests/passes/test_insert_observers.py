@@ -1,0 +1,239 @@
+"""InsertObservers: which layers are to be solved, which are not and why, and who shares an observer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.nn.utils import parametrizations, prune
+
+from fxprune.graph import input_of, module_of
+from fxprune.passes import InsertObservers, changes
+from fxprune.passes.insert_observers import TASK, LayerTask
+from fxprune.pattern import Pattern
+from fxprune.statistics import HessianObserver
+from fxprune.tracing import trace
+
+
+def observed(model: nn.Module, pattern: str = "2:4", **options: object) -> GraphModule:
+    graph_module = trace(model)
+    insert = InsertObservers(Pattern.parse(pattern), **options)
+    insert(graph_module)
+    recorded = changes(graph_module)
+    assert insert(graph_module).modified is False
+    assert changes(graph_module) == recorded
+    return graph_module
+
+
+def tasks(graph_module: GraphModule) -> dict[str, LayerTask]:
+    return {
+        str(node.target) if node.op == "call_module" else node.name: node.meta[TASK]
+        for node in graph_module.graph.nodes
+        if TASK in node.meta
+    }
+
+
+def observers(graph_module: GraphModule) -> list[Node]:
+    return [node for node in graph_module.graph.nodes if isinstance(module_of(node), HessianObserver)]
+
+
+class Custom(nn.Conv2d):
+    """A subclass: it may compute something else."""
+
+
+class Block(nn.Module):
+    """One conv of any kind after a 1x1 conv, on 8 channels."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Conv2d(8, 8, 1), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.first(x))
+
+
+PRUNED = [
+    nn.Conv2d(8, 4, 3),
+    nn.Conv2d(8, 4, 3, bias=False, stride=2, padding="valid"),
+    nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect"),
+    nn.Conv2d(8, 8, 3, groups=2),
+    nn.Conv2d(8, 4, 1),
+]
+
+
+@pytest.mark.parametrize("layer", PRUNED, ids=repr)
+def test_layers_that_take_the_pattern(layer):
+    graph_module = observed(Block(layer))
+    assert tasks(graph_module)["layer"].role == "prune"
+    assert tasks(graph_module)["layer"].reason == ""
+    assert len(observers(graph_module)) == 2
+
+
+KEPT = [
+    (nn.ConvTranspose2d(8, 8, 3), "transposed"),
+    (parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), "parametrized: its weight is computed"),
+    (prune.identity(nn.Conv2d(8, 8, 3), "weight"), "its weight is computed by a hook"),
+    (nn.Conv2d(8, 8, 3).half(), "torch.float16; statistics need float32"),
+    (nn.Conv2d(8, 8, 3).to(torch.bfloat16), "torch.bfloat16"),
+]
+
+
+@pytest.mark.parametrize("reconstruct", [True, False])
+@pytest.mark.parametrize(("layer", "reason"), KEPT, ids=[reason for _, reason in KEPT])
+def test_layers_whose_weights_must_not_be_touched(layer, reason, reconstruct):
+    graph_module = observed(Block(layer), reconstruct=reconstruct)
+    task = tasks(graph_module)["layer"]
+    assert (task.role, task.geometry) == ("keep", None)
+    assert reason in task.reason
+    assert len(observers(graph_module)) == 1
+    kept = [change for change in changes(graph_module) if change.action == "kept"]
+    assert [(change.target, change.reason) for change in kept] == [("layer", task.reason)]
+
+
+DECLINED = [
+    ("2:4", nn.Conv2d(8, 8, 3, groups=8), "depthwise"),
+    ("3:5", nn.Conv2d(8, 8, 3), "8 input channels are not a multiple of 5"),
+    ("4:8", nn.Conv2d(8, 8, 3, groups=2), "4 input channels per group are not a multiple of 8"),
+    ("0.9", nn.Conv2d(8, 8, 3, groups=8), "depthwise"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "layer", "reason"), DECLINED)
+def test_layers_that_the_pattern_declines_are_refitted_or_kept(pattern, layer, reason):
+    task = tasks(observed(Block(layer), pattern))["layer"]
+    assert task.role == "reconstruct"
+    assert reason in task.reason
+    assert task.geometry is not None
+    task = tasks(observed(Block(layer), pattern, reconstruct=False))["layer"]
+    assert (task.role, task.geometry) == ("keep", None)
+    assert reason in task.reason
+
+
+@pytest.mark.parametrize("exclude", [("layer",), ("l*",), ("first", "layer")])
+def test_excluded_layers(exclude):
+    graph_module = observed(Block(nn.Conv2d(8, 8, 3)), exclude=exclude)
+    assert tasks(graph_module)["layer"] == LayerTask("keep", "excluded")
+    assert len(observers(graph_module)) == 2 - len(exclude)
+
+
+def test_a_subclass_is_traced_through_and_named():
+    graph_module = observed(Block(Custom(8, 8, 3)))
+    task = tasks(graph_module)["conv2d"]
+    assert task.role == "keep"
+    assert "a functional call in module 'layer' (Custom)" in task.reason
+
+
+def test_a_shared_module_is_kept_at_each_call():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(8, 8, 1)
+            self.alias = self.layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.alias(self.layer(x))
+
+    graph_module = observed(Shared())
+    found = [node.meta[TASK] for node in graph_module.graph.nodes if TASK in node.meta]
+    assert found == [LayerTask("keep", "shared: called at 2 places with different inputs")] * 2
+    assert not observers(graph_module)
+
+
+def test_one_module_under_two_names_called_once_is_pruned():
+    model = Block(nn.Conv2d(8, 8, 3))
+    model.alias = model.layer
+    assert tasks(observed(model))["layer"].role == "prune"
+
+
+def test_tied_weights_are_kept():
+    model = Block(nn.Conv2d(8, 8, 1))
+    model.layer.weight = model.first.weight
+    found = tasks(observed(model))
+    assert {task.reason for task in found.values()} == {"its weight is shared with another part of the model"}
+
+
+def test_a_weight_that_is_also_read_directly_is_kept():
+    class Regularised(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.layer.weight.norm()
+
+    found = tasks(observed(Regularised(nn.Conv2d(8, 8, 1))))
+    assert found["layer"].reason == "its weight is shared with another part of the model"
+    assert found["first"].role == "prune"
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter, self.matrix = nn.Parameter(torch.randn(8, 8, 3, 3)), nn.Parameter(torch.randn(8, 8))
+        self.register_buffer("rotation", torch.eye(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.filter).mean((2, 3))
+        x = F.linear(x, self.matrix) @ self.matrix
+        x = torch.matmul(x, self.rotation)  # A buffer: not trained, not a layer.
+        return x.matmul(self.matrix) * (x @ x.mT).mean()
+
+
+def test_functional_calls_and_products_with_a_parameter():
+    found = tasks(observed(Functional()))
+    assert sorted(found) == ["conv2d", "linear", "matmul", "matmul_2"]
+    for task in found.values():
+        assert task.role == "keep"
+        assert "a functional call in the model's own forward" in task.reason
+
+
+def test_layers_inside_a_leaf_are_on_record():
+    class Leafy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0]
+
+    graph_module = observed(Leafy())
+    reasons = [change.reason for change in changes(graph_module)]
+    assert any("attention.out_proj" in reason for reason in reasons)
+    assert any("attention.in_proj_weight" in reason for reason in reasons)
+
+
+class Branches(nn.Module):
+    """Four readers of one value: two in one geometry, one in another, one by keyword; and the next layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1, bias=False)
+        self.c, self.d = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3, padding=1)
+        self.last = nn.Conv2d(24, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([self.a(x), self.b(x), self.c(x), self.d(input=x)], 1))
+
+
+def test_readers_of_one_value_in_one_geometry_share_an_observer():
+    graph_module = observed(Branches())
+    source = {str(n.target): input_of(n) for n in graph_module.graph.nodes if TASK in n.meta}
+    assert source["a"] is source["b"] is source["d"]
+    assert len({source["a"], source["c"], source["last"]}) == 3
+    assert len(observers(graph_module)) == 3
+
+
+def test_a_graph_with_observers_computes_what_it_did_and_gathers_the_statistics():
+    model = Branches()
+    graph_module, x = observed(model), torch.randn(3, 8, 6, 6)
+    torch.testing.assert_close(graph_module(x), model(x), rtol=0, atol=0)
+    observer = module_of(input_of(next(n for n in graph_module.graph.nodes if n.target == "c")))
+    flat = x.movedim(1, 0).flatten(1).double()
+    torch.testing.assert_close(observer.statistics().gram[0], flat @ flat.mT, rtol=1e-5, atol=1e-4)
+    assert observer.statistics().count == 3 * 36
+
+
+def test_deepcopy_of_an_observed_graph():
+    graph_module = copy.deepcopy(observed(Branches()))
+    assert len(observers(graph_module)) == 3
+    assert tasks(graph_module)["a"].role == "prune"

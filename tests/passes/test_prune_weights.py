@@ -1,0 +1,320 @@
+"""PruneWeights: every layer's new weights against the formula, evaluated on whole runs of both models with hooks.
+
+A layer's input and its skip operands do not depend on layers after it, so what it saw when it was solved can be read off
+the finished model.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import MappingProxyType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxprune import LayerReport, Options, PruneReport
+from fxprune.errors import FxPruneError, SolverError
+from fxprune.geometry import LayerGeometry
+from fxprune.passes import InsertObservers, PruneWeights, RemoveObservers, changes, verify
+from fxprune.pattern import Pattern
+from fxprune.solvers import SOLVERS, LayerProblem
+from fxprune.tracing import trace
+
+PATTERN = Pattern.parse("2:4")
+
+
+def conv(inputs: int, outputs: int, size: int = 3, **options: object) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2, **options)
+
+
+class Residual(nn.Module):
+    """A stem that the pattern declines, two residual adds (one nested), a grouped and a depthwise conv, a classifier."""
+
+    skips = MappingProxyType({"b": ("stem",), "d": ("add_0", "stem")})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = conv(3, 8), conv(8, 8, bias=False), conv(8, 8, 1)
+        self.c, self.d, self.depthwise = conv(8, 8, groups=2, stride=1), conv(8, 8), conv(8, 8, groups=8, stride=2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, keep: dict[str, Tensor] | None = None) -> Tensor:
+        stem = F.relu(self.stem(x))
+        add_0 = self.b(F.relu(self.a(stem))) + stem
+        y = self.d(F.relu(self.c(add_0))) + add_0 + stem
+        if keep is not None:
+            keep.update(stem=stem, add_0=add_0)
+        return self.head(F.relu(self.depthwise(y)).mean((2, 3)))
+
+
+def prune(model: nn.Module, batches: list[Tensor], method: str = "admm", **options: object) -> GraphModule:
+    graph_module = trace(model)
+    chosen = Options(**{"permute": False, **options}).resolved(method, PATTERN)
+    InsertObservers(PATTERN, reconstruct=bool(chosen.reconstruct))(graph_module)
+    assert PruneWeights(PATTERN, method, batches, chosen)(graph_module).modified
+    RemoveObservers()(graph_module)
+    verify(graph_module)
+    return graph_module
+
+
+def like(model: nn.Module, graph_module: GraphModule) -> nn.Module:
+    """The user's model with the weights and biases of the finished graph."""
+    finished = copy.deepcopy(model)
+    for name, module in finished.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            found = graph_module.get_submodule(name)
+            module.weight, module.bias = found.weight, found.bias
+    return finished
+
+
+def values(
+    model: nn.Module, name: str, batches: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
+    """Inputs and outputs of one layer and the skip values, batch by batch."""
+    reads, gives, skips = [], [], []
+    module = model.get_submodule(name)
+    handle = module.register_forward_hook(
+        lambda m, args, output: (reads.append(args[0]), gives.append(output)) and None
+    )
+    with torch.no_grad():
+        for batch in batches:
+            skips.append({})
+            model(batch, skips[-1])
+    handle.remove()
+    return reads, gives, skips
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(n, 3, 8, 8, generator=generator, dtype=torch.float64) for n in (9, 4, 7)]
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.1])
+@pytest.mark.parametrize(
+    ("inputs", "target", "bias_correction"),
+    [
+        ("pruned", "skip", True), ("pruned", "dense", True), ("pruned", "dense", False), ("pruned", "weights", True),
+        ("pruned", "weights", False), ("dense", "dense", True), ("dense", "weights", False), ("pruned", "skip", False),
+    ],
+)  # fmt: skip
+def test_kept_weights_are_the_least_squares_solution(inputs, target, bias_correction, damping):
+    """For every layer, pruned or re-fitted: given its zeros, each row solves the damped problem on its support."""
+    model = Residual().double()
+    settings = {"inputs": inputs, "target": target, "bias_correction": bias_correction, "damping": damping}
+    graph_module = prune(model, batches(), **settings, refit=True, reconstruct=True)
+    finished = like(model, graph_module)
+    assert {layer.status for layer in graph_module.meta["fxprune_report"].layers} == {"pruned", "reconstructed"}
+    for name, module in model.named_children():
+        geometry = LayerGeometry.of(module)
+        dense_x, dense_y, dense_skips = values(model, name, batches())
+        pruned_x, _, pruned_skips = values(finished, name, batches())
+        xs = dense_x if inputs == "dense" else pruned_x
+        if target == "weights":
+            with torch.no_grad():
+                ys = [module(x) for x in xs]
+        else:
+            ys = dense_y
+        if target == "skip":
+            for skip in model.skips.get(name, ()):
+                ys = [y + (a[skip] - b[skip]) for y, a, b in zip(ys, dense_skips, pruned_skips, strict=True)]
+        x_all = torch.cat([geometry.patches(x) for x in xs], 1)  # (G, P, D)
+        y_all = torch.cat([geometry.output_matrix(y) for y in ys], 2)  # (G, R/G, P)
+        new = graph_module.get_submodule(name)
+        weights, originals = geometry.to_matrix(new.weight), geometry.to_matrix(module.weight)
+        own = torch.zeros(geometry.out_channels).double() if module.bias is None else module.bias
+        biases = own.reshape(geometry.groups, -1)
+        found_biases = own if new.bias is None else new.bias
+        for g in range(geometry.groups):
+            x, y = x_all[g], y_all[g]
+            count = len(x)
+            x_mean, y_mean = x.mean(0), y.mean(1)
+            if bias_correction:
+                xc, yc = x - x_mean, y - y_mean[:, None]
+            else:
+                xc, yc = x, y - biases[g][:, None]
+            shift = damping * float((xc**2).mean())
+            ridge = math.sqrt(shift * count) * torch.eye(x.shape[1], dtype=torch.float64)
+            for row in range(len(y)):
+                support = weights[g, row] != 0
+                system = torch.cat([xc[:, support], ridge[:, support]])
+                # Damping pulls each kept weight to where it was; those that are gone have nothing to be pulled to.
+                pulled = math.sqrt(shift * count) * originals[g, row] * support
+                expected = torch.linalg.lstsq(system, torch.cat([yc[row], pulled])[:, None]).solution[:, 0]
+                torch.testing.assert_close(weights[g, row, support], expected, rtol=1e-6, atol=1e-8)
+            if bias_correction:
+                expected = y_mean - weights[g] @ x_mean
+                torch.testing.assert_close(found_biases.reshape(geometry.groups, -1)[g], expected, rtol=1e-7, atol=1e-9)
+        if not bias_correction:
+            assert (new.bias is None) == (module.bias is None)
+            assert torch.equal(found_biases, own)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "exact_obs"])
+def test_published_methods_get_the_published_problem(method):
+    """H and T of the layer's own output on the pruned prefix, not centred; the solver's own weights; nothing else moves."""
+    model = Residual().double()
+    graph_module = prune(model, batches(), method)
+    finished = like(model, graph_module)
+    report: PruneReport = graph_module.meta["fxprune_report"]
+    for name, module in model.named_children():
+        new, geometry = graph_module.get_submodule(name), LayerGeometry.of(module)
+        if name in ("stem", "depthwise"):
+            assert report[name].status == "kept"
+            assert torch.equal(new.weight, module.weight)
+        else:
+            assert report[name].status == "pruned"
+            xs, _, _ = values(finished, name, batches())
+            patches = torch.cat([geometry.patches(x) for x in xs], 1)
+            hessian = patches.mT @ patches / patches.shape[1]
+            dense = geometry.to_matrix(module.weight)
+            problem = LayerProblem(hessian, dense @ hessian, dense).damped(0.01)
+            expected = torch.stack([SOLVERS[method](group, PATTERN) for group in problem.groups()])
+            torch.testing.assert_close(geometry.to_matrix(new.weight), expected, rtol=1e-7, atol=1e-9)
+        assert (new.bias is None) == (module.bias is None)
+        assert new.bias is None or torch.equal(new.bias, module.bias)
+
+
+def test_relative_error_in_the_report():
+    model = Residual().double()
+    graph_module = prune(model, batches())
+    finished, report = like(model, graph_module), graph_module.meta["fxprune_report"]
+    for layer in report.layers:
+        dim = -1 if layer.op == "Linear" else 1
+        runs = [values(m, layer.name, batches())[1] for m in (model, finished)]
+        y, z = (torch.cat([o.movedim(dim, 0).flatten(1) for o in run], 1) for run in runs)
+        expected = (y - z).square().sum() / (y - y.mean(1, keepdim=True)).square().sum()
+        assert layer.relative_error == pytest.approx(float(expected), rel=1e-9)
+
+
+class TestReport:
+    def test_every_layer_is_listed_in_graph_order_with_what_was_done(self):
+        graph_module = prune(Residual(), [b.float() for b in batches()])
+        report: PruneReport = graph_module.meta["fxprune_report"]
+        assert [layer.name for layer in report.layers] == ["stem", "a", "b", "c", "d", "depthwise", "head"]
+        assert (report.method, report.pattern, report.images) == ("admm", "2:4", 20)
+        by_node = [
+            n.meta["fxprune"] for n in graph_module.graph.nodes if isinstance(n.meta.get("fxprune"), LayerReport)
+        ]
+        assert by_node == list(report.layers)
+        for layer in report.layers:
+            module = graph_module.get_submodule(layer.name)
+            assert layer.shape == tuple(module.weight.shape)
+            assert layer.sparsity == float((module.weight == 0).double().mean())
+            if layer.status == "pruned":
+                assert (layer.pattern, layer.reason, layer.sparsity) == ("2:4", "", 0.5)
+            else:
+                assert layer.name in ("stem", "depthwise")
+                assert layer.pattern == ""
+                assert "not a multiple of 4" in layer.reason or "depthwise" in layer.reason
+            assert layer.damping == 0.01
+            assert layer.dead_inputs == 0
+        actions = {
+            change.target: change.action for change in changes(graph_module) if change.pass_name == "PruneWeights"
+        }
+        assert actions == {layer.name: layer.status for layer in report.layers}
+
+    def test_layers_are_announced_in_order(self):
+        seen: list[tuple[str, int]] = []
+        graph_module = trace(nn.Sequential(conv(4, 8), nn.ReLU(), conv(8, 8)))
+        InsertObservers(PATTERN)(graph_module)
+        options = Options().resolved("admm", PATTERN)
+        PruneWeights(PATTERN, "admm", [torch.randn(4, 4, 6, 6)], options, on_layer=lambda *a: seen.append(a))(
+            graph_module
+        )
+        assert seen == [("0", 3), ("2", 3), ("output", 3)]
+
+    def test_a_second_run_does_nothing(self):
+        graph_module = trace(nn.Sequential(conv(4, 8), nn.ReLU(), conv(8, 8)))
+        InsertObservers(PATTERN)(graph_module)
+        options = Options().resolved("admm", PATTERN)
+        prune_weights = PruneWeights(PATTERN, "admm", iter([torch.randn(4, 4, 6, 6)]), options)
+        assert prune_weights(graph_module).modified
+        state = copy.deepcopy(graph_module.state_dict())
+        assert not prune_weights(graph_module).modified
+        torch.testing.assert_close(graph_module.state_dict(), state, rtol=0, atol=0)
+
+    def test_nothing_to_prune(self):
+        graph_module = trace(nn.Sequential(nn.ReLU(), nn.Flatten()))
+        options = Options().resolved("admm", PATTERN)
+        assert not PruneWeights(PATTERN, "admm", [torch.randn(4, 4)], options)(graph_module).modified
+        report = graph_module.meta["fxprune_report"]
+        assert (report.layers, report.images, report.sparsity) == ((), 4, 0.0)
+        assert report.agreement == 100
+
+
+class TestDifficultData:
+    def test_dead_inputs_are_counted_and_keep_their_weights(self):
+        x = torch.randn(20, 8, 6, 6, dtype=torch.float64)
+        x[:, 3] = 0
+        layer = conv(8, 4, 1).double()
+        graph_module = prune(nn.Sequential(layer), [x])
+        report = graph_module.meta["fxprune_report"]["0"]
+        assert report.dead_inputs == 1
+        new = graph_module.get_submodule("0").weight[:, 3]
+        torch.testing.assert_close(new, torch.where(new == 0, 0.0, layer.weight[:, 3]))
+
+    def test_all_inputs_dead(self):
+        layer = conv(8, 4)
+        graph_module = prune(nn.Sequential(layer), [torch.zeros(3, 8, 6, 6)])
+        report = graph_module.meta["fxprune_report"]["0"]
+        assert report.dead_inputs == 72
+        assert report.relative_error == 0
+        new = graph_module.get_submodule("0").weight
+        torch.testing.assert_close(new, torch.where(new == 0, 0.0, layer.weight))
+
+    @pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "exact_obs", "admm"])
+    @pytest.mark.parametrize("damping", [0.0, 0.01])
+    def test_a_single_small_image(self, method, damping):
+        """16 patches, 72 columns: H has rank 16 at most."""
+        graph_module = prune(nn.Sequential(conv(8, 4)), [torch.randn(1, 8, 4, 4)], method, damping=damping)
+        report = graph_module.meta["fxprune_report"]["0"]
+        assert math.isfinite(report.relative_error)
+        assert report.damping >= max(damping, 1e-12)
+
+    def test_a_batch_of_constant_images(self):
+        """With the means removed nothing is left; the bias alone reproduces the output."""
+        model = nn.Sequential(conv(8, 4, 1))
+        graph_module = prune(model, [torch.full((4, 8, 5, 5), 3.0)])
+        new, x = graph_module.get_submodule("0"), torch.full((4, 8, 5, 5), 3.0)
+        assert torch.isfinite(new.weight).all()
+        torch.testing.assert_close(graph_module(x), model(x))
+
+    def test_activations_that_overflow_name_the_layer(self):
+        model = nn.Sequential(conv(4, 8), conv(8, 8))
+        model[0].weight.data *= 1e30
+        with pytest.raises(SolverError, match="layer '1': the layer's statistics hold NaN or infinite values"):
+            prune(model, [torch.randn(2, 4, 6, 6)])
+
+    @pytest.mark.parametrize("offset", [0.0, 10.0, 300.0, 1000.0, 3000.0, 1e5])
+    def test_large_offsets_do_not_spoil_float32(self, offset):
+        """The mean of an input costs nothing, however large: the bias takes it. Beyond 1000 the variance drowns in rounding."""
+        x = torch.randn(64, 8, 6, 6)
+        model = nn.Sequential(conv(8, 8, 1))
+        found, centred = (prune(model, [y]).meta["fxprune_report"]["0"] for y in (x + offset, x))
+        if offset < 1000:
+            assert found.relative_error == pytest.approx(centred.relative_error, rel=0.05)
+        else:
+            assert found.relative_error < 1
+
+
+def test_an_unknown_method():
+    with pytest.raises(FxPruneError, match="unknown method 'obs'"):
+        PruneWeights(PATTERN, "obs", [], Options())
+
+
+@pytest.mark.parametrize(("method", "bias"), [("admm", True), ("sparsegpt", False)])
+def test_a_bias_is_created_where_the_method_fits_one(method, bias):
+    model = nn.Sequential(conv(8, 4, bias=False))
+    model[0].weight.requires_grad_(False)
+    new = prune(model, [torch.rand(4, 8, 6, 6)], method).get_submodule("0")
+    assert (new.bias is not None) is bias
+    assert new.weight.requires_grad is False
+    if bias:
+        assert isinstance(new.bias, nn.Parameter)
+        assert new.bias.requires_grad is False
+        assert new.bias.dtype == torch.float32
+    assert model[0].bias is None
