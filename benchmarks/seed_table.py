@@ -11,7 +11,6 @@ out/seed_table; the table to seed_table.csv, .md and .png beside this file. The 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Subset
@@ -26,10 +26,10 @@ from torch.utils.data import Subset
 import fxprune
 from benchmarks.machine import machine
 from benchmarks.seed_table_output import write_markdown, write_plot
+from benchmarks.seed_table_rows import Row, read_rows, write_rows
 from fxprune.data import calibration_loader, load_data, make_loader
 from fxprune.evaluation import agreement, evaluate
 from fxprune.export import export_onnx
-from fxprune.files import atomic
 from fxprune.models import create, model_info
 from fxprune.recipe import Recipe
 from fxprune.training import train
@@ -64,46 +64,7 @@ class Task:
     allowed_drop: float | None = None
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; accuracies, agreement and drop in percent or points.
-
-    Attributes up to `method` say what was run: a row with the same ones is not run again.
-    """
-
-    name: str
-    model: str
-    width: int | None
-    train_images: int
-    epochs: int
-    calibration_images: int
-    method: str
-    dense_accuracy: float = 0.0
-    accuracy: float = 0.0
-    drop: float = 0.0
-    allowed_drop: float | None = None
-    agreement: float = 0.0
-    kl: float = 0.0
-    sparsity: float = 0.0
-    layers_pruned: int = 0
-    onnx_accuracy: float = 0.0
-    onnx_max_rel: float = 0.0
-    test_images: int = 0
-    train_seconds: float = 0.0
-    compile_seconds: float = 0.0
-    machine: str = ""
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What makes it the same row, as text."""
-        return tuple(str(getattr(self, name)) for name in KEY)
-
-
-KEY = ("name", "model", "width", "train_images", "epochs", "calibration_images", "method")
-INTEGERS = {"width", "train_images", "epochs", "calibration_images", "layers_pruned", "test_images"}
-TEXTS = {"name", "model", "method", "machine"}
-
-FAST = {"amp": True, "channels_last": True}
+FAST: dict[str, Any] = {"amp": True, "channels_last": True}
 FULL = (
     Task("simple_cnn, MNIST", "simple_cnn", MNIST, Recipe(10, **FAST), allowed_drop=0.3),
     Task("cifar_cnn, CIFAR-10", "cifar_cnn", CIFAR10, Recipe(30, **FAST), augment=True, allowed_drop=4.0),
@@ -119,7 +80,7 @@ SHORT = (
 )  # fmt: skip
 LEFT_OUT = (
     "resnet18_cifar and vgg16_cifar are left out: 0.56 and 0.33 billion multiply-adds an image make 30 epochs on 50,000 "
-    "images a matter of days on these cores. `--device cuda` runs them."
+    "images a day or more on two cores. `--device cuda` runs them."
 )
 
 
@@ -156,8 +117,6 @@ def _row(task: Task, data_root: Path, method: str, calibration_images: int) -> R
 
 
 def _count(path: Path) -> int:
-    import numpy as np
-
     with np.load(path) as file:
         return len(file["labels" if "labels" in file else "train_labels"])
 
@@ -188,9 +147,9 @@ class _Prepared:
             on_epoch=lambda e: print(f"{task.name}: epoch {e.epoch}, {e.test_accuracy:.2f}%, {e.seconds:.0f} s"),
         )  # fmt: skip
         # What is scored is the last epoch: the best one would have been chosen by the test images.
-        seconds = sum(epoch.seconds for epoch in log)
+        seconds, count = sum(epoch.seconds for epoch in log), len(splits.test)  # type: ignore[arg-type]
         model.to(memory_format=torch.contiguous_format)
-        return cls(task, model, images, test, len(splits.test), evaluate(model, test), seconds, device)
+        return cls(task, model, images, test, count, evaluate(model, test), seconds, device)
 
     def prune(self, row: Row, folder: Path) -> Row:
         """Prune, score and export; the file is kept only if onnxruntime computes what the graph does."""
@@ -217,28 +176,6 @@ class _Prepared:
             compile_seconds=round(compiled.report.seconds, 2),
             machine=machine(self.device),
         )
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The CSV's rows; none if there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [Row(**{name: _value(name, text) for name, text in line.items()}) for line in csv.DictReader(file)]
-
-
-def _value(name: str, text: str) -> Any:
-    if name in TEXTS:
-        return text
-    return None if text == "" else (int(text) if name in INTEGERS else float(text))
-
-
-def write_rows(path: Path, rows: Any) -> None:
-    """Write the CSV, whole or not at all."""
-    with atomic(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Row)])
-        writer.writerows(dataclasses.astuple(row) for row in rows)
 
 
 def main() -> None:

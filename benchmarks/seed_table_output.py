@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from benchmarks.seed_table_rows import Row
 from fxprune.files import atomic
 from fxprune.plots.style import figure, mark, save_figure
-
-if TYPE_CHECKING:
-    from benchmarks.seed_table import Row
 
 HEADINGS = (
     "model, data", "method", "dense", "2:4", "drop", "agrees with dense", "KL", "zeros", "onnxruntime", "compile s",
@@ -62,12 +60,15 @@ def write_plot(stem: Path, rows: Sequence[Row]) -> None:
         axes = picture.add_subplot()
         height = 0.8 / len(methods)
         for number, method in enumerate(methods):
-            drops = [next(r.drop for r in rows if (r.name, r.method) == (name, method)) for name in names]
+            drop = {row.name: row.drop for row in rows if row.method == method}
+            drops = [drop.get(name, math.nan) for name in names]
             places = [i + (number - (len(methods) - 1) / 2) * height for i in range(len(names))]
             axes.barh(places, drops, height * 0.9, color=mark(method, methods).color, label=method)
-            for place, drop in zip(places, drops, strict=True):
+            for place, lost in zip(places, drops, strict=True):
+                if math.isnan(lost):
+                    continue  # Not run yet.
                 axes.annotate(
-                    f"{drop:.2f}", (max(drop, 0), place), xytext=(4, 0), textcoords="offset points", va="center"
+                    f"{lost:.2f}", (max(lost, 0), place), xytext=(4, 0), textcoords="offset points", va="center"
                 )
         axes.set_yticks(range(len(names)), [name.replace(" (", "\n(") for name in names])
         axes.invert_yaxis()

@@ -10,6 +10,7 @@ from fxprune.export import export_onnx, inspect_onnx, validate_onnx
 from fxprune.graph_diff import diff
 from fxprune.options import Options
 from fxprune.pattern import Pattern
+from fxprune.rank_reduction import low_rank
 from fxprune.report import LayerReport, PruneReport
 from fxprune.saving import load, save
 
@@ -27,6 +28,7 @@ __all__ = [
     "export_onnx",
     "inspect_onnx",
     "load",
+    "low_rank",
     "models",
     "passes",
     "save",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, IterableDataset
 
 from fxprune.errors import CalibrationError
@@ -74,6 +75,11 @@ def assign(placeholders: Sequence[Node], batch: Any, number: int = 0) -> dict[No
     return values
 
 
+def _images(batch: Any) -> int:
+    """How many images a batch holds, by its first tensor; what is wrong with a batch is said where it is used."""
+    return next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 1)
+
+
 def check_loader(loader: Any) -> None:
     """Raise CalibrationError for what can be iterated over, perhaps, but does not give batches."""
     if isinstance(loader, Tensor):
@@ -100,9 +106,9 @@ def peek(loader: Iterable[Any], images: int = 1) -> tuple[list[Any], Iterable[An
     """
     check_loader(loader)
     rest, head, seen = iter(loader), [], 0
-    for number, batch in enumerate(rest):
+    for batch in rest:
         head.append(batch)
-        seen += len(input_tensor(batch, number))
+        seen += _images(batch)
         if seen >= images:
             break
     if not head:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-STATUS_STYLE = {"pruned": "green", "reconstructed": "cyan", "kept": "yellow"}
+STATUS_STYLE = {"pruned": "green", "factored": "green", "reconstructed": "cyan", "kept": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,19 @@ class LayerReport:
     Attributes:
         name: module name (for a functional call, the node's name).
         op: module class, such as "Conv2d".
-        shape: weight shape (R, C/G, *kernel).
+        shape: weight shape (R, C/G, *kernel); () if it is computed on the way.
         pattern: the pattern that the weight now satisfies, or "" if it was not pruned.
-        status: "pruned", "reconstructed" (dense, re-fitted to the dense model's output) or "kept" (as it was).
-        reason: why the layer was not pruned; "" for pruned layers.
+        status: "pruned", "factored" (replaced by two layers), "reconstructed" (dense, re-fitted to the dense model's
+            output) or "kept" (as it was).
+        reason: why the layer was not pruned, or how it was factored; "" for pruned layers.
         sparsity: share of zeros in the weight.
         relative_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on the calibration set, or None if not measured.
         damping: the damping that the factorisation needed, relative to the mean of the Hessian's diagonal.
         dead_inputs: columns whose input was zero throughout the calibration set.
         seconds: time spent in the solver.
         verdict: deployment verdict, in a word or two.
+        rank: of a factored layer; 0 for any other.
+        multiply_adds: of a factored layer for one sample, (before, after).
     """
 
     name: str
@@ -49,14 +53,13 @@ class LayerReport:
     dead_inputs: int = 0
     seconds: float = 0.0
     verdict: str = ""
+    rank: int = 0
+    multiply_adds: tuple[int, ...] = ()
 
     @property
     def weights(self) -> int:
         """Number of weights, bias not counted."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape) if self.shape else 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class PruneReport:
         agreement: top-1 agreement of dense and pruned outputs on the calibration set in percent, None if the model's
             output is not a single (N, classes) tensor.
         kl: mean KL(dense || pruned) of the softmax outputs there, in nats, or None likewise.
+        multiply_adds: of all Conv and Linear modules for one sample, (before, after), where layers were factored.
     """
 
     layers: tuple[LayerReport, ...]
@@ -85,12 +89,14 @@ class PruneReport:
     peak_memory: int = 0
     agreement: float | None = None
     kl: float | None = None
+    multiply_adds: tuple[int, ...] = ()
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros among all weights of the layers listed."""
-        total = sum(layer.weights for layer in self.layers)
-        return sum(layer.sparsity * layer.weights for layer in self.layers) / total if total else 0.0
+        """Share of zeros among all weights of the layers listed; a layer called twice counts once."""
+        layers = {layer.name: layer for layer in self.layers}.values()
+        total = sum(layer.weights for layer in layers)
+        return sum(layer.sparsity * layer.weights for layer in layers) / total if total else 0.0
 
     def __getitem__(self, name: str) -> LayerReport:
         """The report of the layer called `name`."""
@@ -115,11 +121,14 @@ class PruneReport:
     @property
     def summary(self) -> str:
         """The run in a line or two."""
-        pruned = sum(layer.status == "pruned" for layer in self.layers)
-        line = (
-            f"{pruned} of {len(self.layers)} layers pruned to {self.pattern} with {self.method}; "
-            f"{self.sparsity:.1%} of all weights are zero; {self.images} images, {self.seconds:.1f} s."
-        )
+        done = sum(layer.status in ("pruned", "factored") for layer in self.layers)
+        if self.multiply_adds:
+            before, after = self.multiply_adds
+            what = f"factored ({self.pattern}) with {self.method}; {before / 1e6:.1f} M multiply-adds a sample became "
+            what += f"{after / 1e6:.1f} M ({before / max(after, 1):.2f} times fewer)"
+        else:
+            what = f"pruned to {self.pattern} with {self.method}; {self.sparsity:.1%} of all weights are zero"
+        line = f"{done} of {len(self.layers)} layers {what}; {self.images} images, {self.seconds:.1f} s."
         if self.agreement is not None and self.kl is not None:
             line += f"\nOn the calibration set: top-1 agreement with the dense model {self.agreement:.1f}%, KL {self.kl:.4f}."
         return line
@@ -131,14 +140,14 @@ class PruneReport:
             table.add_column(heading, justify="right" if right else "left", overflow="fold")
         for layer in self.layers:
             table.add_row(
-                layer.name,
+                Text(layer.name),
                 layer.op,
                 "x".join(map(str, layer.shape)),
                 Text(layer.status, style=STATUS_STYLE[layer.status]),
                 f"{layer.sparsity:.1%}",
                 "" if layer.relative_error is None else f"{layer.relative_error:.2e}",
                 f"{layer.seconds:.2f}",
-                _note(layer),
+                Text(_note(layer)),
             )
         return table
 
@@ -157,13 +166,25 @@ class PruneReport:
         return dataclasses.asdict(self) | {"sparsity": self.sparsity}
 
     def to_json(self, path: str | PathLike[str]) -> None:
-        """Write the whole report."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write the whole report; a number that is not finite becomes null, as JSON has no word for it."""
+        Path(path).write_text(json.dumps(_finite(self.to_dict()), indent=2) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """Nested lists and dicts with None in place of infinite and NaN floats."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _note(layer: LayerReport) -> str:
-    """Reason, dead inputs and verdict in one cell."""
+    """Rank, reason, dead inputs and verdict in one cell."""
     notes = [layer.reason, layer.verdict]
+    if layer.rank and layer.multiply_adds:
+        before, after = layer.multiply_adds
+        notes.insert(0, f"rank {layer.rank}, {after / before:.0%} of its multiply-adds")
     if layer.dead_inputs:
         notes.append(f"{layer.dead_inputs} dead inputs")
     return "; ".join(note for note in notes if note)

@@ -220,9 +220,7 @@ def test_interrupted_save_leaves_the_previous_file_and_no_litter(tmp_path, train
     assert_same(fresh, trained)
 
 
-@pytest.mark.parametrize(
-    ("name", "file"), [("resnet20", "resnet20-12fca82f.th"), ("resnet56", "resnet56-4bfd9763.th")]
-)
+@pytest.mark.parametrize(("name", "file"), [("resnet20", "resnet20-12fca82f.th"), ("resnet56", "resnet56-4bfd9763.th")])
 def test_public_cifar_weights_load(data_root, name, file):
     path = data_root / "cifar10" / file
     model = load_weights(models.create(name), path)

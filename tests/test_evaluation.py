@@ -35,9 +35,7 @@ def test_accuracy_counts_images_not_batches():
     data = batches()
     assert len(data[-1][0]) == 1
     right = sum(
-        int(row.argmax()) == int(label)
-        for logits, labels in data
-        for row, label in zip(logits, labels, strict=True)
+        int(row.argmax()) == int(label) for logits, labels in data for row, label in zip(logits, labels, strict=True)
     )
     assert 0 < right < 25
     assert evaluate(Logits(), data) == 100 * right / 25
@@ -88,9 +86,7 @@ def test_eval_mode_during_and_old_flags_after():
     flags = [m.training for m in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     seen = []
-    model[1].register_forward_hook(
-        lambda m, _i, _o: seen.append((m.training, torch.is_inference_mode_enabled()))
-    )
+    model[1].register_forward_hook(lambda m, _i, _o: seen.append((m.training, torch.is_inference_mode_enabled())))
     assert agreement(model, model, batches()) == Agreement(100.0, 0.0)
     evaluate(model, batches())
     assert set(seen) == {(False, True)}

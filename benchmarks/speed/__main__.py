@@ -60,9 +60,9 @@ def _statistics(given: argparse.Namespace) -> Iterator[Row]:
         "statistics", "one large product, 2048x2048 float32", "the machine's limit", Times((flop / rate,)),
         gflop=flop, load=load(), threads=given.threads,
     )  # fmt: skip
-    sizes = {"CIFAR": layer_statistics.CIFAR, "ImageNet": layer_statistics.IMAGENET}
-    if given.small:
-        sizes = {"CIFAR": ((16, 16),)}
+    sizes: dict[str, tuple[tuple[int, int], ...]] = {"CIFAR": ((16, 16),)}
+    if not given.small:
+        sizes = {"CIFAR": layer_statistics.CIFAR, "ImageNet": layer_statistics.IMAGENET}
     images = (
         {"CIFAR": 8, "ImageNet": 2} if given.small else {"CIFAR": given.cifar_batch, "ImageNet": given.imagenet_batch}
     )

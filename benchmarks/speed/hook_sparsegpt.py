@@ -44,6 +44,8 @@ def prune(
     with torch.inference_mode(False), torch.no_grad():
         for name in layers:
             module = model.get_submodule(name)
+            if not isinstance(module, (nn.Conv2d, nn.Linear)):
+                raise TypeError(f"{name} is a {type(module).__name__}; Conv2d and Linear layers can be pruned here")
             geometry = LayerGeometry.of(module)
             problem = _problem(model, module, geometry, batches).damped(damping)
             matrix = sparsegpt(next(problem.groups()), parsed)
@@ -51,7 +53,9 @@ def prune(
     return model
 
 
-def _problem(model: nn.Module, module: nn.Module, geometry: LayerGeometry, batches: Iterable[Tensor]) -> LayerProblem:
+def _problem(
+    model: nn.Module, module: nn.Conv2d | nn.Linear, geometry: LayerGeometry, batches: Iterable[Tensor]
+) -> LayerProblem:
     weight = geometry.to_matrix(module.weight.detach()).double()
     hessian = weight.new_zeros(geometry.columns, geometry.columns)
     seen = 0

@@ -38,5 +38,5 @@ def channels_innermost(geometry: LayerGeometry, gram: Tensor) -> Tensor:
 
 def _unfold(geometry: LayerGeometry, x: Tensor) -> Tensor:
     """(N, D, L); fit for symmetric zero padding and one group."""
-    padding = [before for before, _ in geometry.padding]
+    padding = tuple(before for before, _ in geometry.padding)
     return F.unfold(x, geometry.kernel_size, geometry.dilation, padding, geometry.stride)

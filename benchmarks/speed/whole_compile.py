@@ -71,8 +71,8 @@ def run(name: str, data_root: Path, images: int, *, repeats: int, exact_obs: boo
     }
     began = load()
     times = interleaved(computations, repeats)
-    for values in (*reports.values(), hooked):
-        del values[0]  # The warm-up.
+    for of_method in reports.values():
+        del of_method[0]  # The warm-up's.
     if exact_obs:
         say("exact_obs, once")
         times |= interleaved({"exact_obs": ours("exact_obs")}, 1, warm_up=False)

@@ -79,9 +79,7 @@ class ArrayDataset(Dataset[tuple[torch.Tensor, Any]]):
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != torch.uint8:
-            raise DataError(
-                f"images must be uint8 (N, C, H, W), not {self.images.dtype} {tuple(self.images.shape)}"
-            )
+            raise DataError(f"images must be uint8 (N, C, H, W), not {self.images.dtype} {tuple(self.images.shape)}")
         if self.labels.shape != self.images.shape[:1]:
             raise DataError(f"{len(self.images)} images but labels of shape {tuple(self.labels.shape)}")
         check_normalisation(self.mean, self.std, self.images.shape[1], "the data set")

@@ -74,9 +74,7 @@ def read_folder(
             raise DataError(f"image folder {path / split} cannot be read: {error}") from error
         if splits[split].classes != splits["train"].classes:
             odd = sorted(set(splits[split].classes) ^ set(splits["train"].classes))
-            raise DataError(
-                f"image folder {path}: train/ and {split}/ differ in classes {', '.join(odd[:5])}"
-            )
+            raise DataError(f"image folder {path}: train/ and {split}/ differ in classes {', '.join(odd[:5])}")
     if "test" not in splits:
         splits["test"] = splits.pop("val")
     return splits

@@ -136,11 +136,7 @@ def _npz_splits(path: Path) -> dict[str, Arrays]:
         return {split: arrays for split, arrays in read_npz(path, wanted).items() if split is not None}
     files = {}
     for split, other in (("train", "test"), ("test", "train")):
-        stem = (
-            path.stem.removesuffix(f"_{other}") + f"_{split}"
-            if path.stem.endswith(f"_{other}")
-            else path.stem
-        )
+        stem = path.stem.removesuffix(f"_{other}") + f"_{split}" if path.stem.endswith(f"_{other}") else path.stem
         files[split] = path.with_name(f"{stem}.npz")
     if files["train"] == files["test"] or not all(file.is_file() for file in files.values()):
         raise DataError(
@@ -156,9 +152,7 @@ def _in_memory(
     shape = splits["train"].images.shape[1:]
     for split, arrays in splits.items():
         if arrays.images.shape[1:] != shape:
-            raise DataError(
-                f"{name}: train images are {tuple(shape)}, {split} images {tuple(arrays.images.shape[1:])}"
-            )
+            raise DataError(f"{name}: train images are {tuple(shape)}, {split} images {tuple(arrays.images.shape[1:])}")
     check_normalisation(figures.mean, figures.std, shape[0], name)
     datasets = {
         split: ArrayDataset(

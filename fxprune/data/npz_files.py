@@ -62,9 +62,7 @@ def holds_jpeg(path: Path) -> bool:
         return "jpeg" in file
 
 
-def read_npz(
-    path: Path, splits: tuple[str | None, ...], first: int | None = None
-) -> dict[str | None, Arrays]:
+def read_npz(path: Path, splits: tuple[str | None, ...], first: int | None = None) -> dict[str | None, Arrays]:
     """Read splits of an .npz file.
 
     Args:
@@ -144,12 +142,7 @@ def _channels_first(raw: Raw, what: str) -> Raw:
 
 
 def _decode(row: Raw, offsets: Raw, count: int, first: int | None, path: Path) -> Raw:
-    if (
-        len(offsets) != count + 1
-        or offsets[0] != 0
-        or offsets[-1] != len(row)
-        or (np.diff(offsets) <= 0).any()
-    ):
+    if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != len(row) or (np.diff(offsets) <= 0).any():
         raise DataError(
             f"{path}: offsets must rise from 0 to {len(row)}, the bytes in jpeg, in {count + 1} steps for "
             f"{count} labels; found {len(offsets)} from {offsets[:1]} to {offsets[-1:]}"

@@ -56,9 +56,7 @@ def _choose(dataset: Dataset[Any], images: int, seed: int | None, balanced: bool
     if images < 1:
         raise DataError(f"images is {images}; calibration needs at least 1")
     if images > available:
-        raise DataError(
-            f"{images} calibration images were asked for, the data set has {available}; ask for fewer"
-        )
+        raise DataError(f"{images} calibration images were asked for, the data set has {available}; ask for fewer")
     if seed is None:
         if balanced:
             raise DataError("seed=None takes the first images as they come; it needs balanced=False")

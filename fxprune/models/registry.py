@@ -76,9 +76,7 @@ def register(
     def add(factory: F) -> F:
         known = _ENTRIES.get(name)
         if known is not None and _origin(known.factory) != _origin(factory):
-            raise ModelError(
-                f"model name {name!r} is taken by {_origin(known.factory)}; register under another name"
-            )
+            raise ModelError(f"model name {name!r} is taken by {_origin(known.factory)}; register under another name")
         if known is None and torchvision_zoo.has(name):
             raise ModelError(f"model name {name!r} is torchvision's; register under another name")
         _ENTRIES[name] = _Entry(info, factory)
@@ -87,9 +85,7 @@ def register(
     return add
 
 
-def create(
-    name: str, *, num_classes: int | None = None, in_channels: int | None = None, **kwargs: Any
-) -> nn.Module:
+def create(name: str, *, num_classes: int | None = None, in_channels: int | None = None, **kwargs: Any) -> nn.Module:
     """Build a model by name.
 
     Args:

@@ -33,9 +33,7 @@ class VGG16Cifar(nn.Module):
         dropout: probability of dropping a hidden activation in training.
     """
 
-    def __init__(
-        self, num_classes: int = 10, in_channels: int = 3, hidden: int = 4096, dropout: float = 0.5
-    ) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, hidden: int = 4096, dropout: float = 0.5) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = in_channels

@@ -8,6 +8,7 @@ from fxprune.passes.allocate_sparsity import AllocateSparsity
 from fxprune.passes.base import Change, Pass, changes
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
 from fxprune.passes.insert_observers import InsertObservers
+from fxprune.passes.low_rank import LowRank
 from fxprune.passes.permute_channels import PermuteChannels
 from fxprune.passes.polish import Polish
 from fxprune.passes.prune_weights import PruneWeights
@@ -22,6 +23,7 @@ __all__ = [
     "Change",
     "FoldBatchNorm",
     "InsertObservers",
+    "LowRank",
     "Pass",
     "PassResult",
     "PermuteChannels",

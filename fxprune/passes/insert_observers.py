@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
+from torch.nn.utils.parametrize import is_parametrized
 
-from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
+from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
 from fxprune.graph import call_sites, input_of, is_tied, module_of
 from fxprune.passes.base import Pass
+from fxprune.passes.kept_layers import LAYERS, layers_inside, matrices_read
 from fxprune.pattern import Pattern
 from fxprune.statistics import HessianObserver
 from fxprune.tracing import matches
@@ -25,6 +28,8 @@ WEIGHT_FUNCTIONS = (
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.bilinear, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
     torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
 )  # fmt: skip
+PRODUCTS = (operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum)
+PRODUCT_METHODS = ("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm")
 
 
 @dataclass(frozen=True)
@@ -44,18 +49,25 @@ class LayerTask:
     pattern: Pattern | None = None
 
 
+class Eligibility(Protocol):
+    """Decides which layers can be compressed: a `Pattern`, for one."""
+
+    def decline(self, geometry: LayerGeometry) -> str | None:
+        """Why a layer of this geometry cannot be, or None if it can."""
+
+
 class InsertObservers(Pass):
     """Annotates Conv and Linear calls with a `LayerTask` and inserts `HessianObserver` modules.
 
     Layers that read the same value in the same geometry share one observer, and so one Hessian.
 
     Args:
-        pattern: decides which layers can be pruned.
+        pattern: decides which layers can be pruned, or factored.
         exclude: module names or fnmatch patterns of layers to leave exactly as they are.
         reconstruct: observe layers that the pattern declines, so that they can be re-fitted.
     """
 
-    def __init__(self, pattern: Pattern, *, exclude: Sequence[str] = (), reconstruct: bool = True) -> None:
+    def __init__(self, pattern: Eligibility, *, exclude: Sequence[str] = (), reconstruct: bool = True) -> None:
         self.pattern = pattern
         self.exclude = tuple(exclude)
         self.reconstruct = reconstruct
@@ -65,6 +77,8 @@ class InsertObservers(Pass):
         observers: dict[tuple[Node, LayerGeometry], Node] = {}
         modified = False
         for node in list(graph_module.graph.nodes):
+            for layer in layers_inside(node):
+                self.record(graph_module, "kept", node, reason=f"{layer.name}: {layer.reason}")
             if TASK in node.meta or not reads_weights(node):
                 continue
             task = self._task(graph_module, node, sites)
@@ -96,13 +110,17 @@ class InsertObservers(Pass):
         """Why a layer's weights must not be touched at all, or None."""
         module = module_of(node)
         if module is None:
-            return "a functional call: its weight is not a module's own; use nn.Conv2d or nn.Linear to have it pruned"
+            return f"a functional call in {_place(node)}: its weight belongs to no nn.Conv2d or nn.Linear module"
         if matches(str(node.target), self.exclude):
             return "excluded"
         if isinstance(module, TRANSPOSED_CONVOLUTIONS):
             return "transposed convolutions are not pruned"
+        if is_parametrized(module):
+            return "parametrized: its weight is computed; call torch.nn.utils.parametrize.remove_parametrizations first"
         if not is_matrix_layer(module):
             return f"{type(module).__name__} is not exactly a Conv1d, Conv2d, Conv3d or Linear"
+        if "weight" not in module._parameters:
+            return "its weight is computed by a hook; call torch.nn.utils.remove_weight_norm, prune.remove or the like first"
         if len(sites[module]) > 1:
             return f"shared: called at {len(sites[module])} places with different inputs"
         if is_tied(graph_module, module.weight):
@@ -113,10 +131,21 @@ class InsertObservers(Pass):
 
 
 def reads_weights(node: Node) -> bool:
-    """Whether a node is a call of a Conv or Linear module, or of the functional form of one."""
-    if node.op == "call_function":
-        return node.target in WEIGHT_FUNCTIONS
-    return isinstance(module_of(node), (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear))
+    """Whether a node is a call of a Conv or Linear module, or a function or product with a parameter in its place."""
+    if node.op == "call_function" and node.target in WEIGHT_FUNCTIONS:
+        return True
+    if node.target in (PRODUCTS if node.op == "call_function" else PRODUCT_METHODS):
+        return bool(matrices_read(node))
+    return isinstance(module_of(node), LAYERS)
+
+
+def _place(node: Node) -> str:
+    """The module in whose forward a node was traced, in words."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return "the model's own forward"
+    name, kind = list(stack.values())[-1]
+    return f"module {name!r} ({getattr(kind, '__name__', kind)})"
 
 
 def _insert_observer(graph_module: GraphModule, layer: Node, source: Node, geometry: LayerGeometry) -> Node:

@@ -87,11 +87,12 @@ class PermuteChannels(Pass):
         self._example: tuple[_Inputs, list[Tensor]] | None = None
 
     def requires(self, graph_module: GraphModule) -> None:  # noqa: D102 - documented on Pass
-        for module in map(module_of, graph_module.graph.nodes):
-            if module is not None and any(part.training for part in module.modules()):
-                raise GraphError(f"a {type(module).__name__} is in training mode; call eval() before PermuteChannels")
         if any(TASK in node.meta for node in graph_module.graph.nodes):
             raise GraphError("PermuteChannels has to run before InsertObservers")
+        for node in graph_module.graph.nodes:
+            module = module_of(node)
+            if module is not None and any(part.training for part in module.modules()):
+                raise GraphError(f"module {node.target!r} is in training mode; call eval() before PermuteChannels")
 
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
         self._example = None

@@ -11,21 +11,20 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune import solvers
-from fxprune.batch_store import BatchValues
 from fxprune.calibration import CalibrationStream
 from fxprune.errors import FxPruneError, SolverError
-from fxprune.graph import input_of, module_of
+from fxprune.graph import input_of
 from fxprune.layer_checkpoint import LayerCheckpoint
 from fxprune.layer_solution import SolvedLayer, install, layer_of, observer_of, solve_layer
 from fxprune.options import Options
 from fxprune.passes.base import Pass
 from fxprune.passes.insert_observers import TASK, LayerTask
-from fxprune.passes.skip_connections import skip_operands
+from fxprune.passes.kept_layers import kept_layer, layers_inside, zeros
+from fxprune.passes.wanted_output import cross_statistics
 from fxprune.pattern import Pattern
 from fxprune.precision import full_precision
 from fxprune.report import LayerReport, PruneReport
@@ -69,11 +68,13 @@ class PruneWeights(Pass):
             return PassResult(graph_module, False)
         with torch.no_grad(), full_precision():
             report = self._solve_all(graph_module, tasks)
-        layers = {node: node.meta.get(LAYER) or kept_layer(node, task) for node, task in tasks.items()}
-        for node, layer in layers.items():
-            node.meta[LAYER] = layer
-        graph_module.meta[REPORT] = replace(report, layers=tuple(layers.values()))
-        return PassResult(graph_module, any(layer.status != "kept" for layer in layers.values()))
+        layers: list[LayerReport] = []
+        for node in graph_module.graph.nodes:
+            if node in tasks:
+                node.meta.setdefault(LAYER, kept_layer(node, tasks[node].reason))
+            layers += [node.meta[LAYER]] if LAYER in node.meta else layers_inside(node)
+        graph_module.meta[REPORT] = replace(report, layers=tuple(layers))
+        return PassResult(graph_module, any(layer.status != "kept" for layer in layers))
 
     def _solve_all(self, graph_module: GraphModule, tasks: dict[Node, LayerTask]) -> PruneReport:
         """Solve layer after layer as the calibration set streams by; the report lacks only the layers."""
@@ -95,7 +96,7 @@ class PruneWeights(Pass):
             layer = checkpoint.load(str(node.target))
             observer = observer_of(node)
             if layer is None:
-                cross = self._gather(stream, node, tasks[node])
+                cross = cross_statistics(stream, node, tasks[node], self.options)
                 checkpoint.check_data(stream.fingerprint)
                 started = time.perf_counter()
                 with stopwatch.measure("solve"):
@@ -123,29 +124,6 @@ class PruneWeights(Pass):
             agreement=agreement.agreement,
             kl=agreement.kl,
         )
-
-    def _gather(self, stream: CalibrationStream, node: Node, task: LayerTask) -> CrossStatistics | None:
-        """Stream up to a layer: its observer gathers H on the way, the cross term with the wanted output comes here."""
-        geometry = task.geometry
-        assert geometry is not None
-        if self.options.target == "weights":
-            stream.run_to(node)
-            return None
-        source = input_of(node)
-        skips = skip_operands(node) if self.options.target == "skip" else ()
-        cross = CrossStatistics.empty(geometry, stream.device)
-
-        def visit(values: BatchValues) -> None:
-            x = values.dense(source) if self.options.inputs == "dense" else values.pruned(source)
-            y = values.dense(node)
-            for skip in skips:
-                dense, pruned = values.dense(skip), values.pruned(skip)
-                if dense is not pruned and dense.shape == y.shape:
-                    y = y + (dense - pruned)
-            cross.update(geometry, x, y)
-
-        stream.run_to(node, visit)
-        return cross
 
     def _solve(
         self, node: Node, task: LayerTask, inputs: InputStatistics, cross: CrossStatistics | None
@@ -175,19 +153,3 @@ class PruneWeights(Pass):
             dead_inputs=layer.dead_inputs,
             seconds=layer.seconds,
         )
-
-
-def zeros(weight: Tensor) -> float:
-    """Share of zeros."""
-    return float((weight == 0).double().mean())
-
-
-def kept_layer(node: Node, task: LayerTask) -> LayerReport:
-    """The report of a layer that was not touched."""
-    module = module_of(node)
-    weight = getattr(module, "weight", None)
-    shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
-    name = node.name if module is None else str(node.target)
-    op = getattr(node.target, "__name__", str(node.target)) if module is None else type(module).__name__
-    sparsity = zeros(weight) if isinstance(weight, Tensor) else 0.0
-    return LayerReport(name=name, op=op, shape=shape, reason=task.reason, sparsity=sparsity)

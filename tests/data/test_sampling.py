@@ -84,9 +84,7 @@ def test_augmentation_is_left_out():
     plain = calibration_tensors(numbered(labels), 12)
     assert torch.equal(calibration_tensors(numbered(labels, augment=True), 12), plain)
     half = Subset(numbered(labels, augment=True), range(15))
-    assert torch.equal(
-        calibration_tensors(half, 12), calibration_tensors(Subset(numbered(labels), range(15)), 12)
-    )
+    assert torch.equal(calibration_tensors(half, 12), calibration_tensors(Subset(numbered(labels), range(15)), 12))
 
 
 def test_labels_of_a_subset_are_its_own():

@@ -109,9 +109,7 @@ def test_vgg16_cifar_keeps_torchvisions_names():
     with torch.device("meta"):
         reference = torchvision.models.vgg16_bn(num_classes=10)
     assert list(model.state_dict()) == list(reference.state_dict())
-    convs = {
-        name: value.shape for name, value in reference.state_dict().items() if name.startswith("features")
-    }
+    convs = {name: value.shape for name, value in reference.state_dict().items() if name.startswith("features")}
     assert {n: v.shape for n, v in model.state_dict().items() if n.startswith("features")} == convs
 
 

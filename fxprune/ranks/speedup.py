@@ -1,0 +1,110 @@
+"""Ranks for a wanted speed-up: candidates are exported, and timed in onnxruntime beside the dense model."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxprune.errors import OptionsError
+from fxprune.export.latency import Latency, measure_latency
+from fxprune.export.torch_export import to_onnx_program
+from fxprune.layer_solution import layer_of
+from fxprune.passes.insert_observers import TASK
+from fxprune.passes.low_rank import split_call
+from fxprune.passes.remove_observers import RemoveObservers
+from fxprune.ranks.choices import RankPlan, Survey
+from fxprune.ranks.rule import within_budget
+from fxprune.ranks.splits import two_layers
+
+TRIALS = 5
+Measure = Callable[[Sequence[Path], Sequence[Tensor]], Sequence[Latency]]
+
+
+def plan_for_speedup(
+    graph_module: GraphModule, survey: Survey, factor: float, image: Tensor, *, measure: Measure = measure_latency
+) -> RankPlan:
+    """The plan with the most multiply-adds found that runs `factor` times faster than dense, by bisection over budgets.
+
+    Only sizes matter to speed, so the candidates that are timed have weights that mean nothing.
+
+    Args:
+        graph_module: traced, with observers.
+        survey: of that graph.
+        factor: wanted ratio of the medians, dense / factored.
+        image: one input, (1, C, H, W).
+        measure: how to time files.
+
+    Raises:
+        OptionsError: not reached even with the fewest multiply-adds.
+    """
+    image = image.cpu()
+    with tempfile.TemporaryDirectory() as folder:
+        dense, candidate = Path(folder) / "dense.onnx", Path(folder) / "candidate.onnx"
+        write_shape(graph_module, None, image, dense)
+
+        def speed(plan: RankPlan) -> float:
+            write_shape(graph_module, plan, image, candidate)
+            slow, fast = measure([dense, candidate], [image])
+            return slow.median / fast.median
+
+        return search(survey, factor, speed)
+
+
+def search(survey: Survey, factor: float, speed: Callable[[RankPlan], float]) -> RankPlan:
+    """Bisection over budgets of multiply-adds.
+
+    Args:
+        survey: of the network.
+        factor: wanted speed-up.
+        speed: measures the speed-up of a plan.
+
+    Raises:
+        OptionsError: not reached even with the fewest multiply-adds.
+    """
+
+    def plan_of(budget: int) -> RankPlan:
+        return RankPlan.of(f"rank speedup:{factor:g}", survey, within_budget(survey, budget))
+
+    best: tuple[RankPlan, float] | None = None
+    low, high = survey.least_multiply_adds, survey.multiply_adds
+    budget = max(low, int(0.9 * high / factor))
+    for _ in range(TRIALS):
+        plan = plan_of(budget)
+        reached = speed(plan)
+        if reached >= factor:
+            best, low = (plan, reached), budget
+        else:
+            high = budget
+        budget = (low + high) // 2
+    if best is None:
+        plan = plan_of(low)
+        best = plan, speed(plan)
+    plan, reached = best
+    if reached < factor:
+        raise OptionsError(
+            f"a speed-up of {factor:g} is out of reach: it was {reached:.2f} with the fewest multiply-adds that low rank "
+            f"can give here, {plan.multiply_adds[1] / 1e6:.1f} M of {plan.multiply_adds[0] / 1e6:.1f} M"
+        )
+    return replace(plan, rule=f"{plan.rule}, measured {reached:.2f}")
+
+
+def write_shape(graph_module: GraphModule, plan: RankPlan | None, image: Tensor, path: Path) -> None:
+    """Write the dense graph, or one of the shape that the plan would give it."""
+    graph_module = copy.deepcopy(graph_module).cpu()
+    for node in list(graph_module.graph.nodes):
+        choice = plan.choice(str(node.target)) if plan is not None and TASK in node.meta else None
+        if choice is not None:
+            module = layer_of(node)
+            pair = two_layers(module, choice.split, choice.rank, bias=module.bias is not None)
+            graph_module.set_submodule(str(node.target), pair)
+            split_call(node)
+            graph_module.graph.erase_node(node)
+    RemoveObservers()(graph_module)
+    program = to_onnx_program(graph_module.eval(), (image,), opset=None, dynamic_batch=False, precision="fp32")
+    program.save(str(path))

@@ -1,0 +1,138 @@
+"""The two layers that stand in for one: which splits a layer has, what they cost, and the modules themselves.
+
+channel: the layer's own kernel to r channels, then 1 x 1 (for Linear: two Linear layers).
+spatial: ky x 1 to r channels, then 1 x kx.
+
+Only the second of the two has a bias: padding puts zeros around the channels in between, as around the input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from fxprune.errors import OptionsError
+from fxprune.geometry import LayerGeometry, MatrixLayer
+
+Split = Literal["channel", "spatial"]
+SPLITS: tuple[Split, ...] = ("channel", "spatial")
+
+
+@dataclass(frozen=True)
+class Factorable:
+    """Accepts the layers that have one of some splits; `InsertObservers` asks it about each layer."""
+
+    splits: tuple[Split, ...] = SPLITS
+
+    def decline(self, geometry: LayerGeometry) -> str | None:
+        """Why a layer of this geometry cannot be factored, or None if it can."""
+        if geometry.groups > 1:
+            return f"{geometry.groups} groups, each small already"
+        if any(full_rank(geometry, split) > 1 for split in self.splits):
+            return None
+        if min(geometry.rows, geometry.columns) < 2:
+            return f"a weight of {geometry.rows} x {geometry.columns} has rank 1 as it is"
+        kernel = " x ".join(map(str, geometry.kernel_size)) or "Linear"
+        return f"{kernel} has no spatial split, which takes a 2-D kernel of several rows and columns"
+
+
+def splits_of(split: Split | Literal["auto"]) -> tuple[Split, ...]:
+    """The splits that "channel", "spatial" or "auto" allows.
+
+    Raises:
+        OptionsError: for anything else.
+    """
+    if split == "auto":
+        return SPLITS
+    if split not in SPLITS:
+        raise OptionsError(f"split is {split!r}; it should be 'channel', 'spatial' or 'auto'")
+    return (split,)
+
+
+def full_rank(geometry: LayerGeometry, split: Split) -> int:
+    """Largest rank of a split; 0 if the layer has no such split."""
+    if geometry.groups > 1:
+        return 0
+    if split == "channel":
+        return min(geometry.rows, geometry.columns)
+    if len(geometry.kernel_size) != 2 or min(geometry.kernel_size) < 2:
+        return 0
+    ky, kx = geometry.kernel_size
+    return min(ky * geometry.in_channels, kx * geometry.out_channels)
+
+
+def dense_multiply_adds(geometry: LayerGeometry, input_shape: Sequence[int]) -> int:
+    """Multiply-adds of a layer for one sample; `input_shape` with the batch dimension."""
+    return _positions(geometry, input_shape) * geometry.out_channels * geometry.columns
+
+
+def multiply_adds(geometry: LayerGeometry, input_shape: Sequence[int], split: Split, rank: int) -> int:
+    """Multiply-adds of the two layers for one sample; `input_shape` with the batch dimension."""
+    positions = _positions(geometry, input_shape)
+    if split == "channel":
+        return positions * rank * (geometry.columns + geometry.out_channels)
+    (ky, kx), width = geometry.kernel_size, input_shape[-1]
+    out_height = geometry.output_size(_padded(geometry, input_shape))[0]
+    return rank * (out_height * width * ky * geometry.in_channels + positions * kx * geometry.out_channels)
+
+
+def factored(module: MatrixLayer, split: Split, first: Tensor, second: Tensor, bias: Tensor | None) -> nn.Sequential:
+    """The two layers, in the module's own dtype, on its device.
+
+    Args:
+        module: a layer without groups.
+        split: how.
+        first: (r, D) of a channel split, (r, ky, C) of a spatial one.
+        second: (R, r), or (R, kx, r).
+        bias: (R,) or None.
+    """
+    pair = two_layers(module, split, len(first), bias=bias is not None)
+    trained = module.weight.requires_grad
+    for layer, kernel in zip(pair, (first, second), strict=True):
+        weight = LayerGeometry.of(layer).to_weight(kernel.flatten(1)[None])
+        layer.weight = nn.Parameter(weight.to(module.weight), requires_grad=trained)
+    if bias is not None:
+        pair[1].bias = nn.Parameter(bias.to(module.weight), requires_grad=trained)
+    return pair.train(module.training)
+
+
+def two_layers(module: MatrixLayer, split: Split, rank: int, *, bias: bool) -> nn.Sequential:
+    """The two layers with torch's initial weights."""
+    like: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
+    if isinstance(module, nn.Linear):
+        first = nn.Linear(module.in_features, rank, bias=False, **like)
+        return nn.Sequential(first, nn.Linear(rank, module.out_features, bias=bias, **like))
+    make: Any = type(module)
+    size, channels = module.kernel_size, (module.in_channels, module.out_channels)
+    reads: dict[str, Any] = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+    like["padding_mode"] = module.padding_mode
+    if split == "channel":
+        first = make(channels[0], rank, size, bias=False, **reads, **like)
+        return nn.Sequential(first, make(rank, channels[1], 1, bias=bias, **like))
+    down = make(channels[0], rank, (size[0], 1), bias=False, **_along(reads, 0), **like)
+    return nn.Sequential(down, make(rank, channels[1], (1, size[1]), bias=bias, **_along(reads, 1), **like))
+
+
+def _along(reads: dict[str, Any], axis: int) -> dict[str, Any]:
+    """Stride, padding and dilation of a 2-D convolution on one axis only; "same" and "valid" hold for each axis."""
+    neutral = {"stride": 1, "padding": 0, "dilation": 1}
+    return {
+        key: value if isinstance(value, str) else tuple(v if i == axis else neutral[key] for i, v in enumerate(value))
+        for key, value in reads.items()
+    }
+
+
+def _padded(geometry: LayerGeometry, input_shape: Sequence[int]) -> tuple[int, ...]:
+    spatial = input_shape[-len(geometry.padding) :]
+    return tuple(size + sum(sides) for size, sides in zip(spatial, geometry.padding, strict=True))
+
+
+def _positions(geometry: LayerGeometry, input_shape: Sequence[int]) -> int:
+    """Output positions of one sample."""
+    if not geometry.kernel_size:
+        return math.prod(input_shape[1:-1])
+    return math.prod(geometry.output_size(_padded(geometry, input_shape)))
