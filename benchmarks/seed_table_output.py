@@ -56,7 +56,7 @@ def write_plot(stem: Path, rows: Sequence[Row]) -> None:
     """Write <stem>.png: each model's drop for each method."""
     names = list(dict.fromkeys(row.name for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
-    with figure(0.9 + 0.55 * len(rows) / max(1, len(methods)) * 2) as picture:
+    with figure(1.0 + 1.1 * len(names), width=7.6) as picture:
         axes = picture.add_subplot()
         height = 0.8 / len(methods)
         for number, method in enumerate(methods):

@@ -121,7 +121,7 @@ def split(reports: list[PruneReport], taken: Times) -> dict[str, Any]:
 
 
 def modelopt_row(case: str) -> Row:
-    """NVIDIA modelopt, where it is installed: its sparsegpt takes the same model; absent otherwise."""
+    """Whether NVIDIA modelopt is here to be compared with; the comparison itself is not written yet."""
     found = importlib.util.find_spec("modelopt") is not None
     method = "NVIDIA modelopt (installed, not run here)" if found else "NVIDIA modelopt (not installed)"
     return Row("compile", case, method, float("nan"), float("nan"), float("nan"), 0)

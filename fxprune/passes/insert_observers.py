@@ -24,6 +24,7 @@ from fxprune.tracing import matches
 
 OBSERVERS = "fxprune_observers"
 TASK = "fxprune_task"
+MAX_COLUMNS = 16_384  # A float64 Hessian of 2 GiB, of which solving needs several copies.
 WEIGHT_FUNCTIONS = (
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.bilinear, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
     torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
@@ -127,6 +128,9 @@ class InsertObservers(Pass):
             return "its weight is shared with another part of the model"
         if module.weight.dtype not in (torch.float32, torch.float64):
             return f"its weight is {module.weight.dtype}; statistics need float32 or float64"
+        columns = LayerGeometry.of(module).columns
+        if columns > MAX_COLUMNS:
+            return f"{columns:,} inputs to an output: the Hessian alone would take {8 * columns**2 / 2**30:.1f} GiB"
         return None
 
 

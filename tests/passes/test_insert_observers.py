@@ -237,3 +237,11 @@ def test_deepcopy_of_an_observed_graph():
     graph_module = copy.deepcopy(observed(Branches()))
     assert len(observers(graph_module)) == 3
     assert tasks(graph_module)["a"].role == "prune"
+
+
+def test_a_layer_whose_hessian_would_not_fit_is_kept_with_its_size():
+    graph_module = trace(nn.Sequential(nn.Flatten(), nn.Linear(20_000, 4)))
+    InsertObservers(Pattern.parse("2:4"))(graph_module)
+    task = next(node.meta[TASK] for node in graph_module.graph.nodes if TASK in node.meta)
+    assert task.role == "keep"
+    assert task.reason == "20,000 inputs to an output: the Hessian alone would take 3.0 GiB"
