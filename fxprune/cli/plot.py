@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -54,7 +55,7 @@ def plot(
         raise OptionsError(f"plots need {error.name}, which is not installed: pip install 'fxprune[plot]'") from error
     for source in sources:
         for name, picture in _pictures(source, plots, layers or []):
-            files = plots.save_figure(picture, out / name, formats or FORMATS)
+            files = plots.save_figure(picture, out / re.sub(r"[^\w.-]+", "-", name), formats or FORMATS)
             stdout.print("  ".join(map(str, files)), soft_wrap=True)
 
 

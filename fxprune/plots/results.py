@@ -170,7 +170,8 @@ def method_comparison(rows: Sequence[Row], name: str) -> Figure:
                     marker=style.marker,
                     markersize=9,
                 )
-                text = f"{point.accuracy:.1f} ({point.accuracy - point.dense:+.1f})".replace("-", "−")
+                lost = round(point.accuracy - point.dense, 1) + 0.0  # + 0.0: no "-0.0"
+                text = f"{point.accuracy:.1f} ({lost:+.1f})".replace("-", "−")
                 axes.annotate(
                     text, (1.0, y), xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points",
                     va="center", color=style.color, annotation_clip=False,
