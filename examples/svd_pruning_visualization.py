@@ -49,8 +49,8 @@ def draw_matrix(matrix: Tensor, name: str, stem: Path) -> None:
     start = math.atan2(float(right[0, 1]), float(right[0, 0]))
     turn = torch.linspace(0, 2 * math.pi, 321, dtype=matrix.dtype) + start
     circle = torch.stack([turn.cos(), turn.sin()])
-    reach = 1.2 * max(1.0, float(sizes[0]))
-    with figure(5.4, 13.5) as picture:
+    reach = 1.3 * max(1.0, float(sizes[0]))
+    with figure(5.7, 13.5) as picture:
         panels = picture.subplots(1, 3, sharex=True, sharey=True)
         for axes, image in zip(panels, (circle, matrix @ circle, rank_one @ circle), strict=True):
             axes.plot(*image, color=FAINT, linewidth=1.6, zorder=1)
@@ -69,10 +69,15 @@ def draw_matrix(matrix: Tensor, name: str, stem: Path) -> None:
         panels[0].set_title("1  All vectors of length 1")
         panels[1].set_title("2  W turns them into an ellipse")
         panels[2].set_title("3  Rank 1 leaves a line")
-        panels[0].set_xlabel("v₁, v₂: the directions that\nbecome the ellipse's axes")
-        panels[1].set_xlabel(f"half axes: σ₁ = {sizes[0]:.3g}, σ₂ = {sizes[1]:.3g}")
-        panels[2].set_xlabel(f"orange: what each point loses, at most σ₂;\n{kept(sizes):.1%} of σ₁² + σ₂² is kept")
-        picture.suptitle(f"{name}: singular values {sizes[0]:.4g} and {sizes[1]:.4g}", x=0.01, ha="left", weight="bold")
+        below = (
+            "v₁ and v₂ will be the axes of the ellipse.\nA vector keeps its colour from here on.",
+            f"Its half axes are the singular values:\nσ₁ = {sizes[0]:.3g} and σ₂ = {sizes[1]:.3g}.",
+            f"Only σ₁ is kept: {kept(sizes):.1%} of σ₁² + σ₂².\nOrange: what each point loses, at most σ₂.",
+        )
+        for axes, words in zip(panels, below, strict=True):
+            axes.set_xlabel(words, labelpad=8)
+        picture.suptitle(f"{name}: what it does to vectors, and what rank 1 keeps", x=0.01, ha="left", weight="bold")
+        picture.supxlabel(" ", size=4)  # Room below the words under the panels.
         save_figure(picture, stem, formats=("png",))
     print(f"{name} =\n{matrix.numpy()}\nsingular values {sizes[0]:.4g} and {sizes[1]:.4g}")
     print(
@@ -88,8 +93,8 @@ def kept(sizes: Tensor) -> float:
 def arrow(axes: Axes, tip: Tensor, color: str, label: str) -> None:
     """An arrow from the origin, with its label beyond the tip."""
     x, y = tip.tolist()
-    axes.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 2.4}, zorder=4)
-    away = 20 / math.hypot(x, y)
+    axes.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 2.6}, zorder=2)
+    away = 24 / math.hypot(x, y)
     axes.annotate(label, (x, y), (away * x, away * y), textcoords="offset points", ha="center", va="center", color=color,
                   weight="bold", zorder=5, bbox={"boxstyle": "round,pad=0.1", "color": "white", "alpha": 0.8})  # fmt: skip
 
@@ -126,9 +131,10 @@ def draw_spectra(found: dict[str, Survey], name: str, stem: Path) -> None:
     layers = list(found["svd"].layers)
     step = max(1, len(layers) / LAYERS)
     shown = [layers[int(i * step)] for i in range(min(LAYERS, len(layers)))]
-    rows = -(-len(shown) // 3)
-    with figure(1.6 + 2.7 * rows, 12) as picture:
-        panels = list(picture.subplots(rows, 3, squeeze=False).flat)
+    columns = 2 if len(shown) in (2, 4) else 3
+    rows = -(-len(shown) // columns)
+    with figure(1.6 + 2.7 * rows, 4 * columns) as picture:
+        panels = list(picture.subplots(rows, columns, squeeze=False).flat)
         for axes, layer in zip(panels, shown, strict=False):
             for method, color in (("svd", PLAIN), ("data_aware", LONG)):
                 values = torch.tensor(found[method].layers[layer].spectra["channel"], dtype=torch.float64)
@@ -146,11 +152,9 @@ def draw_spectra(found: dict[str, Survey], name: str, stem: Path) -> None:
             axes.set_axis_off()
         picture.supylabel("singular value / the largest")
         picture.supxlabel("rank", size=12)
-        picture.suptitle(
-            f"{name}: the outputs of layers need lower ranks than their weights\n", x=0.01, ha="left", weight="bold"
-        )
-        picture.text(0.01, 0.955, f"Dots: the rank that keeps {ENERGY:.0%} of the energy, of the weight (plain) or of the "
-                     "layer's output on real images (data-aware)", va="top", color=INK)  # fmt: skip
+        picture.suptitle(f"{name}: how many directions layers use\n\n", x=0.01, ha="left", weight="bold")
+        picture.text(0.01, 1 - 0.42 / (1.6 + 2.7 * rows), f"Dots: the rank that keeps {ENERGY:.0%} of the energy of the "
+                     "weight (plain)\nor of the layer's output on real images (data-aware).", va="top", color=INK)  # fmt: skip
         save_figure(picture, stem, formats=("png",))
 
 

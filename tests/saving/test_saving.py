@@ -67,6 +67,18 @@ def test_a_compiled_model_comes_back_the_same(name: str, size: tuple[int, ...], 
     assert after._get_name() == before._get_name()
 
 
+def test_factored_and_permuted_layers_come_back_the_same(tmp_path: Path) -> None:
+    x = torch.randn(16, 1, 28, 28)
+    factored = fxprune.low_rank(create("simple_cnn", width=8), [x], device="cpu", progress=False)
+    permuted = fxprune.compile(factored, [x], "2:4", device="cpu", progress=False)
+    assert any(change.action == "permuted" for change in changes(permuted))
+    for before in (factored, permuted):
+        after = round_trip(before, tmp_path)
+        assert torch.equal(before(x), after(x))
+        assert (after.report, changes(after), after.code) == (before.report, changes(before), before.code)
+        assert str(fxprune.diff(before, after)).count("no difference")
+
+
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5", "densenet121", "swin_t", "vit_b_32"])
 def test_every_function_of_torchvisions_models_may_be_named(name: str, tmp_path: Path) -> None:
     model = create(name, num_classes=3).eval()
