@@ -76,7 +76,7 @@ def test_factored_and_permuted_layers_come_back_the_same(tmp_path: Path) -> None
         after = round_trip(before, tmp_path)
         assert torch.equal(before(x), after(x))
         assert (after.report, changes(after), after.code) == (before.report, changes(before), before.code)
-        assert str(fxprune.diff(before, after)).count("no difference")
+        assert fxprune.diff(before, after).is_empty
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5", "densenet121", "swin_t", "vit_b_32"])
