@@ -19,7 +19,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.batches import read_all
 from fxprune.calibration import CalibrationStream
 from fxprune.errors import FxPruneError, OptionsError, SolverError
-from fxprune.graph import input_of
+from fxprune.graph import module_of
 from fxprune.layer_solution import dead_inputs, fitted_bias, install, layer_of, observer_of, pose_problem, solve_layer
 from fxprune.options import Options
 from fxprune.passes.base import Pass
@@ -28,8 +28,8 @@ from fxprune.passes.kept_layers import kept_layer, layers_inside
 from fxprune.passes.prune_weights import LAYER, REPORT
 from fxprune.passes.wanted_output import cross_statistics
 from fxprune.precision import full_precision
-from fxprune.ranks import Choice, Method, RankPlan, RankRule, Split, splits_of, survey
-from fxprune.ranks.splits import factored
+from fxprune.ranks import Choice, Method, RankPlan, RankRule, Split, check_plan, splits_of, survey
+from fxprune.ranks.splits import factored, split_call
 from fxprune.report import LayerReport, PruneReport
 from fxprune.solvers import LayerProblem
 from fxprune.solvers.low_rank import Factors, data_aware_factors, plain_factors, refit_second
@@ -88,8 +88,10 @@ class LowRank(Pass):
         if not tasks and REPORT in graph_module.meta:
             return PassResult(graph_module, False)
         batches = read_all(self.loader)
+        _keep_hooked_layers(tasks)
         with torch.no_grad(), full_precision():
             plan = self.rank if isinstance(self.rank, RankPlan) else self._plan(graph_module, batches, self.rank)
+            check_plan(plan, {str(node.target): task for node, task in tasks.items()})
             report = self._solve_all(graph_module, tasks, batches, plan)
         layers: list[LayerReport] = []
         for node in list(graph_module.graph.nodes):
@@ -235,11 +237,9 @@ class LowRank(Pass):
         graph_module.graph.erase_node(node)
 
 
-def split_call(node: Node) -> Node:
-    """Put calls of `name.0` and `name.1` in front of the call of a module `name`; the second takes over its users."""
-    graph = node.graph
-    with graph.inserting_before(node):
-        first = graph.call_module(f"{node.target}.0", (input_of(node),))
-        second = graph.call_module(f"{node.target}.1", (first,))
-    node.replace_all_uses_with(second)
-    return second
+def _keep_hooked_layers(tasks: dict[Node, LayerTask]) -> None:
+    """Let layers with hooks stay whole: the two new layers would not have them."""
+    for node, task in tasks.items():
+        module = module_of(node)
+        if task.role == "prune" and module is not None and (module._forward_hooks or module._forward_pre_hooks):
+            tasks[node] = node.meta[TASK] = replace(task, role="reconstruct", reason="its forward hooks would be lost")

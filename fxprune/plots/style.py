@@ -38,7 +38,7 @@ METHODS = {
     "magnitude": Mark("#7F7F7F", "D"),
 }
 _OTHERS = (Mark("#CC79A7", "v"), Mark("#56B4E9", "P"), Mark("#E69F00", "X"), Mark("#000000", "*"))
-STATUS = {"pruned": "#0072B2", "reconstructed": "#56B4E9", "kept": "#B0B0B0"}
+STATUS = {"pruned": "#0072B2", "factored": "#009E73", "reconstructed": "#56B4E9", "kept": "#B0B0B0"}
 
 _RC: Any = {
     "font.size": 12,

@@ -16,11 +16,10 @@ from fxprune.export.latency import Latency, measure_latency
 from fxprune.export.torch_export import to_onnx_program
 from fxprune.layer_solution import layer_of
 from fxprune.passes.insert_observers import TASK
-from fxprune.passes.low_rank import split_call
 from fxprune.passes.remove_observers import RemoveObservers
 from fxprune.ranks.choices import RankPlan, Survey
 from fxprune.ranks.rule import within_budget
-from fxprune.ranks.splits import two_layers
+from fxprune.ranks.splits import split_call, two_layers
 
 TRIALS = 5
 Measure = Callable[[Sequence[Path], Sequence[Tensor]], Sequence[Latency]]

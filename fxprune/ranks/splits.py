@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.fx import Node
 
 from fxprune.errors import OptionsError
 from fxprune.geometry import LayerGeometry, MatrixLayer
+from fxprune.graph import input_of
 
 Split = Literal["channel", "spatial"]
 SPLITS: tuple[Split, ...] = ("channel", "spatial")
@@ -115,6 +117,16 @@ def two_layers(module: MatrixLayer, split: Split, rank: int, *, bias: bool) -> n
         return nn.Sequential(first, make(rank, channels[1], 1, bias=bias, **like))
     down = make(channels[0], rank, (size[0], 1), bias=False, **_along(reads, 0), **like)
     return nn.Sequential(down, make(rank, channels[1], (1, size[1]), bias=bias, **_along(reads, 1), **like))
+
+
+def split_call(node: Node) -> Node:
+    """Put calls of `name.0` and `name.1` in front of the call of a module `name`; the second takes over its users."""
+    graph = node.graph
+    with graph.inserting_before(node):
+        first = graph.call_module(f"{node.target}.0", (input_of(node),))
+        second = graph.call_module(f"{node.target}.1", (first,))
+    node.replace_all_uses_with(second)
+    return second
 
 
 def _along(reads: dict[str, Any], axis: int) -> dict[str, Any]:

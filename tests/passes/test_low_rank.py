@@ -384,6 +384,31 @@ def test_bad_requests_are_refused_before_any_work() -> None:
         LowRank([x], low_rank_options(None, "svd"), rank="speedup:1.3")(observed(model))
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "rank", "words"),
+    [
+        ("block1.conv9", "spatial", 8, "no layer that can be; there are: stem, block1.conv1"),
+        ("block1.conv1", "channel", 17, "ranks from 1 to 16"),
+        ("head", "spatial", 4, "no such split"),
+    ],
+)
+def test_a_plan_that_does_not_fit(name: str, split: Any, rank: int, words: str) -> None:
+    graph_module = observed(net())
+    before = copy.deepcopy(graph_module.state_dict())
+    with pytest.raises(OptionsError, match=words):
+        LowRank([smooth(8)], low_rank_options(None, "svd"), rank=plan_of(**{name: (split, rank)}))(graph_module)
+    assert all(torch.equal(before[key], tensor) for key, tensor in graph_module.state_dict().items())
+
+
+def test_a_layer_with_hooks_stays_whole() -> None:
+    model, calls = net(), []
+    model.block1.conv1.register_forward_hook(lambda *_: calls.append(1))
+    compiled = low_rank(model, [smooth()], "ratio:0.5", device="cpu", progress=False)
+    assert compiled.report["block1.conv1"].reason == "its forward hooks would be lost"
+    assert compiled.report["block1.conv1"].status == "reconstructed"
+    assert compiled.report["block1.conv2"].status == "factored"
+
+
 def test_a_task_that_is_not_in_the_plan_is_left_whole() -> None:
     graph_module = observed(net())
     tasks = [n for n in graph_module.graph.nodes if TASK in n.meta]
