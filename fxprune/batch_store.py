@@ -118,13 +118,21 @@ class BatchStore:
 
     def take(self, number: int) -> BatchValues:
         """Remove and return a batch's values, on the device."""
+        values = self.look(number)
         slot = self._slots.pop(number)
         self._held[slot.tier] -= slot.nbytes
+        if slot.file is not None:
+            slot.file.unlink()
+        return values
+
+    def look(self, number: int) -> BatchValues:
+        """A batch's values, on the device; they stay in the store."""
+        slot = self._slots[number]
         if slot.values is None:
             return self._read(slot)
-        return (
-            slot.values if slot.tier == "device" else slot.values.mapped(lambda t: t.to(self.device, non_blocking=True))
-        )
+        if slot.tier == "device":
+            return slot.values
+        return slot.values.mapped(lambda t: t.to(self.device, non_blocking=True))
 
     def _write(self, number: int, values: BatchValues, nbytes: int) -> _Slot:
         """Write the tensors to a scratch file; everything else about the batch stays in memory."""
@@ -147,7 +155,6 @@ class BatchStore:
     def _read(self, slot: _Slot) -> BatchValues:
         assert slot.file is not None
         tensors = [t.to(self.device) for t in torch.load(slot.file, map_location="cpu", weights_only=True)]
-        slot.file.unlink()
         kept, spec = slot.spec
         return BatchValues(*tree_unflatten([tensors[v.index] if isinstance(v, _Saved) else v for v in kept], spec))
 

@@ -95,6 +95,12 @@ class CalibrationStream:
                     values.dense_values.pop(dead, None)
             self._store.put(number, values)
 
+    def revisit(self, visit: Callable[[BatchValues], None]) -> None:
+        """Show every batch's values at the cut again: its dense output, its pruned inputs, all that later nodes read."""
+        for number in range(len(self._store)):
+            with torch.inference_mode(), self.stopwatch.measure("statistics"):
+                visit(self._store.look(number))
+
     def finish(self) -> OutputAgreement:
         """Run all batches to the graph's output, and compare the two models there."""
         output = self._nodes[-1]

@@ -105,9 +105,14 @@ class LayerGeometry:
         channels_last = matrix.reshape(self.out_channels, *self.kernel_size, self.in_channels // self.groups)
         return channels_last.movedim(-1, 1).contiguous()
 
+    @property
+    def channel_dim(self) -> int:
+        """Where inputs and outputs have their channels."""
+        return 1 if self.kernel_size else -1
+
     def output_matrix(self, output: Tensor) -> Tensor:
         """Layer output (N, R, *spatial) or (..., R) -> (G, R/G, P), P positions over the whole batch."""
-        channels_first = output.movedim(1 if self.kernel_size else -1, 0)
+        channels_first = output.movedim(self.channel_dim, 0)
         return channels_first.reshape(self.groups, self.rows, -1)
 
     def batched(self, x: Tensor) -> Tensor:

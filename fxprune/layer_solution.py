@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from fxprune.options import Options
 from fxprune.pattern import Pattern
 from fxprune.solvers import LayerProblem, Solver, refit
 from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics
+
+RECTIFIED_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ def solve_layer(
     pattern: Pattern | None,
     solver: Solver | None,
     options: Options,
+    rectified: Callable[[SolvedLayer], CrossStatistics] | None = None,
 ) -> SolvedLayer:
     """Pose and solve one layer's problem from its statistics.
 
@@ -47,22 +51,48 @@ def solve_layer(
         pattern: None re-fits the layer without a pattern.
         solver: chooses the weights to keep; None will do without a pattern.
         options: resolved options.
+        rectified: the cross term of the output that is wanted once given weights are known, where a rectifier follows
+            the layer; the kept weights are then fitted to it, a few times over.
     """
     problem = pose_problem(module, geometry, inputs, cross, options)
     if pattern is None:
-        matrix = problem.optimum()
+        matrix, mask = problem.optimum(), None
     else:
         assert solver is not None
-        solved = []
-        for group in problem.groups():
-            sparse = solver(group, pattern)
-            solved.append(refit(group, sparse != 0, start=sparse) if options.refit else sparse)
-        matrix = torch.stack(solved)
+        matrix = torch.stack([solver(group, pattern) for group in problem.groups()])
+        mask = matrix != 0
+        if options.refit:
+            matrix = _refitted(problem, mask, matrix)
+    layer = _as_layer(module, geometry, matrix, inputs, cross, problem.damping, options)
+    for _ in range(RECTIFIED_ROUNDS if rectified is not None else 0):
+        assert rectified is not None
+        cross = rectified(layer)
+        target = cross.target(inputs, module.bias, centred=bool(options.bias_correction))
+        problem = problem.retargeted(target)
+        matrix = problem.optimum() if mask is None else _refitted(problem, mask, matrix)
+        layer = _as_layer(module, geometry, matrix, inputs, cross, problem.damping, options)
+    return layer
+
+
+def _refitted(problem: LayerProblem, mask: Tensor, start: Tensor) -> Tensor:
+    return torch.stack([refit(p, m, start=s) for p, m, s in zip(problem.groups(), mask, start, strict=True)])
+
+
+def _as_layer(
+    module: MatrixLayer,
+    geometry: LayerGeometry,
+    matrix: Tensor,
+    inputs: InputStatistics,
+    cross: CrossStatistics | None,
+    damping: float,
+    options: Options,
+) -> SolvedLayer:
+    """A solution (G, R/G, D) as parameters."""
     if not torch.isfinite(matrix).all():
         raise SolverError("the solution holds NaN or infinite values; use more calibration images, or more damping")
     bias = fitted_bias(module, geometry, matrix, inputs, cross, options)
     weight = geometry.to_weight(matrix).to(module.weight)
-    return SolvedLayer(weight, bias, problem.damping, dead_inputs(inputs))
+    return SolvedLayer(weight, bias, damping, dead_inputs(inputs))
 
 
 def pose_problem(

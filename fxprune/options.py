@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from fxprune.errors import OptionsError
 from fxprune.pattern import MixedPattern, NMPattern, Pattern
 
-Target = Literal["weights", "dense", "skip"]
+Target = Literal["weights", "dense", "skip", "rectified"]
 Inputs = Literal["pruned", "dense"]
 
 
@@ -20,14 +20,15 @@ class Options:
         damping: lambda / mean(diag H), the pull towards the dense weights.
         inputs: where a layer's statistics come from: the "pruned" prefix (sequential), or the "dense" model.
         target: what a layer regresses: the output of its own "weights" on those inputs, the "dense" model's output, or
-            "skip": the dense output plus the error that a skip connection brings to the add that follows.
+            "skip": the dense output plus the error that a skip connection brings to the add that follows, or "rectified":
+            the same, but where a ReLU follows, what the dense model has below its threshold need only stay below.
         bias_correction: fit the bias too (means are removed from the statistics); created where there was none.
         refit: solve for the kept weights by least squares after the solver has chosen the mask.
         reconstruct: re-fit layers that are not pruned (first conv, depthwise, ...) to the same target.
         fold_batchnorm: fold BatchNorm into the layer before it.
         permute: choose which input channels share an N:M group, on the first 512 images.
         global_budget: for unstructured patterns: spread the zeros over the layers by what each costs.
-        polish: epochs of label-free distillation on the calibration set afterwards, masks fixed; 0 for none.
+        polish: epochs afterwards in which the activations learn the dense model's, masks fixed; 0 for none.
         flip: polish on mirrored images too; right for photographs, wrong for digits.
         seed: seed for everything random.
         memory_limit: bytes of live calibration values to hold on the device (on the CPU: in memory); the rest waits in host
@@ -59,8 +60,8 @@ class Options:
             raise OptionsError(f"damping is {self.damping}; it should be at least 0, and is usually 0.001 to 0.1")
         if self.inputs not in (None, "pruned", "dense"):
             raise OptionsError(f"inputs is {self.inputs!r}; it should be 'pruned' or 'dense'")
-        if self.target not in (None, "weights", "dense", "skip"):
-            raise OptionsError(f"target is {self.target!r}; it should be 'weights', 'dense' or 'skip'")
+        if self.target not in (None, *get_args(Target)):
+            raise OptionsError(f"target is {self.target!r}; it should be 'weights', 'dense', 'skip' or 'rectified'")
         if self.polish < 0:
             raise OptionsError(f"polish is {self.polish}; it is a number of epochs, 0 for none")
         if self.memory_limit is not None and self.memory_limit <= 0:
@@ -89,4 +90,4 @@ class Options:
 PUBLISHED = Options(
     inputs="pruned", target="weights", bias_correction=False, refit=False, reconstruct=False, permute=False
 )
-OURS = Options(inputs="pruned", target="skip", bias_correction=True, refit=True, reconstruct=True, permute=True)
+OURS = Options(inputs="pruned", target="rectified", bias_correction=True, refit=True, reconstruct=True, permute=True)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
 from fxprune.graph import module_of
+
+ROUNDING = 1e-6  # Sums over a batch are taken in float32.
 
 
 def channel_dim(layer: Node) -> int:
@@ -29,21 +32,21 @@ class OutputError:
 
     def update(self, dense: Tensor, pruned: Tensor) -> None:
         """Add one batch of layer outputs."""
-        dense = dense.movedim(self.channel_dim, 0).flatten(1)
-        pruned = pruned.movedim(self.channel_dim, 0).flatten(1)
-        self.squared_error += float((dense - pruned).square().sum(dtype=torch.float64))
-        self.squares += float(dense.square().sum(dtype=torch.float64))
-        sums = dense.sum(1, dtype=torch.float64)
+        self.squared_error += float(F.mse_loss(pruned, dense, reduction="sum"))
+        self.squares += float(torch.linalg.vector_norm(dense)) ** 2
+        sums = dense.sum([dim for dim in range(dense.dim()) if dim != self.channel_dim % dense.dim()]).double()
         self.sums = sums if self.sums is None else self.sums + sums
-        self.count += dense.shape[1]
+        self.count += dense.numel() // len(sums)
 
     @property
     def relative(self) -> float:
-        """The ratio; 0 if the output is constant and reproduced."""
+        """The ratio; for an output that is constant, 0 if it is reproduced, else 1."""
         if self.sums is None:
             return 0.0
         variance = self.squares - float(self.sums.square().sum()) / self.count
-        return self.squared_error / variance if variance > 0 else float(self.squared_error > 0)
+        if variance <= ROUNDING * self.squares:
+            return float(self.squared_error > ROUNDING * self.squares)
+        return self.squared_error / variance
 
 
 @dataclass

@@ -40,7 +40,7 @@ def test_published_methods_are_as_published(method):
 @pytest.mark.parametrize("method", ["admm", "one of the user's own"])
 def test_our_own_choice(method):
     options = Options().resolved(method, TWO_FOUR)
-    assert (options.inputs, options.target) == ("pruned", "skip")
+    assert (options.inputs, options.target) == ("pruned", "rectified")
     assert options.bias_correction is options.refit is options.reconstruct is options.permute is True
     assert Options().resolved(method, Pattern.parse("0.9")).permute is False  # No groups to share.
 

@@ -1,13 +1,15 @@
-"""Polish: a few label-free steps in which the pruned model learns the dense model's outputs, its masks held fixed.
+"""Polish: a few label-free epochs in which the pruned model learns the dense model's activations, its masks held fixed.
 
-Layer-wise least squares is blind to what the layers after it make of an error; distillation (Hinton et al. 2015) on the
-calibration images is not. It costs many times what the least squares does, for the last tenth.
+Layer-wise least squares is blind to what the layers after it make of an error; gradient steps on all layers together are
+not. What is matched is every activation that a layer feeds, as far as its rectifier lets it through, each relative to its
+variance: feature distillation (Romero et al. 2015, FitNets; block by block in Lucas & Mazumder 2025, SNOWS). A few hundred
+images overfit far less on activations than on logits, of which they have only a handful each.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,28 +19,35 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.batches import input_tensor
+from fxprune.batches import assign
 from fxprune.errors import OptionsError
+from fxprune.layer_solution import layer_of
 from fxprune.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.passes.base import Pass
+from fxprune.passes.destination import destination
 from fxprune.passes.prune_weights import LAYER, REPORT
+from fxprune.report import PruneReport
 
-LEARNING_RATE = 2e-4
+LEARNING_RATE = 5e-4
 WARM_UP = 0.1
+STEP_IMAGES = 64
 HOLD_OUT_EVERY = 8
+
+Inputs = list[Any]
 
 
 class Polish(Pass):
-    """Trains the weights that pruning kept, and the biases, on KL(dense || pruned).
+    """Trains the weights that pruning kept, and the biases, of all layers that were pruned or re-fitted.
 
-    Every eighth batch is held out (if there are several), and the epoch that is best on those is kept; it may be none.
+    Every eighth step's images are held out (if there are several steps), and the epoch that is best on those is kept; it
+    may be none.
 
     Args:
         dense: the graph module as it was before pruning, with the same node names.
         batches: calibration batches.
         epochs: passes over them.
-        flip: learn from mirrored images too: right for photographs, wrong for digits.
-        seed: of the batch order.
+        flip: mirror half of the images, others in each epoch: right for photographs, wrong for digits.
+        seed: of the order and the flips.
     """
 
     def __init__(
@@ -51,42 +60,40 @@ class Polish(Pass):
         self.seed = seed
 
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
-        device = next(graph_module.parameters()).device
-        inputs = [input_tensor(batch, number).to(device) for number, batch in enumerate(self.batches)]
-        with torch.no_grad():
-            pairs = [(x, _logits(self.dense(x))) for x in inputs]
-            training = [pair for number, pair in enumerate(pairs) if number % HOLD_OUT_EVERY or len(pairs) == 1]
-            if self.flip:
-                training += [(x.flip(-1), _logits(self.dense(x.flip(-1)))) for x, _ in training]
-        held_out = pairs[::HOLD_OUT_EVERY]
+        layers = [n for n in graph_module.graph.nodes if LAYER in n.meta and n.meta[LAYER].relative_error is not None]
+        if not layers:
+            return PassResult(graph_module, False)
+        steps = list(_steps(graph_module, self.batches))
+        held_out = steps[::HOLD_OUT_EVERY]
+        training = [x for number, x in enumerate(steps) if number % HOLD_OUT_EVERY] or steps
+        distance = _Distance(self.dense, graph_module, layers)
         before = best = copy.deepcopy(graph_module.state_dict())
-        least = _divergence(graph_module, held_out)
-        for _ in self._epochs(graph_module, training):
-            divergence = _divergence(graph_module, held_out)
-            if divergence < least:  # False for NaN, too.
-                least, best = divergence, copy.deepcopy(graph_module.state_dict())
+        least = distance.mean(held_out)
+        for _ in self._epochs(layers, distance, training):
+            found = distance.mean(held_out)
+            if found < least:  # False for NaN, too.
+                least, best = found, copy.deepcopy(graph_module.state_dict())
         graph_module.load_state_dict(best)
         if best is before:
             return PassResult(graph_module, False)
         with torch.no_grad():
-            self._update_report(graph_module, inputs, _agreement(graph_module, pairs))
+            _update_report(self.dense, graph_module, layers, steps)
         return PassResult(graph_module, True)
 
-    def _epochs(self, graph_module: GraphModule, pairs: list[tuple[Tensor, Tensor]]) -> Iterator[int]:
+    def _epochs(self, layers: list[Node], distance: _Distance, steps: list[Inputs]) -> Iterator[int]:
         """Adam on a one-cycle schedule, an epoch at a time; gradients outside the masks are zeroed: zeros stay zero."""
-        own = {p: p.requires_grad for p in graph_module.parameters()}
-        weights = [p.requires_grad_(True) for p in own if p.is_floating_point()]
+        own = {p: p.requires_grad for p in distance.pruned.parameters()}
+        weights = [p.requires_grad_(True) for node in layers for p in layer_of(node).parameters()]
         masks = [p != 0 if p.dim() > 1 else torch.ones_like(p, dtype=torch.bool) for p in weights]
         optimizer = torch.optim.Adam(weights, lr=LEARNING_RATE)
-        steps = self.epochs * len(pairs)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=WARM_UP)
+        total = self.epochs * len(steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=total, pct_start=WARM_UP)
         generator = torch.Generator().manual_seed(self.seed)
         for epoch in range(self.epochs):
-            for number in torch.randperm(len(pairs), generator=generator).tolist():
-                x, wanted = pairs[number]
+            for number in torch.randperm(len(steps), generator=generator).tolist():
+                inputs = _mirrored(steps[number], generator) if self.flip else steps[number]
                 with torch.enable_grad():
-                    student, teacher = _logits(graph_module(x)).log_softmax(1), wanted.log_softmax(1)
-                    loss = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+                    loss = distance(inputs)
                 optimizer.zero_grad()
                 loss.backward()
                 for p, mask in zip(weights, masks, strict=True):
@@ -99,25 +106,26 @@ class Polish(Pass):
             p.grad = None
             p.requires_grad_(flag)
 
-    def _update_report(self, graph_module: GraphModule, inputs: list[Tensor], polished: OutputAgreement) -> None:
-        """Measure every layer's error again, now that the weights are others."""
-        errors: dict[str, OutputError] = {}
-        names = {
-            n.name for n in graph_module.graph.nodes if LAYER in n.meta and n.meta[LAYER].relative_error is not None
-        }
-        for x in inputs:
-            dense, pruned = _Recorder(self.dense, names).outputs(x), _Recorder(graph_module, names).outputs(x)
-            for name in names:
-                errors.setdefault(name, OutputError(channel_dim(dense[name][0]))).update(
-                    dense[name][1], pruned[name][1]
-                )
-        for node in graph_module.graph.nodes:
-            if node.name in errors:
-                node.meta[LAYER] = replace(node.meta[LAYER], relative_error=errors[node.name].relative)
-        layers = tuple(node.meta[LAYER] for node in graph_module.graph.nodes if LAYER in node.meta)
-        graph_module.meta[REPORT] = replace(
-            graph_module.meta[REPORT], layers=layers, agreement=polished.agreement, kl=polished.kl
-        )
+
+class _Distance:
+    """How far the activations of two models are apart: the mean, over what the layers feed, of ||d - p||^2 / ||d - mean||^2."""
+
+    def __init__(self, dense: GraphModule, pruned: GraphModule, layers: list[Node]) -> None:
+        self.dense, self.pruned = dense, pruned
+        self._names = {_fed(node).name for node in layers}
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        with torch.no_grad():
+            dense = _Recorder(self.dense, self._names).outputs(inputs)
+        pruned = _Recorder(self.pruned, self._names).outputs(inputs)
+        terms = [
+            F.mse_loss(pruned[name], d) / d.var().clamp_min(torch.finfo(d.dtype).tiny) for name, d in dense.items()
+        ]
+        return torch.stack(terms).mean()
+
+    @torch.no_grad()
+    def mean(self, steps: list[Inputs]) -> float:
+        return sum(float(self(inputs)) for inputs in steps) / len(steps)
 
 
 class _Recorder(Interpreter):
@@ -126,36 +134,65 @@ class _Recorder(Interpreter):
     def __init__(self, graph_module: GraphModule, names: set[str]) -> None:
         super().__init__(graph_module)
         self.names = names
-        self.kept: dict[str, tuple[Node, Tensor]] = {}
+        self.kept: dict[str, Tensor] = {}
+        self.result: Any = None
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if n.name in self.names:
-            self.kept[n.name] = n, value
+            self.kept[n.name] = value
         return value
 
-    def outputs(self, x: Tensor) -> dict[str, tuple[Node, Tensor]]:
-        self.run(x)
+    def outputs(self, inputs: Inputs) -> dict[str, Tensor]:
+        self.result = self.run(*inputs)
         return self.kept
 
 
-def _logits(output: Any) -> Tensor:
-    """The model's output as (N, classes) logits, or an error."""
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        raise OptionsError("polish needs a model whose output is one (N, classes) tensor of logits; leave polish at 0")
-    return output
+def _fed(layer: Node) -> Node:
+    """The node to match for a layer: the rectifier that it feeds, or the sum of its output and what is added to it."""
+    reached = destination(layer)
+    return next(iter(reached.value.users)) if reached.rectifier else reached.value
 
 
-def _agreement(graph_module: GraphModule, pairs: list[tuple[Tensor, Tensor]]) -> OutputAgreement:
-    """Of a model's logits with the wanted ones."""
+def _steps(graph_module: GraphModule, batches: Iterable[Any]) -> Iterator[Inputs]:
+    """The model's arguments, for at most STEP_IMAGES images at a time."""
+    device = next(graph_module.parameters()).device
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for number, batch in enumerate(batches):
+        values = assign(placeholders, batch, number)
+        inputs = [v.to(device) if isinstance(v, Tensor) else v for v in (values[node] for node in placeholders)]
+        count = len(inputs[0])
+        for at in range(0, count, STEP_IMAGES):
+            yield [
+                x[at : at + STEP_IMAGES] if isinstance(x, Tensor) and x.dim() and len(x) == count else x for x in inputs
+            ]
+
+
+def _mirrored(inputs: Inputs, generator: torch.Generator) -> Inputs:
+    """The images of a step, (N, C, H, W), half of them from right to left."""
+    images, *others = inputs
+    if images.dim() != 4:
+        raise OptionsError(f"flip mirrors images (N, C, H, W); the model's input has shape {tuple(images.shape)}")
+    chosen = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+    return [torch.where(chosen[:, None, None, None], images.flip(-1), images), *others]
+
+
+def _update_report(dense: GraphModule, graph_module: GraphModule, layers: list[Node], steps: list[Inputs]) -> None:
+    """Measure every layer's error, and the agreement at the output, again: the weights are others now."""
+    names = {node.name for node in layers}
+    errors = {node.name: OutputError(channel_dim(node)) for node in layers}
     agreement = OutputAgreement()
-    for x, wanted in pairs:
-        agreement.update(wanted, _logits(graph_module(x)))
-    return agreement
-
-
-@torch.no_grad()
-def _divergence(graph_module: GraphModule, pairs: list[tuple[Tensor, Tensor]]) -> float:
-    kl = _agreement(graph_module, pairs).kl
-    assert kl is not None
-    return kl
+    for inputs in steps:
+        wanted, found = _Recorder(dense, names), _Recorder(graph_module, names)
+        wanted.outputs(inputs)
+        found.outputs(inputs)
+        for name, error in errors.items():
+            error.update(wanted.kept[name], found.kept[name])
+        if isinstance(wanted.result, Tensor) and wanted.result.dim() == 2:
+            agreement.update(wanted.result, found.result)
+    for node in layers:
+        node.meta[LAYER] = replace(node.meta[LAYER], relative_error=errors[node.name].relative)
+    report: PruneReport = graph_module.meta[REPORT]
+    measured = {node.meta[LAYER].name: node.meta[LAYER] for node in layers}
+    every_layer = tuple(measured.get(layer.name, layer) for layer in report.layers)
+    graph_module.meta[REPORT] = replace(report, layers=every_layer, agreement=agreement.agreement, kl=agreement.kl)

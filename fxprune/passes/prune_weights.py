@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,9 +23,10 @@ from fxprune.layer_checkpoint import LayerCheckpoint
 from fxprune.layer_solution import SolvedLayer, install, layer_of, observer_of, solve_layer
 from fxprune.options import Options
 from fxprune.passes.base import Pass
+from fxprune.passes.destination import destination
 from fxprune.passes.insert_observers import TASK, LayerTask
 from fxprune.passes.kept_layers import kept_layer, layers_inside, zeros
-from fxprune.passes.wanted_output import cross_statistics
+from fxprune.passes.wanted_output import cross_statistics, rectified_statistics
 from fxprune.pattern import Pattern
 from fxprune.precision import full_precision
 from fxprune.report import LayerReport, PruneReport
@@ -100,7 +102,7 @@ class PruneWeights(Pass):
                 checkpoint.check_data(stream.fingerprint)
                 started = time.perf_counter()
                 with stopwatch.measure("solve"):
-                    layer = self._solve(node, tasks[node], observer.statistics(), cross)
+                    layer = self._solve(stream, node, tasks[node], observer.statistics(), cross)
                 layer = replace(layer, seconds=time.perf_counter() - started)
                 checkpoint.save(str(node.target), layer)
             else:
@@ -126,12 +128,21 @@ class PruneWeights(Pass):
         )
 
     def _solve(
-        self, node: Node, task: LayerTask, inputs: InputStatistics, cross: CrossStatistics | None
+        self,
+        stream: CalibrationStream,
+        node: Node,
+        task: LayerTask,
+        inputs: InputStatistics,
+        cross: CrossStatistics | None,
     ) -> SolvedLayer:
-        assert task.geometry is not None
+        geometry, module = task.geometry, layer_of(node)
+        assert geometry is not None
         pattern = (task.pattern or self.pattern) if task.role == "prune" else None
+        rectified = None
+        if self.options.target == "rectified" and destination(node).rectifier:
+            rectified = partial(rectified_statistics, stream, node, geometry)
         try:
-            return solve_layer(layer_of(node), task.geometry, inputs, cross, pattern, self.solver, self.options)
+            return solve_layer(module, geometry, inputs, cross, pattern, self.solver, self.options, rectified)
         except FxPruneError as error:
             raise SolverError(f"layer {node.target!r}: {error}") from error
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fxprune.errors import GraphError
 from fxprune.graph import module_of
-from fxprune.passes.skip_connections import is_identity
+from fxprune.passes.destination import is_identity
 
 REMEDY = "Rewrite this line without the side effect, or keep the module that holds it as a leaf (exclude)."
 # Tensor methods and torch functions that give a tuple of views of their first input.

@@ -29,12 +29,14 @@ class LayerProblem:
         target: (..., R, D) T, the cross term of the wanted output with the input.
         weight: (..., R, D) the dense weights, towards which damping pulls.
         damping: the largest damping in `hessian`, relative to the mean of its diagonal.
+        pull: (..., R, D) what damping has added to the target, or None.
     """
 
     hessian: Tensor
     target: Tensor
     weight: Tensor
     damping: float = 0.0
+    pull: Tensor | None = None
 
     def damped(self, damping: float) -> LayerProblem:
         """(H + lambda I, T + lambda W) with lambda = damping * mean(diag H), positive definite.
@@ -56,8 +58,8 @@ class LayerProblem:
                 shift = torch.where(diagonal == 0, 1.0, shift)
             hessian = self.hessian + torch.diag_embed(shift)
             if not torch.linalg.cholesky_ex(hessian).info.any():
-                target = self.target + self.weight * shift[..., None, :]
-                return replace(self, hessian=hessian, target=target, damping=damping)
+                pull = self.weight * shift[..., None, :]
+                return replace(self, hessian=hessian, target=self.target + pull, damping=damping, pull=pull)
             damping = max(10 * damping, SMALLEST_DAMPING)
         raise SolverError(
             f"the Hessian ({self.hessian.shape[-1]} columns) is not positive definite even with damping "
@@ -67,7 +69,11 @@ class LayerProblem:
     def groups(self) -> Iterator[LayerProblem]:
         """The problem of each group, (D, D) and (R, D)."""
         for hessian, target, weight in zip(self.hessian, self.target, self.weight, strict=True):
-            yield replace(self, hessian=hessian, target=target, weight=weight)
+            yield replace(self, hessian=hessian, target=target, weight=weight, pull=None)
+
+    def retargeted(self, target: Tensor) -> LayerProblem:
+        """The same inputs and damping with another cross term T, (..., R, D), given undamped."""
+        return replace(self, target=target if self.pull is None else target + self.pull)
 
     def optimum(self) -> Tensor:
         """W* = T H^-1, (..., R, D), the dense minimiser."""

@@ -77,10 +77,10 @@ class CrossStatistics:
     def update(self, geometry: LayerGeometry, x: Tensor, y: Tensor) -> None:
         """Add a batch: layer input x and wanted output y."""
         x, y = geometry.batched(x), geometry.batched(y)
-        outputs = geometry.output_matrix(y)
+        sums = y.sum([dim for dim in range(y.dim()) if dim != geometry.channel_dim % y.dim()])
         self.cross += cross_product(geometry, x, y)
-        self.total += outputs.sum(2, dtype=torch.float64)
-        self.count += outputs.shape[2]
+        self.total += sums.reshape(self.total.shape)
+        self.count += y.numel() // geometry.out_channels
 
     @property
     def mean(self) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from fxprune.geometry import LayerGeometry
@@ -41,4 +40,4 @@ def patch_cross(geometry: LayerGeometry, x: Tensor, y: Tensor) -> Tensor:
 
 def patch_sum(geometry: LayerGeometry, x: Tensor) -> Tensor:
     """X 1 summed over batch and positions, (G, D): linear in x, so images are added up before unfolding."""
-    return geometry.patches(x.sum(0, keepdim=True, dtype=torch.float64)).sum(1)
+    return geometry.patches(x.sum(0, keepdim=True).double()).sum(1)

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from fxprune import LayerReport, Options, PruneReport
 from fxprune.errors import FxPruneError, SolverError
 from fxprune.geometry import LayerGeometry
+from fxprune.layer_solution import RECTIFIED_ROUNDS
 from fxprune.passes import InsertObservers, PruneWeights, RemoveObservers, changes, verify
 from fxprune.pattern import Pattern
 from fxprune.solvers import SOLVERS, LayerProblem
@@ -53,7 +54,9 @@ class Residual(nn.Module):
 
 def prune(model: nn.Module, batches: list[Tensor], method: str = "admm", **options: object) -> GraphModule:
     graph_module = trace(model)
-    chosen = Options(**{"permute": False, **options}).resolved(method, PATTERN)
+    chosen = Options(**{"permute": False, "target": "skip" if method == "admm" else None, **options}).resolved(
+        method, PATTERN
+    )
     InsertObservers(PATTERN, reconstruct=bool(chosen.reconstruct))(graph_module)
     assert PruneWeights(PATTERN, method, batches, chosen)(graph_module).modified
     RemoveObservers()(graph_module)
@@ -151,6 +154,92 @@ def test_kept_weights_are_the_least_squares_solution(inputs, target, bias_correc
         if not bias_correction:
             assert (new.bias is None) == (module.bias is None)
             assert torch.equal(found_biases, own)
+
+
+def one_sided(y: Tensor, z: Tensor, low: float, high: float) -> float:
+    """The error that counts before a clamp, element by element."""
+    error = 0.0
+    for wanted, given in zip(y.flatten().tolist(), z.flatten().tolist(), strict=True):
+        if wanted <= low:
+            given = max(given, low)
+            wanted = low
+        elif wanted >= high:
+            given = min(given, high)
+            wanted = high
+        error += (wanted - given) ** 2
+    return error
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
+@pytest.mark.parametrize(("name", "bounds"), [("a", (0.0, math.inf)), ("b", (0.0, 0.5))])
+def test_what_lies_beyond_a_rectifier_need_only_stay_there(pattern, name, bounds):
+    """The rectified error of the layer is lower than under the "skip" target, with the same inputs and the same zeros."""
+    torch.manual_seed(2)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv(4, 8), conv(8, 8, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = F.relu(self.a(x))
+            return F.hardtanh((self.b(a) + a) + 0.25, 0.0, 0.5)
+
+    model = Net().double()
+    data = [torch.randn(n, 4, 8, 8, dtype=torch.float64) for n in (9, 4, 7)]
+    errors, weights = {}, {}
+    for target in ("skip", "rectified"):
+        options = Options(permute=False, damping=1e-9, target=target).resolved("admm", Pattern.parse(pattern))
+        graph_module, exclude = trace(model), ("b",) if name == "a" else ("a",)
+        InsertObservers(Pattern.parse(pattern), exclude=exclude)(graph_module)
+        PruneWeights(Pattern.parse(pattern), "admm", data, options)(graph_module)
+        new = weights[target] = graph_module.get_submodule(name)
+        errors[target] = 0.0
+        for x in data:
+            a = F.relu(model.a(x))
+            y, z = (model.a(x), new(x)) if name == "a" else (model.b(a) + a + 0.25, new(a) + a + 0.25)
+            errors[target] += one_sided(y, z, *bounds)
+    assert torch.equal(weights["skip"].weight == 0, weights["rectified"].weight == 0)
+    assert errors["rectified"] < 0.97 * errors["skip"]
+
+
+def test_rectified_rounds_are_least_squares_on_the_wanted_outputs():
+    """A naive loop: a row at a time, lstsq on the patches, the wanted output from the weights before."""
+    torch.manual_seed(4)
+    model = nn.Sequential(conv(4, 6), nn.ReLU()).double()
+    data = [torch.randn(n, 4, 8, 8, dtype=torch.float64) for n in (9, 7)]
+    found = {}
+    for target in ("skip", "rectified"):
+        graph_module = prune(model, data, damping=0.0, target=target)
+        found[target] = graph_module.get_submodule("0")
+    geometry = LayerGeometry.of(model[0])
+    patches = torch.cat([geometry.patches(x)[0] for x in data])
+    with_one = torch.cat([patches, torch.ones(len(patches), 1, dtype=torch.float64)], 1)
+    y = torch.cat([geometry.output_matrix(model[0](x))[0] for x in data], 1).detach()
+    weights, biases = geometry.to_matrix(found["skip"].weight)[0], found["skip"].bias
+    for row in range(6):
+        support = torch.cat([weights[row] != 0, torch.tensor([True])])
+        solution = torch.cat([weights[row], biases[row : row + 1]])
+        for _ in range(RECTIFIED_ROUNDS):
+            z = with_one @ solution
+            wanted = torch.tensor(
+                [min(b, 0.0) if a < 0 else a for a, b in zip(y[row].tolist(), z.tolist(), strict=True)]
+            )
+            solution = torch.zeros_like(solution)
+            solution[support] = torch.linalg.lstsq(with_one[:, support], wanted.double()[:, None]).solution[:, 0]
+        expected = solution[:-1]
+        torch.testing.assert_close(
+            geometry.to_matrix(found["rectified"].weight)[0, row], expected, rtol=1e-5, atol=1e-6
+        )
+        torch.testing.assert_close(found["rectified"].bias[row], solution[-1], rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_rectifier_the_targets_are_the_same():
+    model = nn.Sequential(conv(4, 8), nn.SiLU(), conv(8, 8)).double()
+    data = [torch.randn(8, 4, 8, 8, dtype=torch.float64)]
+    skip, rectified = (prune(model, data, target=target) for target in ("skip", "rectified"))
+    for key, value in skip.state_dict().items():
+        assert torch.equal(value, rectified.state_dict()[key])
 
 
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "exact_obs"])

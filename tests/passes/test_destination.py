@@ -1,17 +1,21 @@
-"""Which operands a layer can make up for; checked by what the graph computes, not only by names."""
+"""Which operands a layer can make up for, and which rectifier follows; checked by what the graph computes, not by names."""
 
 from __future__ import annotations
 
+import math
 import operator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Node
 from torchvision.ops import StochasticDepth, stochastic_depth
 
-from fxprune.passes.skip_connections import is_identity, skip_operands
+from fxprune.passes.destination import destination, is_identity, skip_operands
 from fxprune.tracing import trace
+
+INF = math.inf
 
 
 class Base(nn.Module):
@@ -33,10 +37,16 @@ def network(forward) -> nn.Module:
     return Net()
 
 
+def layer_in(forward) -> Node:
+    return next(node for node in trace(network(forward)).graph.nodes if node.target == "layer")
+
+
 def operands(forward) -> list[str]:
-    graph_module = trace(network(forward))
-    layer = next(node for node in graph_module.graph.nodes if node.target == "layer")
-    return [node.name for node in skip_operands(layer)]
+    return [node.name for node in skip_operands(layer_in(forward))]
+
+
+def rectifier(forward) -> tuple[float, float] | None:
+    return destination(layer_in(forward)).rectifier
 
 
 REACHED = {
@@ -131,3 +141,70 @@ def test_identity_modules(module, expected):
     if isinstance(module, nn.Dropout):
         graph_module.get_submodule("0").train()
         assert not is_identity(node)
+
+
+RECTIFIED = {
+    "a ReLU": (lambda m, x, e: m.relu(m.layer(e)), (0, INF)),
+    "F.relu": (lambda m, x, e: F.relu(m.layer(e)), (0, INF)),
+    "a method": (lambda m, x, e: m.layer(e).relu(), (0, INF)),
+    "after an add": (lambda m, x, e: m.relu(m.layer(e) + e), (0, INF)),
+    "after a number and dropout": (lambda m, x, e: m.relu(m.drop(m.layer(e) + 1.0)), (0, INF)),
+    "F.relu6": (lambda m, x, e: F.relu6(m.layer(e)), (0, 6)),
+    "F.hardtanh": (lambda m, x, e: F.hardtanh(m.layer(e)), (-1, 1)),
+    "F.hardtanh by position": (lambda m, x, e: F.hardtanh(m.layer(e), -2, 3), (-2, 3)),
+    "F.hardtanh by keyword": (lambda m, x, e: F.hardtanh(m.layer(e), max_val=4), (-1, 4)),
+    "F.hardswish": (lambda m, x, e: F.hardswish(m.layer(e)), (-3, INF)),
+    "F.hardsigmoid": (lambda m, x, e: F.hardsigmoid(m.layer(e)), (-3, 3)),
+}
+
+
+@pytest.mark.parametrize(("forward", "bounds"), RECTIFIED.values(), ids=RECTIFIED)
+def test_rectifiers(forward, bounds):
+    assert rectifier(forward) == bounds
+
+
+@pytest.mark.parametrize(("forward", "bounds"), RECTIFIED.values(), ids=RECTIFIED)
+def test_outside_the_bounds_the_value_does_not_matter(forward, bounds):
+    """The claim: moving what lies beyond a bound further out changes nothing, moving what lies between does."""
+    model = network(forward).eval()
+    x = 4 * torch.randn(4, 4, 6, 6)
+    beside = model.early(x) if operands(forward) else 0.0
+    sums: list[Tensor] = []
+
+    def further_out(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        constant = 1.0 if forward is RECTIFIED["after a number and dropout"][0] else 0.0
+        total = output + beside + constant
+        sums.append(total)
+        return output - (total < bounds[0]).float() + (total > bounds[1]).float()
+
+    expected = model(x)
+    with model.layer.register_forward_hook(further_out):
+        torch.testing.assert_close(model(x), expected)
+    assert (sums[0] < bounds[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("module", "bounds"),
+    [
+        (nn.ReLU(), (0, INF)), (nn.ReLU6(), (0, 6)), (nn.Hardtanh(-2, 1), (-2, 1)), (nn.Hardswish(), (-3, INF)),
+        (nn.Hardsigmoid(), (-3, 3)), (nn.GELU(), None), (nn.LeakyReLU(), None), (nn.Sigmoid(), None), (nn.SiLU(), None),
+        (nn.BatchNorm2d(4), None), (nn.MaxPool2d(2), None), (nn.Identity(), None),
+    ],
+)  # fmt: skip
+def test_rectifier_modules(module, bounds):
+    graph_module = trace(nn.Sequential(nn.Conv2d(4, 4, 1), module))
+    assert destination(next(n for n in graph_module.graph.nodes if n.target == "0")).rectifier == bounds
+
+
+NOT_RECTIFIED = {
+    "the output": lambda m, x, e: m.layer(e),
+    "a second reader": lambda m, x, e: (lambda y: m.relu(y) + y)(m.layer(e)),
+    "scaled before": lambda m, x, e: m.relu(2 * m.layer(e)),
+    "an operand that comes later": lambda m, x, e: (lambda y: m.relu(y + m.late(e)))(m.layer(e)),
+    "F.gelu": lambda m, x, e: F.gelu(m.layer(e)),
+}
+
+
+@pytest.mark.parametrize("forward", NOT_RECTIFIED.values(), ids=NOT_RECTIFIED)
+def test_no_rectifier(forward):
+    assert rectifier(forward) is None
