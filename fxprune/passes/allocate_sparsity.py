@@ -1,8 +1,9 @@
 """AllocateSparsity: gives each layer its own sparsity level, such that the whole network meets one target.
 
 Every layer is solved at each level against the dense model's statistics. What a level costs is measured at the network's
-output: the KL divergence with only that layer pruned, taken at one level and scaled to the others by the layer error
-(both are quadratic in a small change of the weights). Dynamic programming then chooses the levels.
+output, with only that layer pruned: the squared change of the outputs relative to their variance. It is taken at a few
+levels, and scaled from the nearest one to the others by the layer error (both are quadratic in a small change of the
+weights). Dynamic programming then chooses the levels.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
+from torch.utils._pytree import tree_leaves
 
 from fxprune import solvers
 from fxprune.batches import input_tensor
 from fxprune.errors import PatternError
 from fxprune.layer_solution import layer_of, observer_of
 from fxprune.options import Options
-from fxprune.output_error import OutputAgreement
 from fxprune.passes.base import Pass
 from fxprune.passes.insert_observers import TASK, LayerTask
 from fxprune.pattern import Pattern
@@ -29,6 +30,7 @@ from fxprune.solvers import LayerProblem, refit
 from fxprune.solvers.allocation import allocate
 
 PROBE_IMAGES = 128
+PROBE_EVERY = 2  # Levels apart.
 
 
 class AllocateSparsity(Pass):
@@ -63,7 +65,7 @@ class AllocateSparsity(Pass):
             probe = torch.cat([x[:PROBE_IMAGES] for x in inputs])[:PROBE_IMAGES].to(device)
             for observer in {observer_of(node) for node in tasks}:
                 observer.enabled = False
-            dense = _logits(graph_module(probe))
+            dense = _output(graph_module(probe))
             costs = [self._costs(graph_module, node, probe, dense) for node in tasks]
             for observer in {observer_of(node) for node in tasks}:
                 observer.enabled = True
@@ -76,7 +78,7 @@ class AllocateSparsity(Pass):
         return PassResult(graph_module, True)
 
     def _costs(self, graph_module: GraphModule, node: Node, probe: Tensor, dense: Tensor) -> list[float]:
-        """What each level of one layer costs at the network's output, in nats."""
+        """What each level of one layer costs at the network's output: the relative squared change."""
         module, geometry = layer_of(node), node.meta[TASK].geometry
         weight = geometry.to_matrix(module.weight.detach()).double()
         inputs = observer_of(node).statistics()
@@ -85,21 +87,20 @@ class AllocateSparsity(Pass):
         solutions = [None if level is None else self._solve(problem, level) for level in self.pattern.levels]
         none_lost = problem.loss(weight).sum()
         errors = [0.0 if s is None else max(0.0, float(problem.loss(s).sum() - none_lost)) for s in solutions]
-        sparsities = [0.0 if level is None else level.sparsity for level in self.pattern.levels]
-        reference = min(range(len(errors)), key=lambda i: abs(sparsities[i] - self.pattern.sparsity))
-        solution = solutions[reference]
-        if solution is None or errors[reference] == 0:
-            return errors
         original, bias = module.weight.data, module.bias
-        module.weight.data = geometry.to_weight(solution).to(original)
-        if self.options.bias_correction:
-            shift = torch.einsum("grd,gd->gr", weight - solution, inputs.mean).flatten().to(original)
-            module.bias = nn.Parameter(shift if bias is None else bias + shift)
-        agreement = OutputAgreement()
-        agreement.update(dense, _logits(graph_module(probe)))
-        module.weight.data, module.bias = original, bias
-        assert agreement.kl is not None
-        return [error * agreement.kl / errors[reference] for error in errors]
+        costs_per_error: dict[int, float] = {}
+        for i, solution in list(enumerate(solutions))[::PROBE_EVERY]:
+            if solution is not None and errors[i] > 0:
+                module.weight.data = geometry.to_weight(solution).to(original)
+                if self.options.bias_correction:
+                    shift = torch.einsum("grd,gd->gr", weight - solution, inputs.mean).flatten().to(original)
+                    module.bias = nn.Parameter(shift if bias is None else bias + shift)
+                costs_per_error[i] = _change(dense, _output(graph_module(probe))) / errors[i]
+                module.weight.data, module.bias = original, bias
+        if not costs_per_error:
+            return errors
+        nearest = [min(costs_per_error, key=lambda i: abs(i - level)) for level in range(len(errors))]
+        return [error * costs_per_error[i] for error, i in zip(errors, nearest, strict=True)]
 
     def _solve(self, problem: LayerProblem, level: Pattern) -> Tensor:
         groups = []
@@ -118,11 +119,17 @@ class AllocateSparsity(Pass):
             node.meta[TASK] = replace(task, pattern=level)
 
 
-def _logits(output: Any) -> Tensor:
-    """The output as (N, classes)."""
-    if not isinstance(output, Tensor) or output.dim() != 2:
+def _output(output: Any) -> Tensor:
+    """All floating point tensors in the model's output, (N, ...) each, as one (N, K)."""
+    tensors = [x.flatten(1) for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point() and x.dim()]
+    if not tensors:
         raise PatternError(
-            "a sparsity budget over layers is measured at the model's output, which has to be one (N, classes) tensor; "
+            "a sparsity budget over layers is measured at the model's output, which holds no floating point tensor; "
             "use a pattern that is the same for every layer"
         )
-    return output
+    return torch.cat(tensors, 1)
+
+
+def _change(dense: Tensor, pruned: Tensor) -> float:
+    """||dense - pruned||^2 / ||dense - mean||^2, of (N, K) each."""
+    return float((dense - pruned).square().sum() / (dense - dense.mean(0)).square().sum().clamp_min(1e-30))

@@ -61,7 +61,17 @@ def test_a_budget_needs_a_pattern_with_levels(batches):
         fxprune.compile(Net(), batches, "2:4", progress=False, options=Options(global_budget=True))
 
 
-def test_a_budget_needs_logits(batches):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
-    with pytest.raises(FxPruneError, match="classes"):
-        fxprune.compile(model, batches, "mixed:0.5", progress=False)
+def test_a_budget_is_measured_on_any_output(batches):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    compiled = fxprune.compile(model, batches, "mixed:0.3", progress=False)
+    weights = torch.cat([compiled.get_submodule(name).weight.flatten() for name in ("2", "4")])
+    assert float((weights == 0).float().mean()) >= 0.3 - 1e-3
+
+
+def test_a_budget_needs_an_output_to_measure(batches):
+    class Labels(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).argmax(1)
+
+    with pytest.raises(FxPruneError, match="no floating point tensor"):
+        fxprune.compile(Labels(), batches, "mixed:0.5", progress=False)
