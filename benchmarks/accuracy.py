@@ -65,12 +65,14 @@ METHODS: dict[str, Method] = {
     "ours + budget": compiled_with("admm", global_budget=True),
     "ours + polish": compiled_with("admm", polish=8, flip=True),
     # What each ingredient gives, one after the other.
-    "admm, own target": compiled_with(
+    "admm with its own target": compiled_with(
         "admm", target="weights", bias_correction=False, reconstruct=False, permute=False
     ),
     "+ dense target": compiled_with("admm", target="dense", bias_correction=False, reconstruct=False, permute=False),
     "+ bias": compiled_with("admm", target="dense", reconstruct=False, permute=False),
-    "+ skip target": compiled_with("admm", reconstruct=False, permute=False),
+    "+ skip target": compiled_with("admm", target="skip", reconstruct=False, permute=False),
+    "+ reconstruction": compiled_with("admm", target="skip", permute=False),
+    # + rectified target: "ours without permutation"; + permutation: "ours".
 }
 
 
@@ -170,7 +172,7 @@ def main(
             append(output, row)
             print(f"{name} {pattern} {method}: {row.accuracy:.2f} / {row.accuracy_jpeg:.2f} / {row.agreement:.2f} / "
                   f"{row.kl:.4f}, {seconds:.0f} s", flush=True)  # fmt: skip
-    significance(folder, read(output))
+    significance(folder, read(output), output.with_name(output.stem + "_significance.csv"))
 
 
 def keep(folder: Path, model: str, pattern: str, method: str, right: np.ndarray) -> None:
@@ -179,14 +181,16 @@ def keep(folder: Path, model: str, pattern: str, method: str, right: np.ndarray)
     np.save(folder / f"{model}_{pattern.replace(':', '-')}_{method.replace(' ', '_')}.npy", right)
 
 
-def significance(folder: Path, rows: list[dict[str, str]]) -> None:
-    """Print, for each method, McNemar's p against ours on the JPEG test images."""
+def significance(folder: Path, rows: list[dict[str, str]], path: Path) -> None:
+    """Write, for each method, McNemar's p against ours on the JPEG test images, from the predictions kept in the folder."""
+    lines = ["model,pattern,method,p_against_ours"]
     for row in rows:
         stem = f"{row['model']}_{row['pattern'].replace(':', '-')}"
         ours, other = folder / f"{stem}_ours.npy", folder / f"{stem}_{row['method'].replace(' ', '_')}.npy"
         if row["method"] not in ("ours", "dense") and ours.exists() and other.exists():
             p = mcnemar(np.load(ours), np.load(other))
-            print(f"{row['model']} {row['pattern']} ours against {row['method']}: McNemar p = {p:.2g}")
+            lines.append(f"{row['model']},{row['pattern']},{row['method']},{p:.2g}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> list[dict[str, str]]:
