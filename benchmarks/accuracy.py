@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import Options
-from fxprune.checkpoints import load_weights
 from fxprune.data import load_npz
+from fxprune.experiments.checkpoints import load_weights
 from fxprune.passes import ReestimateBatchNorm
 
 WEIGHTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}

@@ -24,9 +24,9 @@ import fxprune
 from benchmarks.machine import machine
 from fxprune import Options
 from fxprune.data import calibration_loader, load_data, make_loader
-from fxprune.evaluation import agreement, evaluate
-from fxprune.recipe import Recipe
-from fxprune.training import train
+from fxprune.experiments.evaluation import agreement, evaluate
+from fxprune.experiments.recipe import Recipe
+from fxprune.experiments.training import train
 
 HERE = Path(__file__).resolve().parent
 METHODS = {

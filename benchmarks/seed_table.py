@@ -28,11 +28,11 @@ from benchmarks.machine import machine
 from benchmarks.seed_table_output import write_markdown, write_plot
 from benchmarks.seed_table_rows import Row, read_rows, write_rows
 from fxprune.data import calibration_loader, load_data, make_loader
-from fxprune.evaluation import agreement, evaluate
+from fxprune.experiments.evaluation import agreement, evaluate
+from fxprune.experiments.recipe import Recipe
+from fxprune.experiments.training import train
 from fxprune.export import export_onnx
 from fxprune.models import create, model_info
-from fxprune.recipe import Recipe
-from fxprune.training import train
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("magnitude", "sparsegpt", "admm")

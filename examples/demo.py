@@ -16,9 +16,9 @@ from rich.table import Table
 
 import fxprune
 from fxprune.data import calibration_loader, load_data, make_loader
-from fxprune.evaluation import agreement, evaluate
-from fxprune.recipe import Recipe
-from fxprune.training import Epoch, train
+from fxprune.experiments.evaluation import agreement, evaluate
+from fxprune.experiments.recipe import Recipe
+from fxprune.experiments.training import Epoch, train
 
 
 def main(folder: Path = Path("out/demo"), epochs: int = 6) -> None:

@@ -23,17 +23,17 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.checkpoints import load_weights
 from fxprune.data import DataSplits, calibration_loader, load_data, make_loader
+from fxprune.experiments.checkpoints import load_weights
+from fxprune.experiments.recipe import Recipe
+from fxprune.experiments.training import train
 from fxprune.geometry import flatten_weight
 from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace
 from fxprune.plots import save_figure
 from fxprune.plots.style import FAINT, INK, figure
 from fxprune.ranks import Factorable, Survey, low_rank_options, survey
-from fxprune.recipe import Recipe
 from fxprune.solvers.low_rank import tail_energy
 from fxprune.tracing import trace
-from fxprune.training import train
 
 MATRIX = (1.8, 0.7, 0.5, 1.1)
 LONG, SHORT, PLAIN = "#0072B2", "#D55E00", "#7F7F7F"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fxprune import solvers
-from fxprune.batches import peek, read_all
+from fxprune.calibration.batches import peek, read_all
 from fxprune.compiled import CompiledModule
 from fxprune.options import Options
 from fxprune.passes import (

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fxprune.batches import first_item, read_all
+from fxprune.calibration.batches import first_item, read_all
 from fxprune.compiled import CompiledModule
 from fxprune.compiler import default_device
 from fxprune.options import Options

@@ -12,9 +12,9 @@ import torchvision
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.checkpoints import load_weights
 from fxprune.data import load_data, make_loader
-from fxprune.evaluation import agreement, evaluate
+from fxprune.experiments.checkpoints import load_weights
+from fxprune.experiments.evaluation import agreement, evaluate
 from fxprune.models import create, model_info
 from fxprune.passes import verify
 

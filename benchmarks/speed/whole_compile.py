@@ -15,9 +15,9 @@ from benchmarks.speed import hook_sparsegpt
 from benchmarks.speed.layer_statistics import measure
 from benchmarks.speed.measure import Times, interleaved, load, ratio
 from benchmarks.speed.rows import Row
-from fxprune.checkpoints import load_weights
 from fxprune.data import load_npz
-from fxprune.evaluation import agreement
+from fxprune.experiments.checkpoints import load_weights
+from fxprune.experiments.evaluation import agreement
 from fxprune.models import create, model_info
 from fxprune.report import PruneReport
 

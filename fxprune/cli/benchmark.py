@@ -9,8 +9,8 @@ import typer
 
 from fxprune.cli.command import ERROR, stderr, stdout
 from fxprune.cli.parameters import Device
-from fxprune.grid import read_grid, run_grid
-from fxprune.grid_rows import OK, Row
+from fxprune.experiments.grid import read_grid, run_grid
+from fxprune.experiments.grid_rows import OK, Row
 
 
 def benchmark(

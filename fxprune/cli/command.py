@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from fxprune.cli.signature import Signature
 from fxprune.errors import FxPruneError, OptionsError
-from fxprune.yaml_files import check_keys, read_yaml, to_yaml
+from fxprune.experiments.yaml_files import check_keys, read_yaml, to_yaml
 
 ERROR, INTERRUPTED = 1, 130
 

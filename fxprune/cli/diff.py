@@ -13,11 +13,11 @@ from fxprune.cli.command import stdout
 from fxprune.cli.prune import PRUNED
 from fxprune.cli.run_folder import dense_model
 from fxprune.errors import OptionsError
+from fxprune.experiments.tasks import module_classes
 from fxprune.files import atomic
 from fxprune.graph_diff import diff as compare
 from fxprune.models import model_info
 from fxprune.saving import load
-from fxprune.tasks import module_classes
 
 
 def diff(

@@ -11,20 +11,20 @@ import torch
 import typer
 from torch import nn
 
-from fxprune.checkpoints import load_weights
 from fxprune.cli.command import stderr, stdout
 from fxprune.cli.parameters import TASK, BatchSize, Device, Register, TestImages
 from fxprune.compiler import default_device
 from fxprune.data import DataSplits
 from fxprune.errors import ModelError
-from fxprune.evaluation import agreement
-from fxprune.evaluation import evaluate as accuracy_of
+from fxprune.experiments.checkpoints import load_weights
+from fxprune.experiments.evaluation import agreement
+from fxprune.experiments.evaluation import evaluate as accuracy_of
+from fxprune.experiments.runs import CONFIG
+from fxprune.experiments.tasks import Task, import_user_code, module_classes, scoring_loader, task_from
+from fxprune.experiments.yaml_files import read_yaml
 from fxprune.files import atomic
 from fxprune.onnx_module import OnnxModule
-from fxprune.runs import CONFIG
 from fxprune.saving import is_saved, load
-from fxprune.tasks import Task, import_user_code, module_classes, scoring_loader, task_from
-from fxprune.yaml_files import read_yaml
 
 # Options of a task that make no sense here: the file holds the weights.
 LEFT_OUT = ("weights", "pretrained")

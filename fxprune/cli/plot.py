@@ -16,12 +16,12 @@ from fxprune.cli.command import stderr, stdout
 from fxprune.cli.prune import PRUNED
 from fxprune.cli.run_folder import dense_model
 from fxprune.errors import DataError, FxPruneError, OptionsError
+from fxprune.experiments.grid_rows import OK, read_rows
+from fxprune.experiments.tasks import module_classes
 from fxprune.geometry import is_matrix_layer
-from fxprune.grid_rows import OK, read_rows
 from fxprune.passes import FoldBatchNorm, RemoveInplace
 from fxprune.pattern import MixedPattern, NMPattern, Pattern
 from fxprune.saving import load
-from fxprune.tasks import module_classes
 from fxprune.tracing import trace
 
 FORMATS = ("png", "svg")

@@ -14,14 +14,14 @@ from fxprune.cli.command import stderr, stdout
 from fxprune.cli.parameters import TASK, BatchSize, Device, Out, Register, TestImages, data_name
 from fxprune.compiler import compile, default_device
 from fxprune.data import calibration_loader
-from fxprune.evaluation import agreement, evaluate
+from fxprune.experiments.evaluation import agreement, evaluate
+from fxprune.experiments.runs import start_run
+from fxprune.experiments.tasks import Task, import_user_code, module_classes, scoring_loader
 from fxprune.export import OnnxReport, export_onnx
 from fxprune.files import atomic
 from fxprune.options import Options
 from fxprune.pattern import Pattern
-from fxprune.runs import start_run
 from fxprune.saving import save
-from fxprune.tasks import Task, import_user_code, module_classes, scoring_loader
 
 PRUNED, ONNX = "pruned.pt", "model.onnx"
 

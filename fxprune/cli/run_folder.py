@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.runs import read_record
-from fxprune.tasks import import_user_code, task_from
+from fxprune.experiments.runs import read_record
+from fxprune.experiments.tasks import import_user_code, task_from
 
 
 def dense_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -15,11 +15,11 @@ from fxprune.cli.parameters import TASK, BatchSize, Device, Out, Register, TestI
 from fxprune.compiler import default_device
 from fxprune.data import make_loader
 from fxprune.errors import OptionsError
-from fxprune.recipe import Recipe
-from fxprune.runs import start_run
-from fxprune.tasks import Task, import_user_code, scoring_loader
-from fxprune.training import BEST, LAST, Epoch, Step
-from fxprune.training import train as run_training
+from fxprune.experiments.recipe import Recipe
+from fxprune.experiments.runs import start_run
+from fxprune.experiments.tasks import Task, import_user_code, scoring_loader
+from fxprune.experiments.training import BEST, LAST, Epoch, Step
+from fxprune.experiments.training import train as run_training
 
 
 def train(

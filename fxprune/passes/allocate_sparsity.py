@@ -19,7 +19,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils._pytree import tree_leaves
 
 from fxprune import solvers
-from fxprune.batches import input_tensor
+from fxprune.calibration.batches import input_tensor
 from fxprune.errors import PatternError
 from fxprune.layer_solution import layer_of, observer_of
 from fxprune.options import Options

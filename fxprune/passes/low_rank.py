@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.batches import read_all
-from fxprune.calibration import CalibrationStream
+from fxprune.calibration.batches import read_all
+from fxprune.calibration.stopwatch import Stopwatch
+from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import FxPruneError, OptionsError, SolverError
 from fxprune.graph import module_of
 from fxprune.layer_solution import dead_inputs, fitted_bias, install, layer_of, observer_of, pose_problem, solve_layer
@@ -40,7 +41,6 @@ from fxprune.solvers.spatial_split import (
     refit_second_kernel,
 )
 from fxprune.statistics import CrossStatistics
-from fxprune.stopwatch import Stopwatch
 
 
 class LowRank(Pass):

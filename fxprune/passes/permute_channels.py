@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils._pytree import tree_leaves
 
-from fxprune.batches import EMPTY, checked, input_tensor
+from fxprune.calibration.batches import EMPTY, checked, input_tensor
 from fxprune.channels import Channels, analyse_channels, permute_channels, value_shapes
 from fxprune.channels.grouping import Reader, search_grouping
 from fxprune.channels.layout import Classes

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.batches import assign
+from fxprune.calibration.batches import assign
+from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.errors import OptionsError
 from fxprune.layer_solution import layer_of
-from fxprune.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.passes.base import Pass
 from fxprune.passes.destination import destination
 from fxprune.passes.prune_weights import LAYER, REPORT

@@ -16,7 +16,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune import solvers
-from fxprune.calibration import CalibrationStream
+from fxprune.calibration.stopwatch import Stopwatch
+from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import FxPruneError, SolverError
 from fxprune.graph import input_of
 from fxprune.layer_checkpoint import LayerCheckpoint
@@ -31,7 +32,6 @@ from fxprune.pattern import Pattern
 from fxprune.precision import full_precision
 from fxprune.report import LayerReport, PruneReport
 from fxprune.statistics import CrossStatistics, InputStatistics
-from fxprune.stopwatch import Stopwatch
 
 LAYER = "fxprune"
 REPORT = "fxprune_report"

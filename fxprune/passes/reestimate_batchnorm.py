@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxprune.batches import first_item
+from fxprune.calibration.batches import first_item
 from fxprune.errors import CalibrationError
 from fxprune.graph import module_of
 from fxprune.passes.base import Pass

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxprune.batch_store import BatchValues
-from fxprune.calibration import CalibrationStream
+from fxprune.calibration.batch_store import BatchValues
+from fxprune.calibration.stream import CalibrationStream
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import input_of
 from fxprune.layer_solution import SolvedLayer, install, layer_of

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fxprune.errors import DataError
-from fxprune.grid_rows import OK, Row
+from fxprune.experiments.grid_rows import OK, Row
 from fxprune.plots.style import FAINT, INK, figure, label_ends, mark
 
 

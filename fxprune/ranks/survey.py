@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxprune.calibration import CalibrationStream
+from fxprune.calibration.stopwatch import Stopwatch
+from fxprune.calibration.stream import CalibrationStream
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, LayerGeometry
 from fxprune.graph import call_sites
 from fxprune.layer_solution import layer_of, observer_of, pose_problem
@@ -20,7 +21,6 @@ from fxprune.ranks.splits import Split, dense_multiply_adds, full_rank, multiply
 from fxprune.solvers import LayerProblem
 from fxprune.solvers.low_rank import tail_energy, whitened_target
 from fxprune.solvers.spatial_split import arranged, spatial_errors, whitened_arrangement
-from fxprune.stopwatch import Stopwatch
 
 Method = Literal["svd", "data_aware"]
 METHODS: tuple[Method, ...] = ("svd", "data_aware")

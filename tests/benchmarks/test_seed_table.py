@@ -11,7 +11,7 @@ from benchmarks import seed_table
 from benchmarks.seed_table import Task, run
 from benchmarks.seed_table_output import write_markdown, write_plot
 from benchmarks.seed_table_rows import read_rows
-from fxprune.recipe import Recipe
+from fxprune.experiments.recipe import Recipe
 
 
 @pytest.fixture

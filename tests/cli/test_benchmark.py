@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fxprune.grid_rows import read_rows
+from fxprune.experiments.grid_rows import read_rows
 
 Fxprune = Callable[..., str]
 

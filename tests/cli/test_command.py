@@ -14,8 +14,8 @@ from fxprune.cli import app as fxprune_app
 from fxprune.cli.command import command
 from fxprune.cli.signature import attribute_texts
 from fxprune.errors import FxPruneError, OptionsError
-from fxprune.recipe import Recipe
-from fxprune.yaml_files import read_yaml
+from fxprune.experiments.recipe import Recipe
+from fxprune.experiments.yaml_files import read_yaml
 
 runner = CliRunner()
 got: dict[str, Any] = {}

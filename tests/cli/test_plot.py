@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fxprune.grid_rows import Row, write_rows
+from fxprune.experiments.grid_rows import Row, write_rows
 
 pytest.importorskip("matplotlib")
 Fxprune = Callable[..., str]

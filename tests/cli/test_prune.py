@@ -10,9 +10,9 @@ import onnx
 import pytest
 import torch
 
+from fxprune.experiments.yaml_files import read_yaml
 from fxprune.pattern import Pattern
 from fxprune.saving import load
-from fxprune.yaml_files import read_yaml
 
 Fxprune = Callable[..., str]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fxprune.checkpoints import load_checkpoint
+from fxprune.experiments.checkpoints import load_checkpoint
 from fxprune.models import create
 
 Fxprune = Callable[..., str]

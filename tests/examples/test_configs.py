@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fxprune.cli import app
-from fxprune.grid import read_grid
-from fxprune.yaml_files import read_yaml
+from fxprune.experiments.grid import read_grid
+from fxprune.experiments.yaml_files import read_yaml
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "examples" / "configs").glob("*.yaml"))
 

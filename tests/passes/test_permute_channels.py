@@ -15,8 +15,8 @@ from torch.fx import GraphModule
 from fxprune.channels import analyse_channels, value_shapes
 from fxprune.channels import grouping as grouping_module
 from fxprune.channels.grouping import Reader, search_grouping
-from fxprune.checkpoints import load_weights
 from fxprune.errors import CalibrationError, GraphError
+from fxprune.experiments.checkpoints import load_weights
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import input_of, module_of
 from fxprune.models import create

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from fxprune import plots
 from fxprune.errors import DataError
-from fxprune.grid_rows import Row
+from fxprune.experiments.grid_rows import Row
 from fxprune.plots.results import points
 from fxprune.plots.spectra import energy_rank, singular_values
 from fxprune.report import LayerReport, PruneReport

@@ -11,8 +11,8 @@ from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 
 import fxprune
-from fxprune.checkpoints import save_checkpoint
 from fxprune.errors import CheckpointError
+from fxprune.experiments.checkpoints import save_checkpoint
 from fxprune.models import create
 from fxprune.passes import changes
 from fxprune.saving import is_saved, load, save

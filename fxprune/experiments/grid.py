@@ -19,13 +19,13 @@ from fxprune import solvers
 from fxprune.compiler import compile, default_device
 from fxprune.data import DataSplits, calibration_loader
 from fxprune.errors import OptionsError
-from fxprune.evaluation import agreement, evaluate
-from fxprune.grid_rows import FAILED, OK, Row, read_rows, write_rows
+from fxprune.experiments.evaluation import agreement, evaluate
+from fxprune.experiments.grid_rows import FAILED, OK, Row, read_rows, write_rows
+from fxprune.experiments.runs import source_commit
+from fxprune.experiments.tasks import Task, import_user_code, scoring_loader
+from fxprune.experiments.yaml_files import check_keys, read_yaml
 from fxprune.options import Options
 from fxprune.pattern import Pattern
-from fxprune.runs import source_commit
-from fxprune.tasks import Task, import_user_code, scoring_loader
-from fxprune.yaml_files import check_keys, read_yaml
 
 T = TypeVar("T")
 Record = TypeVar("Record", Task, Options)

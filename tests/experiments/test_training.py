@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxprune.checkpoints import load_checkpoint
 from fxprune.errors import CheckpointError, FxPruneError, OptionsError
-from fxprune.recipe import Recipe
-from fxprune.training import Epoch, Step, TrainingError, read_log, train
+from fxprune.experiments.checkpoints import load_checkpoint
+from fxprune.experiments.recipe import Recipe
+from fxprune.experiments.training import Epoch, Step, TrainingError, read_log, train
 
 CENTRES = torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 0, 2]])
 

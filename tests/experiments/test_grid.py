@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune import grid as grid_module
-from fxprune.checkpoints import save_checkpoint
 from fxprune.errors import DataError, FxPruneError, OptionsError
-from fxprune.grid import Grid, read_grid, run_grid
-from fxprune.grid_rows import Row, read_rows, write_rows
+from fxprune.experiments import grid as grid_module
+from fxprune.experiments.checkpoints import save_checkpoint
+from fxprune.experiments.grid import Grid, read_grid, run_grid
+from fxprune.experiments.grid_rows import Row, read_rows, write_rows
+from fxprune.experiments.tasks import Task
 from fxprune.models import create, register
 from fxprune.options import Options
-from fxprune.tasks import Task
 
 
 @register("tiny_grid", input_shape=(1, 8, 8), num_classes=3, mean=(0.5,), std=(0.5,))
@@ -59,7 +59,7 @@ def test_every_combination_is_a_row(task: Task, tmp_path: Path) -> None:
 def test_figures_are_those_of_the_compiler(task: Task, tmp_path: Path) -> None:
     import fxprune
     from fxprune.data import calibration_loader, make_loader
-    from fxprune.evaluation import agreement
+    from fxprune.experiments.evaluation import agreement
 
     (row,) = run_grid(
         small(task, patterns=("1:4",), methods=("sparsegpt",), seeds=(3,), options=Options(damping=0.3)),

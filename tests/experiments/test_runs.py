@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fxprune import runs
-from fxprune.runs import source_commit, start_run
-from fxprune.yaml_files import read_yaml
+from fxprune.experiments import runs
+from fxprune.experiments.runs import source_commit, start_run
+from fxprune.experiments.yaml_files import read_yaml
 
 
 def test_a_run_says_how_it_was_made(tmp_path: Path) -> None:

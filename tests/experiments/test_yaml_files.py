@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fxprune.errors import OptionsError
-from fxprune.yaml_files import check_keys, read_yaml, to_yaml
+from fxprune.experiments.yaml_files import check_keys, read_yaml, to_yaml
 
 
 def read(tmp_path: Path, text: str) -> dict[str, object]:

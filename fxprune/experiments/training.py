@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.checkpoints import load_checkpoint, save_checkpoint
 from fxprune.errors import FxPruneError
-from fxprune.evaluation import evaluate
+from fxprune.experiments.checkpoints import load_checkpoint, save_checkpoint
+from fxprune.experiments.evaluation import evaluate
+from fxprune.experiments.recipe import Recipe
 from fxprune.files import atomic
-from fxprune.recipe import Recipe
 
 LAST, BEST, LOG = "last.pt", "best.pt", "log.csv"
 READ_EVERY = 20  # steps between two looks at the running loss: each look waits for the GPU

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxprune.batch_store import BatchValues
-from fxprune.calibration import CalibrationStream
+from fxprune.calibration.batch_store import BatchValues
+from fxprune.calibration.stopwatch import Stopwatch
+from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import CalibrationError
 from fxprune.graph import input_of, module_of
 from fxprune.passes import InsertObservers
 from fxprune.passes.insert_observers import TASK
 from fxprune.pattern import Pattern
-from fxprune.stopwatch import Stopwatch
 from fxprune.tracing import trace
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from torch import nn
 
 import fxprune
 from fxprune import FxPruneError, Options
-from fxprune.batch_store import BatchStore, BatchValues
+from fxprune.calibration.batch_store import BatchStore, BatchValues
 
 
 def values(seed: int) -> tuple[BatchValues, list[torch.fx.Node]]:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from fxprune import models
-from fxprune.checkpoints import load_weights
 from fxprune.data import load_data, load_npz, make_loader
 from fxprune.errors import EvaluationError
-from fxprune.evaluation import Agreement, agreement, evaluate
+from fxprune.experiments.checkpoints import load_weights
+from fxprune.experiments.evaluation import Agreement, agreement, evaluate
 
 
 class Logits(nn.Module):

@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from fxprune.checkpoints import load_weights
 from fxprune.data import DataSplits, load_data, make_loader
 from fxprune.errors import DataError, ModelError, OptionsError
+from fxprune.experiments.checkpoints import load_weights
 from fxprune.models import create, model_info
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fxprune.checkpoints import save_checkpoint
 from fxprune.errors import DataError, ModelError, OptionsError
+from fxprune.experiments.checkpoints import save_checkpoint
+from fxprune.experiments.tasks import Task, import_user_code, scoring_loader
 from fxprune.models import create, model_info
-from fxprune.tasks import Task, import_user_code, scoring_loader
 
 
 @pytest.fixture

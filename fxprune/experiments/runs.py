@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from fxprune.errors import DataError
+from fxprune.experiments.yaml_files import to_yaml
 from fxprune.files import atomic
-from fxprune.yaml_files import to_yaml
 
 CONFIG, RECORD = "config.yaml", "run.json"
 PACKAGES = ("fxprune", "torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime")

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
-from fxprune.batch_store import BatchStore, BatchValues
-from fxprune.batches import EMPTY, assign
+from fxprune.calibration.batch_store import BatchStore, BatchValues
+from fxprune.calibration.batches import EMPTY, assign
+from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
+from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.errors import CalibrationError
 from fxprune.graph import input_of, module_of
-from fxprune.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.statistics import HessianObserver
-from fxprune.stopwatch import Stopwatch
 
 
 class CalibrationStream:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fxprune import models
-from fxprune.checkpoints import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from fxprune.errors import CheckpointError, FxPruneError
+from fxprune.experiments.checkpoints import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 
 
 class Net(nn.Sequential):

@@ -1,0 +1,1 @@
+"""What the commands are made of: tasks, training, checkpoints, scores, and grids of runs."""
