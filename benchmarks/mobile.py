@@ -29,6 +29,7 @@ from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.training import train
 
 HERE = Path(__file__).resolve().parent
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 METHODS = {
     "sparsegpt": ("sparsegpt", Options()),
     "ours, depthwise and first layer left alone": ("admm", Options(reconstruct=False)),
@@ -75,7 +76,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
 
-    splits = load_data(given.data / "cifar10/cifar10_jpeg_train.npz", augment=True)
+    splits = load_data(given.data / "cifar10/cifar10_jpeg_train.npz", mean=MEAN, std=STD, augment=True)
     assert splits.train is not None
     test = make_loader(splits.test, batch_size=500)
     images = Subset(splits.train, range(given.train_images))

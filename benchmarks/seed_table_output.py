@@ -74,5 +74,5 @@ def write_plot(stem: Path, rows: Sequence[Row]) -> None:
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel("accuracy lost at 2:4, in points")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
         save_figure(picture, stem, ("png",))
