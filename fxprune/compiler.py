@@ -77,7 +77,7 @@ def compile(
 
         RemoveInplace()(graph_module)
         if options.fold_batchnorm:
-            FoldBatchNorm()(graph_module)
+            FoldBatchNorm(exclude=exclude)(graph_module)
         if options.permute:
             PermuteChannels(pattern, head, exclude=exclude, damping=options.damping, seed=options.seed)(graph_module)
         dense = copy.deepcopy(graph_module) if options.polish else None

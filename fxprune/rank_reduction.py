@@ -75,7 +75,7 @@ def low_rank(
         graph_module.to(default_device(device))
         RemoveInplace()(graph_module)
         if options.fold_batchnorm:
-            FoldBatchNorm()(graph_module)
+            FoldBatchNorm(exclude=exclude)(graph_module)
         InsertObservers(Factorable(splits), exclude=exclude, reconstruct=bool(options.reconstruct))(graph_module)
         if isinstance(rule, RankRule) and by_time:
             on_layer("measuring", 0)

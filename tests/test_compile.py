@@ -487,3 +487,15 @@ def test_golden_graph(golden):
         *(f"{c.pass_name:<16} {c.action:<14} {c.node:<10} {c.into:<10} {c.reason}" for c in changes(compiled)),
     ]
     golden("compile/residual.txt", "\n".join(line.rstrip() for line in lines) + "\n")
+
+
+def test_excluded_layers_stay_exactly_as_they_are_with_their_batchnorm():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)
+    ).eval()  # fmt: skip
+    before = copy.deepcopy(model.state_dict())
+    compiled = fxprune.compile(model, [torch.randn(16, 4, 8, 8)], "2:4", exclude=("3",), progress=False)
+    for name in ("3.weight", "3.bias", "4.weight", "4.running_var"):
+        assert torch.equal(compiled.state_dict()[name], before[name])
+    assert compiled.report["3"].reason == "excluded"

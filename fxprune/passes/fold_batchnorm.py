@@ -7,6 +7,7 @@ In eval mode BatchNorm is one affine map per channel, so with s = γ / √(σ² 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from fxprune.graph import call_sites, input_of, is_tied, module_of
 from fxprune.passes.base import Pass
+from fxprune.tracing import matches
 
 _Layer: TypeAlias = _ConvNd | nn.Linear
 _NORM_OF: dict[type[nn.Module], type[nn.Module]] = {
@@ -60,6 +62,9 @@ class FoldBatchNorm(Pass):
        of two sizes, further up, with nothing but linear layers, BatchNorm and activations between. Otherwise
        it is kept.
 
+    Args:
+        exclude: module names or fnmatch patterns of layers to leave exactly as they are; a BatchNorm behind one stays.
+
     Example:
         >>> block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
         >>> graph_module = torch.fx.symbolic_trace(block)
@@ -68,6 +73,9 @@ class FoldBatchNorm(Pass):
         >>> [str(node) for node in graph_module.graph.nodes]
         ['input_1', '_0', '_2', 'output']
     """
+
+    def __init__(self, *, exclude: Sequence[str] = ()) -> None:
+        self.exclude = tuple(exclude)
 
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
         sites = call_sites(graph_module)
@@ -79,6 +87,8 @@ class FoldBatchNorm(Pass):
             if not isinstance(norm, _BatchNorm):
                 continue
             reason = _reason_to_keep(graph_module, node, norm, sites)
+            if reason is None and any(matches(str(n.target), self.exclude) for n in (node, input_of(node))):
+                reason = "excluded, or the layer in front of it is"
             if reason is None:
                 layer: Any = module_of(input_of(node))
                 weight, bias = folded_parameters(layer, norm)

@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 
 from fxprune.passes.base import Change, changes
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
+from fxprune.tracing import trace
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -461,3 +462,15 @@ def test_nested_residual_blocks() -> None:
     assert [str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"] == [
         "0.0", "0.2", "1.body.0", "1.skip.0", "2.body.0", "2.skip.0", "3.0", "3.1", "3.2",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("exclude", [("0",), ("1",), ("[01]",)])
+def test_an_excluded_layer_stays_as_it_is(exclude):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval()
+    graph_module = trace(model)
+    assert FoldBatchNorm(exclude=exclude)(graph_module).modified
+    assert torch.equal(graph_module.get_submodule("0").weight, model[0].weight)
+    assert [node.target for node in graph_module.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    assert [c.reason for c in changes(graph_module) if c.action == "kept"] == [
+        "excluded, or the layer in front of it is"
+    ]
