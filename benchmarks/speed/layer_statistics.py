@@ -27,7 +27,7 @@ def run(
     images: dict[str, int],
     *,
     repeats: int,
-    batches: int = 8,
+    batches: int = 2,
     device: str = "cpu",
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
