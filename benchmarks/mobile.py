@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--width", type=float, default=0.35)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--train-images", type=int, default=20_000)
     parser.add_argument("--images", type=int, default=1024, help="calibration images")
     parser.add_argument("--patterns", default="2:4,1:4")
