@@ -293,9 +293,7 @@ def test_excluded_layers_stay_exactly_as_they_are() -> None:
     model, x = net(), smooth()
     compiled = low_rank(model, [x], "ratio:0.5", exclude=("block1",), device="cpu", progress=False)
     assert compiled.report["block1.conv1"].reason == "excluded"
-    folded = symbolic_trace(copy.deepcopy(model))
-    FoldBatchNorm()(folded)
-    assert torch.equal(compiled.get_submodule("block1.conv1").weight, folded.get_submodule("block1.conv1").weight)
+    assert torch.equal(compiled.get_submodule("block1.conv1").weight, model.block1.conv1.weight)
     assert compiled.report["block2.conv1"].status == "factored"
 
 
