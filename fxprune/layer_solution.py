@@ -64,8 +64,9 @@ def solve_layer(
         if options.refit:
             matrix = _refitted(problem, mask, matrix)
     layer = _as_layer(module, geometry, matrix, inputs, cross, problem.damping, options)
-    for _ in range(RECTIFIED_ROUNDS if rectified is not None else 0):
-        assert rectified is not None
+    if rectified is None:
+        return layer
+    for _ in range(RECTIFIED_ROUNDS):
         cross = rectified(layer)
         target = cross.target(inputs, module.bias, centred=bool(options.bias_correction))
         problem = problem.retargeted(target)
@@ -122,8 +123,7 @@ def fitted_bias(
     bias = module.bias
     if options.bias_correction:
         # The mean of the wanted output less the mean that the new weights give.
-        dense = geometry.to_matrix(module.weight.detach()).double()
-        wanted = cross.mean if cross is not None else _mean_output(dense, bias, inputs)
+        wanted = cross.mean if cross is not None else _mean_output(module, geometry, inputs)
         bias = (wanted - torch.einsum("grd,gd->gr", matrix, inputs.mean)).flatten()
     return None if bias is None else bias.detach().to(module.weight)
 
@@ -133,7 +133,9 @@ def dead_inputs(inputs: InputStatistics) -> int:
     return int((inputs.gram.diagonal(dim1=1, dim2=2) == 0).sum())
 
 
-def _mean_output(dense: Tensor, bias: Tensor | None, inputs: InputStatistics) -> Tensor:
+def _mean_output(module: MatrixLayer, geometry: LayerGeometry, inputs: InputStatistics) -> Tensor:
+    """Mean output of the layer itself, (G, R/G) float64."""
+    dense, bias = geometry.to_matrix(module.weight.detach()).double(), module.bias
     mean = torch.einsum("grd,gd->gr", dense, inputs.mean)
     return mean if bias is None else mean + bias.to(mean).reshape(mean.shape)
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune import solvers
 from fxprune.calibration.batches import input_tensor
+from fxprune.calibration.output_error import OutputError
 from fxprune.errors import PatternError
 from fxprune.layer_solution import layer_of, observer_of
 from fxprune.options import Options
@@ -95,7 +96,9 @@ class AllocateSparsity(Pass):
                 if self.options.bias_correction:
                     shift = torch.einsum("grd,gd->gr", weight - solution, inputs.mean).flatten().to(original)
                     module.bias = nn.Parameter(shift if bias is None else bias + shift)
-                costs_per_error[i] = _change(dense, _output(graph_module(probe))) / errors[i]
+                change = OutputError(channel_dim=1)
+                change.update(dense, _output(graph_module(probe)))
+                costs_per_error[i] = change.relative / errors[i]
                 module.weight.data, module.bias = original, bias
         if not costs_per_error:
             return errors
@@ -128,8 +131,3 @@ def _output(output: Any) -> Tensor:
             "use a pattern that is the same for every layer"
         )
     return torch.cat(tensors, 1)
-
-
-def _change(dense: Tensor, pruned: Tensor) -> float:
-    """||dense - pruned||^2 / ||dense - mean||^2, of (N, K) each."""
-    return float((dense - pruned).square().sum() / (dense - dense.mean(0)).square().sum().clamp_min(1e-30))
