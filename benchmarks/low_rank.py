@@ -1,6 +1,6 @@
 """Low rank: output error of every layer, accuracy of trained networks, and latency in onnxruntime, dense against factored.
 
-    python -m benchmarks.low_rank                                  everything (about two hours on two cores)
+    python -m benchmarks.low_rank                                  everything (about half an hour on two cores)
     python -m benchmarks.low_rank --parts layers,networks,latency  some of it
 
 Rows that the CSVs hold are not run again. The networks are the trained CIFAR ResNet-20 and -56 under `FXPRUNE_DATA` (else
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from benchmarks.low_rank_output import LAYERS, NETWORKS, append, read, write_plot
+from benchmarks.low_rank_output import LAYERS, NETWORKS, append, read, write_page, write_plot
 from benchmarks.machine import machine
 from fxprune.data import load_npz, make_loader
 from fxprune.experiments.checkpoints import load_weights
@@ -242,6 +242,7 @@ def main() -> None:
             append(NETWORKS, [row])
             print(row, flush=True)
     write_plot(read(NETWORKS), read(LAYERS))
+    write_page(read(NETWORKS), read(LAYERS))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,28 @@
+"""NVIDIA modelopt's one-shot 2:4 sparsity, for comparison: `pip install nvidia-modelopt huggingface_hub`, beside fxprune."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+PATTERN = "2:4"
+"""The only pattern that modelopt's SparseGPT is documented for."""
+
+
+def is_installed() -> bool:
+    """Whether modelopt can be imported."""
+    return importlib.util.find_spec("modelopt") is not None
+
+
+def prune(model: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
+    """modelopt's "sparsegpt" mode with its own settings, on calibration batches, on a copy of the model.
+
+    It takes its masks from SparseGPT and puts them on the dense weights; its groups of four run along (C, ky, kx).
+    """
+    from modelopt.torch import sparsity
+
+    config = {"data_loader": list(batches), "collect_func": lambda batch: batch}
+    return sparsity.export(sparsity.sparsify(copy.deepcopy(model), "sparsegpt", config=config))
