@@ -7,10 +7,8 @@ from torch import nn
 
 from fxprune.models.registry import register
 
-# Output channels of each conv; "M" is a 2x2 max pooling.
-CONFIGURATION_D: tuple[int | str, ...] = (
-    64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M",
-)  # fmt: skip
+# Output channels of each conv, relative to the first; "M" is a 2x2 max pooling.
+CONFIGURATION_D: tuple[int | str, ...] = (1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M")
 
 
 @register(
@@ -29,20 +27,30 @@ class VGG16Cifar(nn.Module):
     Args:
         num_classes: width of the output.
         in_channels: channels of the input image.
-        hidden: width of the two hidden linear layers.
+        width: channels of the first stage.
+        hidden: width of the two hidden linear layers; None: 64 times `width`.
         dropout: probability of dropping a hidden activation in training.
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 3, hidden: int = 4096, dropout: float = 0.5) -> None:
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: int = 64,
+        hidden: int | None = None,
+        dropout: float = 0.5,
+    ) -> None:
         super().__init__()
+        hidden = 64 * width if hidden is None else hidden
         layers: list[nn.Module] = []
         channels = in_channels
         for item in CONFIGURATION_D:
             if isinstance(item, str):
                 layers.append(nn.MaxPool2d(2))
                 continue
-            layers += [nn.Conv2d(channels, item, 3, padding=1), nn.BatchNorm2d(item), nn.ReLU(inplace=True)]
-            channels = item
+            outputs = item * width
+            layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+            channels = outputs
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.classifier = nn.Sequential(
