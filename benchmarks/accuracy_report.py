@@ -1,6 +1,6 @@
 """Draws benchmarks/accuracy.csv and writes its tables.
 
-python benchmarks/accuracy_report.py
+python -m benchmarks.accuracy_report
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METHOD_STYLE = {
 }
 PATTERNS = ("", "2:4", "1:4", "4:8", "0.5", "0.7", "0.8", "0.9", "0.95")
 METHODS = (
-    "dense", "magnitude", "sparsegpt", "exact_obs", "exact_obs + BatchNorm", "admm with its own target", "+ dense target",
+    "dense", "magnitude", "modelopt", "sparsegpt", "exact_obs", "exact_obs + BatchNorm", "admm with its own target", "+ dense target",
     "+ bias", "+ skip target", "+ reconstruction", "ours without permutation", "ours", "ours + budget", "ours + polish",
 )  # fmt: skip
 HEADING = """# Accuracy
@@ -32,18 +32,18 @@ HEADING = """# Accuracy
 One-shot pruning of trained CIFAR-10 ResNets, {images} calibration images, first convolution dense, no retraining. Accuracy
 on the 846 lossless test images and on all 10,000 JPEG test images; top-1 agreement with the dense model and mean KL(dense
 || pruned) on the first 3,000 JPEG test images. One run each: on three disjoint sets of 1,024 calibration images our KL
-ranged from 0.083 to 0.089 at 2:4 and from 0.38 to 0.41 at 1:4 (ResNet-20, three rounds of rectified targets, where two are
-the default). An accuracy on 846 images has a 95% interval of +-1.9 points, so only agreement, KL and the 10,000 images rank
-close methods; p is McNemar's, two-sided, against "ours" on the 10,000 images. Seconds are wall time of one thread on a
-machine of two cores that had other work to do ({machine}): read them as an order of magnitude; `speed.md` has the timings.
+ranged from 0.078 to 0.090 at 2:4 and from 0.39 to 0.41 at 1:4 (ResNet-20). An accuracy on 846 images has a 95% interval of
++-1.9 points, so only agreement, KL and the 10,000 images rank close methods; p is McNemar's, two-sided, against "ours" on
+the 10,000 images. Seconds are CPU seconds of one thread, exact_obs on ResNet-20 wall seconds, on a machine of two cores that
+had other work to do ({machine}): read them as an order of magnitude; `speed.md` has the timings.
 
 "ours" is `fxprune.compile(model, batches, pattern)` as it comes, "ours + polish" the same with `Options(polish=8,
 flip=True)`. `sparsegpt` is as published, run on the pruned prefix; `exact_obs` likewise as published: statistics of the
-dense model, BatchNorm not folded. Rows from "admm with its own target" on add one ingredient each; "ours without
+dense model, BatchNorm not folded. `modelopt` is NVIDIA modelopt 0.47's "sparsegpt" mode with its own settings. Rows from "admm with its own target" on add one ingredient each; "ours without
 permutation" adds rectified targets to the last of them, and "ours" the permutation.
 
-    python benchmarks/accuracy.py --data ../shared/data --threads 1 --models MODEL --patterns PATTERNS --methods METHODS
-    python benchmarks/accuracy_report.py
+    python -m benchmarks.accuracy --data ../shared/data --threads 1 --models MODEL --patterns PATTERNS --methods METHODS
+    python -m benchmarks.accuracy_report
 
 with MODEL, PATTERNS and METHODS as in the tables: rows that are there already are kept.
 

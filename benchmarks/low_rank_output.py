@@ -46,15 +46,17 @@ def write_page(networks: Table, layers: Table) -> None:
     lines = [
         "# Low rank: accuracy, and latency in onnxruntime",
         "",
-        "Made by `python -m benchmarks.low_rank`. Trained networks: the CIFAR-10 ResNets, calibrated on 1,024 training images; accuracy on 846",
-        "test images, agreement and KL(dense || factored) on 3,000 JPEG test images. Random weights: torchvision's networks at 224 x 224, for",
-        "latency alone. Latency: one image, one thread, both files run in turn; medians, quartiles of the factored network in brackets.",
+        "Made by `python -m benchmarks.low_rank`. Trained networks: the CIFAR-10 ResNets, calibrated on 1,024 training "
+        "images; accuracy on 846 test images, agreement and KL(dense || factored) on 3,000 JPEG test images. Random "
+        "weights: torchvision's networks at 224 x 224, for latency alone. Latency: one image, one thread, both files run "
+        "in turn; medians, quartiles of the factored network in brackets.",
         "",
-        f"One layer at a time, at the same rank, on held-out images: data-aware SVD loses less than plain SVD in {less} of {len(layers)} cases.",
+        f"One layer at a time, at the same rank, on held-out images: data-aware SVD loses less than plain SVD in {less} of "
+        f"{len(layers)} cases.",
         "",
         "![Layer errors, agreement against multiply-adds, latency](low_rank.png)",
         "",
-    ]  # fmt: skip
+    ]
     lines += [f"Machine: {words}." for words in sorted({row["machine"] for row in networks})]
     columns = ("network", "weights", "method", "split", "ranks by", "of", "multiply-adds", "accuracy, dense", "accuracy",
                "agreement", "KL", "dense ms", "ms", "times faster")  # fmt: skip

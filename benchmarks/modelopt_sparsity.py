@@ -18,7 +18,7 @@ def is_installed() -> bool:
 
 
 def prune(model: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
-    """modelopt's "sparsegpt" mode with its own settings, on calibration batches, on a copy of the model.
+    """Prune a copy of the model by modelopt's "sparsegpt" mode, with its own settings, on calibration batches.
 
     It takes its masks from SparseGPT and puts them on the dense weights; its groups of four run along (C, ky, kx).
     """

@@ -26,6 +26,8 @@ class Options:
         refit: solve for the kept weights by least squares after the solver has chosen the mask.
         reconstruct: re-fit layers that are not pruned (first conv, depthwise, ...) to the same target.
         fold_batchnorm: fold BatchNorm into the layer before it.
+        patches: how many patches for each column of a layer (each input of an output channel) its statistics are taken from.
+            Where the calibration set has more, images are left out evenly, down to 128; 0 for all there are.
         permute: choose which input channels share an N:M group, on the first 512 images.
         global_budget: for unstructured patterns: spread the zeros over the layers by what each costs.
         polish: epochs afterwards in which the activations learn the dense model's, masks fixed; 0 for none.
@@ -43,6 +45,7 @@ class Options:
     refit: bool | None = None
     reconstruct: bool | None = None
     fold_batchnorm: bool = True
+    patches: int | None = None
     permute: bool | None = None
     global_budget: bool = False
     polish: int = 0
@@ -52,7 +55,7 @@ class Options:
     checkpoint_dir: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("damping", "polish", "seed", "memory_limit"):
+        for name in ("damping", "patches", "polish", "seed", "memory_limit"):
             value = getattr(self, name)
             if not isinstance(value, (int, float, type(None))) or isinstance(value, bool):
                 raise OptionsError(f"{name} is {value!r}; it should be a number")
@@ -62,6 +65,8 @@ class Options:
             raise OptionsError(f"inputs is {self.inputs!r}; it should be 'pruned' or 'dense'")
         if self.target not in (None, *get_args(Target)):
             raise OptionsError(f"target is {self.target!r}; it should be 'weights', 'dense', 'skip' or 'rectified'")
+        if self.patches is not None and self.patches < 0:
+            raise OptionsError(f"patches is {self.patches}; it is a number for each column, 0 for all there are")
         if self.polish < 0:
             raise OptionsError(f"polish is {self.polish}; it is a number of epochs, 0 for none")
         if self.memory_limit is not None and self.memory_limit <= 0:
@@ -88,6 +93,8 @@ class Options:
 
 
 PUBLISHED = Options(
-    inputs="pruned", target="weights", bias_correction=False, refit=False, reconstruct=False, permute=False
+    inputs="pruned", target="weights", bias_correction=False, refit=False, reconstruct=False, patches=0, permute=False
 )
-OURS = Options(inputs="pruned", target="rectified", bias_correction=True, refit=True, reconstruct=True, permute=True)
+OURS = Options(
+    inputs="pruned", target="rectified", bias_correction=True, refit=True, reconstruct=True, patches=512, permute=True
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from benchmarks import modelopt_sparsity
 from benchmarks.speed import hook_sparsegpt
 from benchmarks.speed.layer_statistics import measure
 from benchmarks.speed.measure import Times, interleaved, load, ratio
@@ -23,6 +23,7 @@ from fxprune.report import PruneReport
 
 WEIGHTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 DENSE, HOOKS, DEFAULT = "dense forward pass", "sparsegpt by hooks", "admm"
+MODELOPT = "NVIDIA modelopt sparsegpt"
 Say = Callable[[str], None]
 
 
@@ -49,11 +50,11 @@ def load_model(name: str, data_root: Path, images: int, batch_size: int = 128) -
 
 
 def run(name: str, data_root: Path, images: int, *, repeats: int, exact_obs: bool = True, say: Say) -> Iterator[Row]:
-    """The default method, published methods, hooks and one dense pass, in turn; then exact_obs, once."""
+    """The default method, published methods, hooks and one dense pass, in turn; then what is slow, once."""
     model, batches, words = load_model(name, data_root, images)
     case = f"{name}, {images} images, 2:4 ({words})"
     reports: dict[str, list[PruneReport]] = {}
-    hooked: list[nn.Module] = []
+    others: dict[str, nn.Module] = {}
 
     def ours(method: str) -> Callable[[], None]:
         def compile_once() -> None:
@@ -67,19 +68,24 @@ def run(name: str, data_root: Path, images: int, *, repeats: int, exact_obs: boo
         DENSE: lambda: forward(model, batches),
         DEFAULT: ours(DEFAULT),
         "sparsegpt": ours("sparsegpt"),
-        HOOKS: lambda: hooked.append(hook_sparsegpt.prune(model, batches, layers)),
+        HOOKS: lambda: others.__setitem__(HOOKS, hook_sparsegpt.prune(model, batches, layers)),
     }
     began = load()
     times = interleaved(computations, repeats)
     for of_method in reports.values():
         del of_method[0]  # The warm-up's.
+    slow: dict[str, Callable[[], Any]] = {}
     if exact_obs:
-        say("exact_obs, once")
-        times |= interleaved({"exact_obs": ours("exact_obs")}, 1, warm_up=False)
+        slow["exact_obs"] = ours("exact_obs")
+    if modelopt_sparsity.is_installed():
+        slow[MODELOPT] = lambda: others.__setitem__(MODELOPT, modelopt_sparsity.prune(model, batches))
+    for method, computation in slow.items():
+        say(f"{method}, once")
+        times |= interleaved({method: computation}, 1, warm_up=False)
     for method, taken in times.items():
         values = split(reports[method], taken) if method in reports else {}
-        if method == HOOKS:
-            close = agreement(model, hooked[-1], batches)
+        if method in others:
+            close = agreement(model, others[method], batches)
             values = {"kl": close.kl, "agreement": close.top1}
         over = (
             ratio(taken, times[DENSE]).median if len(taken.seconds) == repeats else taken.median / times[DENSE].median
@@ -89,7 +95,8 @@ def run(name: str, data_root: Path, images: int, *, repeats: int, exact_obs: boo
             threads=torch.get_num_threads(), **values,
         )  # fmt: skip
         say(f"{method}: {taken.median:.2f} s")
-    yield modelopt_row(case)
+    if not modelopt_sparsity.is_installed():
+        yield Row("compile", case, f"{MODELOPT} (not installed)", float("nan"), float("nan"), float("nan"), 0)
 
 
 def forward(model: nn.Module, batches: list[Tensor]) -> None:
@@ -118,13 +125,6 @@ def split(reports: list[PruneReport], taken: Times) -> dict[str, Any]:
         "agreement": report.agreement,
         "live_mib": report.peak_memory / 2**20,
     }
-
-
-def modelopt_row(case: str) -> Row:
-    """Whether NVIDIA modelopt is here to be compared with; the comparison itself is not written yet."""
-    found = importlib.util.find_spec("modelopt") is not None
-    method = "NVIDIA modelopt (installed, not run here)" if found else "NVIDIA modelopt (not installed)"
-    return Row("compile", case, method, float("nan"), float("nan"), float("nan"), 0)
 
 
 def growth(data_root: Path, *, repeats: int, small: bool = False, say: Say) -> Iterator[Row]:

@@ -8,7 +8,7 @@ is replaced, and on every branch that no replaced layer feeds, the two models sh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from torch.fx.node import map_arg
 from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.batches import EMPTY, assign
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
+from fxprune.calibration.sampling import ImageSample, sample_images
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.errors import CalibrationError
+from fxprune.geometry import LayerGeometry
 from fxprune.graph import input_of, module_of
 from fxprune.statistics import HessianObserver
 
@@ -35,6 +37,7 @@ class CalibrationStream:
         stopwatch: takes the time of "stream" and "statistics".
         memory_limit: bytes of live values to hold; see `BatchStore`.
         observe_dense: let observers see the dense model's values in place of the pruned model's.
+        patches: for each column of a layer, those that its statistics are taken from; 0 for all.
     """
 
     def __init__(
@@ -46,10 +49,12 @@ class CalibrationStream:
         stopwatch: Stopwatch,
         memory_limit: int | None = None,
         observe_dense: bool = False,
+        patches: int = 0,
     ) -> None:
         self.graph_module = graph_module
         self.device = device
         self.observe_dense = observe_dense
+        self.patches = patches
         self.stopwatch = stopwatch
         self.images = 0
         self._digest = hashlib.sha256()
@@ -63,7 +68,7 @@ class CalibrationStream:
         self._store = BatchStore(device, memory_limit)
         self._cut: Node | None = None
 
-    def run_to(self, cut: Node, visit: Callable[[BatchValues], None] = lambda values: None) -> None:
+    def run_to(self, cut: Node, visit: Callable[[int, BatchValues], None] = lambda number, values: None) -> None:
         """Run all batches up to and including the dense output of `cut`, and show each one's values to `visit`.
 
         The layer at the cut before this one counts as replaced from now on.
@@ -71,6 +76,7 @@ class CalibrationStream:
         Raises:
             CalibrationError: if the loader is empty, a batch cannot be used, or the model fails on one.
         """
+        self._read()
         previous, self._cut = self._cut, cut
         first = 0
         if previous is not None:
@@ -79,7 +85,8 @@ class CalibrationStream:
             self.errors[previous] = OutputError(channel_dim(previous))
         between = self._nodes[first : self._position[cut]]
         self._mark_diverged(between)
-        for number, values in self._batches():
+        for number in range(len(self._store)):
+            values = self._store.take(number)
             with torch.inference_mode(), self.stopwatch.measure("stream"):
                 if previous is not None:
                     self._run_replaced(previous, values, number)
@@ -88,25 +95,42 @@ class CalibrationStream:
                 if cut.op != "output":
                     values.dense_values[cut] = self._execute(cut, values.dense, number)
             with torch.inference_mode(), self.stopwatch.measure("statistics"):
-                visit(values)
+                visit(number, values)
             # Of the layer's inputs only the pruned one is still needed, to run the layer once it is replaced.
             for dead in self._dying[cut]:
                 if dead in values.pruned_values:
                     values.dense_values.pop(dead, None)
             self._store.put(number, values)
 
-    def revisit(self, visit: Callable[[BatchValues], None]) -> None:
+    def revisit(self, visit: Callable[[int, BatchValues], None]) -> None:
         """Show every batch's values at the cut again: its dense output, its pruned inputs, all that later nodes read."""
         for number in range(len(self._store)):
             with torch.inference_mode(), self.stopwatch.measure("statistics"):
-                visit(self._store.look(number))
+                visit(number, self._store.look(number))
+
+    def observed(self, values: BatchValues, source: Node) -> Tensor:
+        """The input from which a layer's statistics are taken."""
+        x: Tensor = values.dense(source) if self.observe_dense else values.pruned(source)
+        return x
+
+    def sample(self, geometry: LayerGeometry, x: Tensor, number: int, *, most: int | None = None) -> ImageSample:
+        """The images of batch `number` from which the statistics of a layer with input x are taken.
+
+        Args:
+            geometry: of the layer.
+            x: its input on the batch.
+            number: of the batch.
+            most: patches for each column, if the stream's own number is larger and not 0, for all.
+        """
+        patches = min(self.patches, most or self.patches)
+        return sample_images(geometry, x, number=number, images=self.images, patches=patches)
 
     def finish(self) -> OutputAgreement:
         """Run all batches to the graph's output, and compare the two models there."""
         output = self._nodes[-1]
         agreement, result = OutputAgreement(), output.args[0]
 
-        def compare(values: BatchValues) -> None:
+        def compare(_: int, values: BatchValues) -> None:
             if (
                 isinstance(result, Node)
                 and isinstance(values.dense(result), Tensor)
@@ -127,15 +151,13 @@ class CalibrationStream:
         """Most bytes of live values held in memory between two batches."""
         return self._store.peak_bytes
 
-    def _batches(self) -> Iterator[tuple[int, BatchValues]]:
-        """The batches as the last cut left them; at the first cut, those of the loader."""
+    def _read(self) -> None:
+        """Read the loader, once."""
         if self._source is None:
-            for number in range(len(self._store)):
-                yield number, self._store.take(number)
             return
         source, self._source = self._source, None
         for number, batch in enumerate(source):
-            yield number, BatchValues(self._inputs(number, batch))
+            self._store.put(number, BatchValues(self._inputs(number, batch)))
         if not len(self._store):
             raise CalibrationError(EMPTY)
 
@@ -166,7 +188,8 @@ class CalibrationStream:
                 values.pruned_values[node] = values.pruned(source)
             try:
                 with self.stopwatch.measure("statistics"):
-                    observer(values.dense(source) if self.observe_dense else values.pruned(source))
+                    x = self.observed(values, source)
+                    observer(self.sample(observer.geometry, x, number)(x))
             except (RuntimeError, IndexError):
                 for layer in node.users:  # What the layer itself says about such an input is of more use.
                     self._execute(layer, values.dense, number)

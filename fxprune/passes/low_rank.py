@@ -130,6 +130,7 @@ class LowRank(Pass):
             stopwatch=stopwatch,
             memory_limit=self.options.memory_limit,
             observe_dense=self.options.inputs == "dense",
+            patches=self.options.patches or 0,
         )
         to_solve = [
             node

@@ -9,9 +9,8 @@ with H the centred, damped Hessian of the dense model's inputs.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils._pytree import tree_leaves
 
-from fxprune.calibration.batches import EMPTY, checked, input_tensor
+from fxprune.calibration.batches import assign, peek
+from fxprune.calibration.stopwatch import Stopwatch
+from fxprune.calibration.stream import CalibrationStream
 from fxprune.channels import Channels, analyse_channels, permute_channels, value_shapes
 from fxprune.channels.grouping import Reader, search_grouping
 from fxprune.channels.layout import Classes
@@ -36,8 +37,7 @@ from fxprune.solvers import LayerProblem
 from fxprune.statistics import HessianObserver
 
 TOLERANCE = 1e-4
-_Inputs: TypeAlias = tuple[int, list[Tensor]]
-"""The number of a batch, and the model's arguments in it."""
+PATCHES = 64  # For each column: an order of channels needs fewer than the weights do.
 
 
 class PermuteChannels(Pass):
@@ -84,7 +84,7 @@ class PermuteChannels(Pass):
         self.exclude = tuple(exclude)
         self.damping = damping
         self.seed = seed
-        self._example: tuple[_Inputs, list[Tensor]] | None = None
+        self._example: tuple[list[Any], list[Tensor]] | None = None  # The first batch, and the output on it.
 
     def requires(self, graph_module: GraphModule) -> None:  # noqa: D102 - documented on Pass
         if any(TASK in node.meta for node in graph_module.graph.nodes):
@@ -104,11 +104,8 @@ class PermuteChannels(Pass):
                 if module is not None and is_matrix_layer(module):
                     self.record(graph_module, "kept", node, reason=f"pattern {self.pattern} has no groups of channels")
             return PassResult(graph_module, False)
-        inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-        device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
-        batches = (_arguments(inputs, batch, number, device) for number, batch in enumerate(self.batches))
         with torch.inference_mode(), full_precision():
-            channels, readers = self._observe(graph_module, pattern, batches)
+            channels, readers = self._observe(graph_module, pattern)
         grouping = search_grouping([r for of in readers.values() for r in of], channels, pattern, seed=self.seed)
         if np.array_equal(grouping.source, np.arange(channels.count)):
             return PassResult(graph_module, False)
@@ -125,10 +122,10 @@ class PermuteChannels(Pass):
     def ensures(self, graph_module: GraphModule) -> None:  # noqa: D102 - documented on Pass
         if self._example is None:
             return
-        (number, inputs), before = self._example
+        inputs, before = self._example
         self._example = None
         with torch.inference_mode(), full_precision():
-            after = _run(graph_module, number, inputs)
+            after = _run(graph_module, inputs)
         for old, new in zip(before, after, strict=True):
             difference, scale = float((old - new).abs().max()), float(old.abs().max())
             if not difference <= TOLERANCE * scale:
@@ -137,15 +134,13 @@ class PermuteChannels(Pass):
                     f"{scale:.3g}; the channel analysis is wrong for this model: compile without permutation, and report it"
                 )
 
-    def _observe(
-        self, graph_module: GraphModule, pattern: NMPattern, batches: Iterator[_Inputs]
-    ) -> tuple[Channels, dict[Node, list[Reader]]]:
+    def _observe(self, graph_module: GraphModule, pattern: NMPattern) -> tuple[Channels, dict[Node, list[Reader]]]:
         """Analyse the channels, and score the weights of every layer whose input channels can be permuted."""
-        first = next(batches, None)
-        if first is None:
-            raise CalibrationError(EMPTY)
-        number, inputs = first
-        self._example = first, _run(graph_module, number, inputs)
+        device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
+        head, batches = peek(self.batches)
+        values = assign([node for node in graph_module.graph.nodes if node.op == "placeholder"], head[0])
+        inputs = [value.to(device) if isinstance(value, Tensor) else value for value in values.values()]
+        self._example = inputs, _run(graph_module, inputs)
         channels = analyse_channels(graph_module, value_shapes(graph_module, *inputs), exclude=self.exclude)
         observed = copy.deepcopy(graph_module)  # The observers go into a copy.
         twins = dict(zip(graph_module.graph.nodes, list(observed.graph.nodes), strict=True))
@@ -165,8 +160,8 @@ class PermuteChannels(Pass):
         for module in observed.modules():
             if isinstance(module, HessianObserver):
                 module.enabled = module in wanted
-        for number, inputs in itertools.chain([first], batches) if layers else ():
-            _run(observed, number, inputs)
+        if layers:
+            CalibrationStream(observed, batches, device=device, stopwatch=Stopwatch(device), patches=PATCHES).finish()
         readers = {
             node: list(_readers(twin, channels.layouts[input_of(node)].classes, self.damping))
             for node, twin in layers.items()
@@ -174,23 +169,14 @@ class PermuteChannels(Pass):
         return channels, readers
 
 
-def _arguments(inputs: Sequence[Node], batch: Any, number: int, device: torch.device) -> _Inputs:
-    """The arguments in batch `number`: one tensor, or those a dict holds under the names of the model's inputs."""
-    names = [str(node.target) for node in inputs]
-    if isinstance(batch, dict) and names[0] in batch:
-        given = itertools.takewhile(batch.__contains__, names)
-        return number, [checked(batch[name], number).to(device) for name in given]
-    return number, [input_tensor(batch, number).to(device)]
-
-
-def _run(graph_module: GraphModule, number: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in the graph's output."""
+def _run(graph_module: GraphModule, inputs: Sequence[Any]) -> list[Tensor]:
+    """The tensors in the graph's output, on the first batch."""
     try:
         output = graph_module(*inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = [tuple(x.shape) for x in inputs]
+        shapes = [tuple(x.shape) for x in inputs if isinstance(x, Tensor)]
         raise CalibrationError(
-            f"the model failed on calibration batch {number}, shapes {shapes}: {error}. Check the batch and the image size"
+            f"the model failed on calibration batch 0, shapes {shapes}: {error}. Check the batch and the image size"
         ) from error
     return [value for value in tree_leaves(output) if isinstance(value, Tensor)]
 

@@ -89,6 +89,7 @@ class PruneWeights(Pass):
             stopwatch=stopwatch,
             memory_limit=self.options.memory_limit,
             observe_dense=self.options.inputs == "dense",
+            patches=self.options.patches or 0,
         )
         checkpoint = LayerCheckpoint.open(graph_module, self.pattern, self.method, self.options)
         to_solve = [node for node, task in tasks.items() if task.geometry is not None]
@@ -139,8 +140,8 @@ class PruneWeights(Pass):
         assert geometry is not None
         pattern = (task.pattern or self.pattern) if task.role == "prune" else None
         rectified = None
-        if self.options.target == "rectified" and destination(node).rectifier:
-            rectified = partial(rectified_statistics, stream, node, geometry)
+        if self.options.target == "rectified" and cross is not None and destination(node).rectifier:
+            rectified = partial(rectified_statistics, stream, node, geometry, cross)
         try:
             return solve_layer(module, geometry, inputs, cross, pattern, self.solver, self.options, rectified)
         except FxPruneError as error:

@@ -83,7 +83,12 @@ def _run(
     handles = [m.register_forward_hook(note) for m in call_sites(graph_module) if isinstance(m, layers)]
     device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
     stream = CalibrationStream(
-        graph_module, batches, device=device, stopwatch=Stopwatch(device), memory_limit=options.memory_limit
+        graph_module,
+        batches,
+        device=device,
+        stopwatch=Stopwatch(device),
+        memory_limit=options.memory_limit,
+        patches=options.patches or 0,
     )
     try:
         stream.finish()

@@ -82,6 +82,13 @@ class CrossStatistics:
         self.total += sums.reshape(self.total.shape)
         self.count += y.numel() // geometry.out_channels
 
+    def plus(self, change: CrossStatistics) -> CrossStatistics:
+        """The moments of Y + Z, with those of Z scaled up from as many positions as were seen of it."""
+        if not change.count:
+            return self
+        scale = self.count / change.count
+        return CrossStatistics(self.cross + scale * change.cross, self.total + scale * change.total, self.count)
+
     @property
     def mean(self) -> Tensor:
         """Mean wanted output, (G, R/G) float64."""

@@ -32,7 +32,7 @@ class GramAccumulator:
         """Add a batch."""
         if applies(self.geometry) and autocorrelation_pays(self.geometry, x.shape[2], x.shape[3]):
             products, size = box_products(self.geometry, x), (x.shape[2], x.shape[3])
-            self._boxes[size] = self._boxes[size] + products if size in self._boxes else products.double()
+            self._boxes[size] = self._boxes[size].add_(products) if size in self._boxes else products.double()
         else:
             product = patch_gram(self.geometry, x)
             self._gram = product.double() if self._gram is None else self._gram.add_(product)

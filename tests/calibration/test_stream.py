@@ -183,7 +183,9 @@ def test_every_layer_sees_what_a_run_of_the_whole_model_shows(kind, observe_dens
     for layer in layers:
         name, geometry, source = str(layer.target), layer.meta[TASK].geometry, input_of(layer)
         seen: list[tuple[Tensor, ...]] = []
-        stream.run_to(layer, lambda v, s=source, n=layer, seen=seen: seen.append((v.pruned(s), v.dense(n), v.dense(s))))
+        stream.run_to(
+            layer, lambda _, v, s=source, n=layer, seen=seen: seen.append((v.pruned(s), v.dense(n), v.dense(s)))
+        )
         reads = inputs_and_outputs(pruned, name, batches)
         gives = inputs_and_outputs(dense, name, batches)
         for (x, y, x_dense), (expected_x, _), (expected_dense, expected_y) in zip(seen, reads, gives, strict=True):
@@ -233,7 +235,7 @@ def test_only_values_that_are_read_later_are_held(kind):
 
     def run_to(node: Node) -> list[BatchValues]:
         held: list[BatchValues] = []
-        stream.run_to(node, held.append)
+        stream.run_to(node, lambda _, values: held.append(values))
         return held
 
     def size(values: BatchValues) -> int:
@@ -264,9 +266,9 @@ def test_values_are_freed():
     first, second, third = layers
     stream = stream_of(graph_module, [torch.randn(2, 3, 6, 6) for _ in range(3)])
     seen: dict[str, list[weakref.ref]] = {"first": [], "second": []}
-    stream.run_to(first, lambda values: seen["first"].append(weakref.ref(values.dense(first))))
+    stream.run_to(first, lambda _, values: seen["first"].append(weakref.ref(values.dense(first))))
     assert all(ref() is not None for ref in seen["first"])
-    stream.run_to(second, lambda values: seen["second"].append(weakref.ref(values.dense(second))))
+    stream.run_to(second, lambda _, values: seen["second"].append(weakref.ref(values.dense(second))))
     gc.collect()
     assert [ref() for ref in seen["first"]] == [None] * 3
     stream.run_to(third)

@@ -117,7 +117,10 @@ def test_narrow_networks_have_the_same_layers_a_quarter_as_wide():
     for name, factor in (("resnet18_cifar", 16), ("vgg16_cifar", 16)):
         wide, narrow = models.create(name, **SMALL.get(name, {})), models.create(name, width=16)
         assert list(narrow.state_dict()) == list(wide.state_dict())
-        sizes = {m: sum(w.numel() for n, w in m.state_dict().items() if "conv" in n or "features" in n) for m in (wide, narrow)}
+        sizes = {
+            m: sum(w.numel() for n, w in m.state_dict().items() if "conv" in n or "features" in n)
+            for m in (wide, narrow)
+        }
         assert sizes[wide] / factor < sizes[narrow] < sizes[wide] / factor * 1.1
         assert narrow.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
     assert [m.out_features for m in narrow.classifier if isinstance(m, nn.Linear)] == [1024, 1024, 10]

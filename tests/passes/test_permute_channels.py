@@ -322,7 +322,7 @@ def test_named_inputs() -> None:
     graph_module = traced(uneven(Two()))
     batches = [{"left": x, "right": x.flip(0), "label": None} for x in images()]
     assert PermuteChannels(TWO_FOUR, batches)(graph_module).modified
-    with pytest.raises(CalibrationError, match="failed on calibration batch 0"):
+    with pytest.raises(CalibrationError, match="an input 'right' that calibration batch 0 does not give"):
         PermuteChannels(TWO_FOUR, images())(graph_module)
 
 
