@@ -24,8 +24,8 @@ METHOD_STYLE = {
 }
 PATTERNS = ("", "2:4", "1:4", "4:8", "0.5", "0.7", "0.8", "0.9", "0.95")
 METHODS = (
-    "dense", "magnitude", "modelopt", "sparsegpt", "exact_obs", "exact_obs + BatchNorm", "admm with its own target", "+ dense target",
-    "+ bias", "+ skip target", "+ reconstruction", "ours without permutation", "ours", "ours + budget", "ours + polish",
+    "dense", "magnitude", "modelopt", "sparsegpt", "exact_obs", "exact_obs + BatchNorm", "admm with its own target",
+    "+ dense target", "+ bias", "+ skip target", "+ reconstruction", "ours without permutation", "ours", "ours + budget", "ours + polish",
 )  # fmt: skip
 HEADING = """# Accuracy
 
@@ -39,8 +39,9 @@ had other work to do ({machine}): read them as an order of magnitude; `speed.md`
 
 "ours" is `fxprune.compile(model, batches, pattern)` as it comes, "ours + polish" the same with `Options(polish=8,
 flip=True)`. `sparsegpt` is as published, run on the pruned prefix; `exact_obs` likewise as published: statistics of the
-dense model, BatchNorm not folded. `modelopt` is NVIDIA modelopt 0.47's "sparsegpt" mode with its own settings. Rows from "admm with its own target" on add one ingredient each; "ours without
-permutation" adds rectified targets to the last of them, and "ours" the permutation.
+dense model, BatchNorm not folded. `modelopt` is NVIDIA modelopt 0.47's "sparsegpt" mode with its own settings. Rows
+from "admm with its own target" on add one ingredient each; "ours without permutation" adds rectified targets to the
+last of them, and "ours" the permutation.
 
     python -m benchmarks.accuracy --data ../shared/data --threads 1 --models MODEL --patterns PATTERNS --methods METHODS
     python -m benchmarks.accuracy_report
