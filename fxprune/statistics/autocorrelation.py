@@ -12,14 +12,17 @@ are contiguous slices of one matrix, shifted against each other, and nothing is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from fxprune.geometry import LayerGeometry
 
 CHUNK_ELEMENTS = 8 * 2**20
+BLOCK_ELEMENTS = 3 * 2**20  # So that the rows being assembled stay in the cache.
 COPY_COST = 64  # Multiply-adds in the time it takes to copy one number.
 
 
@@ -62,13 +65,14 @@ def applies(geometry: LayerGeometry) -> bool:
     )
 
 
-def box_products(geometry: LayerGeometry, x: Tensor) -> Tensor:
-    """The products of all boxes of the plan, (boxes, C, C), summed over a batch (N, C, H, W)."""
+def box_products(geometry: LayerGeometry, x: Tensor, total: Tensor | None = None) -> Tensor:
+    """The products of all boxes of the plan, (boxes, C, C), summed over a batch (N, C, H, W); added to `total` if given."""
     plan = plan_for(geometry, *x.shape[2:])
     if geometry.padding_mode != "zeros":
         x = geometry.pad(x)
     channels, height, width = x.shape[1:]
-    total = x.new_zeros(len(plan.blocks), channels, channels)
+    if total is None:
+        total = x.new_zeros(len(plan.blocks), channels, channels)
     for part in x.split(max(1, CHUNK_ELEMENTS // x[0].numel())):
         rows = part.new_zeros(height, len(part), width + plan.gap, channels)
         rows[:, :, :width] = part.permute(2, 0, 3, 1)
@@ -78,16 +82,33 @@ def box_products(geometry: LayerGeometry, x: Tensor) -> Tensor:
     return total
 
 
-def assemble(geometry: LayerGeometry, size: tuple[int, int], products: Tensor) -> Tensor:
-    """X X^T, (1, D, D), from the box products (boxes, C, C) of images of the given (height, width)."""
+def assemble(geometry: LayerGeometry, size: tuple[int, int], parts: Sequence[Tensor]) -> Tensor:
+    """X X^T, (1, D, D) float64, from the box products of images of the given (height, width).
+
+    Each block is a signed sum of products, so some channels' rows of all blocks are one matrix product with the signs.
+
+    Args:
+        geometry: of the layer.
+        size: of the images.
+        parts: (boxes, C, C) each; their sum counts.
+    """
     offsets, channels = geometry.kernel_size[0] * geometry.kernel_size[1], geometry.in_channels
-    total = products.new_zeros(offsets, channels, offsets, channels)
-    for product, blocks in zip(products, plan_for(geometry, *size).blocks.values(), strict=True):
+    pairs = [(a, b) for a in range(offsets) for b in range(a, offsets)]
+    place = {pair: i for i, pair in enumerate(pairs)}
+    signs = parts[0].new_zeros(len(pairs), len(parts[0]), dtype=torch.float64)
+    for box, blocks in enumerate(plan_for(geometry, *size).blocks.values()):
         for a, b, sign in blocks:
-            total[a, :, b].add_(product, alpha=sign)
-    for a in range(offsets):
-        for b in range(a):
-            total[a, :, b] = total[b, :, a].mT
+            signs[place[a, b], box] += sign
+    total = signs.new_empty(offsets, channels, offsets, channels)
+    step = max(1, BLOCK_ELEMENTS // (len(pairs) * channels))
+    for start in range(0, channels, step):
+        some = slice(start, start + step)
+        products = sum((part[:, some].double() for part in parts[1:]), start=parts[0][:, some].double())
+        blocks_of_rows = (signs @ products.flatten(1)).unflatten(1, (-1, channels))
+        for (a, b), block in zip(pairs, blocks_of_rows, strict=True):
+            total[a, some, b] = block
+            if a != b:
+                total[b, :, a, some] = block.mT
     return total.reshape(1, geometry.columns, geometry.columns)
 
 

@@ -20,9 +20,10 @@ def images_per_chunk(geometry: LayerGeometry, x: Tensor) -> int:
     return max(1, CHUNK_ELEMENTS // max(1, positions * geometry.columns * geometry.groups))
 
 
-def patch_gram(geometry: LayerGeometry, x: Tensor) -> Tensor:
-    """X X^T summed over batch and positions, (G, D, D), by unfolding chunks of images."""
-    total = x.new_zeros(geometry.groups, geometry.columns, geometry.columns)
+def patch_gram(geometry: LayerGeometry, x: Tensor, total: Tensor | None = None) -> Tensor:
+    """X X^T summed over batch and positions, (G, D, D), by unfolding chunks of images; added to `total` if one is given."""
+    if total is None:
+        total = x.new_zeros(geometry.groups, geometry.columns, geometry.columns)
     for part in x.split(images_per_chunk(geometry, x)):
         patches = geometry.patches(part)
         total.baddbmm_(patches.mT, patches)

@@ -11,6 +11,7 @@ from fxprune.errors import CalibrationError
 from fxprune.geometry import LayerGeometry
 from fxprune.statistics.autocorrelation import applies, assemble, box_products, plan_for
 from fxprune.statistics.patches import patch_cross, patch_gram
+from fxprune.statistics.running_sum import RunningSum
 
 # Products of few channels run well below the rate of one large product; measured on CPUs at 8 to 512 channels.
 SMALL_PRODUCT_CHANNELS = 12
@@ -25,17 +26,21 @@ class GramAccumulator:
 
     def __init__(self, geometry: LayerGeometry) -> None:
         self.geometry = geometry
-        self._gram: Tensor | None = None
-        self._boxes: dict[tuple[int, int], Tensor] = {}
+        self._gram = RunningSum()
+        self._boxes: dict[tuple[int, int], RunningSum] = {}
 
     def add(self, x: Tensor) -> None:
         """Add a batch."""
-        if applies(self.geometry) and autocorrelation_pays(self.geometry, x.shape[2], x.shape[3]):
-            products, size = box_products(self.geometry, x), (x.shape[2], x.shape[3])
-            self._boxes[size] = self._boxes[size].add_(products) if size in self._boxes else products.double()
+        geometry = self.geometry
+        if applies(geometry) and autocorrelation_pays(geometry, x.shape[2], x.shape[3]):
+            boxes = self._boxes.setdefault((x.shape[2], x.shape[3]), RunningSum())
+            shape = (len(plan_for(geometry, *x.shape[2:]).blocks), geometry.in_channels, geometry.in_channels)
+            box_products(geometry, x, boxes.buffer(shape, x))
+            boxes.added(x.numel() // geometry.in_channels)
         else:
-            product = patch_gram(self.geometry, x)
-            self._gram = product.double() if self._gram is None else self._gram.add_(product)
+            shape = (geometry.groups, geometry.columns, geometry.columns)
+            patch_gram(geometry, x, self._gram.buffer(shape, x))
+            self._gram.added(x.numel() // geometry.in_channels)
 
     def total(self) -> Tensor:
         """X X^T, (G, D, D) float64.
@@ -43,8 +48,9 @@ class GramAccumulator:
         Raises:
             CalibrationError: if no batch was added.
         """
-        parts = [assemble(self.geometry, size, products) for size, products in self._boxes.items()]
-        parts += [] if self._gram is None else [self._gram]
+        parts = [assemble(self.geometry, size, products.parts()) for size, products in self._boxes.items()]
+        gram = self._gram.total()
+        parts += [] if gram is None else [gram]
         if not parts:
             raise CalibrationError("a layer's statistics were asked for before any calibration batch was seen")
         return sum(parts[1:], start=parts[0])

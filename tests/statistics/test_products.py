@@ -88,7 +88,7 @@ def gram(geometry: LayerGeometry, x: Tensor) -> Tensor:
 
 
 def autocorrelation_gram(geometry: LayerGeometry, x: Tensor) -> Tensor:
-    return assemble(geometry, tuple(x.shape[2:]), box_products(geometry, x))
+    return assemble(geometry, tuple(x.shape[2:]), [box_products(geometry, x)])
 
 
 def example(module: nn.Module, *, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
