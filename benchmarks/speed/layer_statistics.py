@@ -27,7 +27,7 @@ def run(
     images: dict[str, int],
     *,
     repeats: int,
-    batches: int = 2,
+    batches: int = 4,
     device: str = "cpu",
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:

@@ -22,7 +22,8 @@ from torch import Tensor
 from fxprune.geometry import LayerGeometry
 
 CHUNK_ELEMENTS = 8 * 2**20
-BLOCK_ELEMENTS = 3 * 2**20  # So that the rows being assembled stay in the cache.
+ROWS_ELEMENTS = 3 * 2**18  # Of all blocks, assembled at a time.
+MIRROR_ROWS = 256  # At a time.
 COPY_COST = 64  # Multiply-adds in the time it takes to copy one number.
 
 
@@ -99,17 +100,24 @@ def assemble(geometry: LayerGeometry, size: tuple[int, int], parts: Sequence[Ten
     for box, blocks in enumerate(plan_for(geometry, *size).blocks.values()):
         for a, b, sign in blocks:
             signs[place[a, b], box] += sign
-    total = signs.new_empty(offsets, channels, offsets, channels)
-    step = max(1, BLOCK_ELEMENTS // (len(pairs) * channels))
+    # Filled by all threads at once: the first touch of so much memory takes longer than the sums.
+    total = signs.new_empty(offsets, channels, offsets, channels).fill_(0)
+    step = max(1, ROWS_ELEMENTS // (len(pairs) * channels))
+    blocks_of_rows = signs.new_empty(len(pairs), step * channels)
     for start in range(0, channels, step):
-        some = slice(start, start + step)
-        products = sum((part[:, some].double() for part in parts[1:]), start=parts[0][:, some].double())
-        blocks_of_rows = (signs @ products.flatten(1)).unflatten(1, (-1, channels))
-        for (a, b), block in zip(pairs, blocks_of_rows, strict=True):
+        some = slice(start, min(start + step, channels))
+        products = sum((part[:, some].double() for part in parts[1:]), start=parts[0][:, some].double()).flatten(1)
+        torch.mm(signs, products, out=blocks_of_rows[:, : products.shape[1]])
+        rows = blocks_of_rows[:, : products.shape[1]].unflatten(1, (-1, channels))
+        for (a, b), block in zip(pairs, rows, strict=True):
             total[a, some, b] = block
-            if a != b:
-                total[b, :, a, some] = block.mT
-    return total.reshape(1, geometry.columns, geometry.columns)
+    whole = total.view(geometry.columns, geometry.columns)
+    for start in range(0, geometry.columns, MIRROR_ROWS):
+        stop = start + MIRROR_ROWS
+        whole[stop:, start:stop] = whole[start:stop, stop:].mT
+        square = whole[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).mT)
+    return whole[None]
 
 
 def _factors(rows: Tensor, box: Box, width: int) -> tuple[Tensor, Tensor]:
