@@ -59,10 +59,8 @@ def solve_layer(
         matrix, mask = problem.optimum(), None
     else:
         assert solver is not None
-        matrix = torch.stack([solver(group, pattern) for group in problem.groups()])
+        matrix = sparse_solution(problem, pattern, solver, options)
         mask = matrix != 0
-        if options.refit:
-            matrix = _refitted(problem, mask, matrix)
     layer = _as_layer(module, geometry, matrix, inputs, cross, problem.damping, options)
     if rectified is None:
         return layer
@@ -73,6 +71,12 @@ def solve_layer(
         matrix = problem.optimum() if mask is None else _refitted(problem, mask, matrix)
         layer = _as_layer(module, geometry, matrix, inputs, cross, problem.damping, options)
     return layer
+
+
+def sparse_solution(problem: LayerProblem, pattern: Pattern, solver: Solver, options: Options) -> Tensor:
+    """What the solver makes of all groups of a layer, (G, R/G, D), re-fitted on its mask if the options say so."""
+    matrix = torch.stack([solver(group, pattern) for group in problem.groups()])
+    return _refitted(problem, matrix != 0, matrix) if options.refit else matrix
 
 
 def _refitted(problem: LayerProblem, mask: Tensor, start: Tensor) -> Tensor:

@@ -19,15 +19,17 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils._pytree import tree_leaves
 
 from fxprune import solvers
-from fxprune.calibration.batches import input_tensor
+from fxprune.calibration.batches import assign
 from fxprune.calibration.output_error import OutputError
+from fxprune.calibration.stopwatch import Stopwatch
+from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import PatternError
-from fxprune.layer_solution import layer_of, observer_of
+from fxprune.layer_solution import layer_of, observer_of, sparse_solution
 from fxprune.options import Options
 from fxprune.passes.base import Pass
 from fxprune.passes.insert_observers import TASK, LayerTask
 from fxprune.pattern import Pattern
-from fxprune.solvers import LayerProblem, refit
+from fxprune.solvers import LayerProblem
 from fxprune.solvers.allocation import allocate
 
 PROBE_IMAGES = 128
@@ -58,17 +60,23 @@ class AllocateSparsity(Pass):
         }
         if not tasks:
             return PassResult(graph_module, False)
+        device = next(graph_module.parameters()).device
+        observers = {observer_of(node) for node in tasks}
         with torch.inference_mode():
-            inputs = [input_tensor(batch, number) for number, batch in enumerate(self.batches)]
-            device = next(graph_module.parameters()).device
-            for x in inputs:
-                graph_module(x.to(device))
-            probe = torch.cat([x[:PROBE_IMAGES] for x in inputs])[:PROBE_IMAGES].to(device)
-            for observer in {observer_of(node) for node in tasks}:
+            CalibrationStream(
+                graph_module,
+                self.batches,
+                device=device,
+                stopwatch=Stopwatch(device),
+                memory_limit=self.options.memory_limit,
+                patches=self.options.patches or 0,
+            ).finish()
+            for observer in observers:
                 observer.enabled = False
-            dense = _output(graph_module(probe))
+            probe = self._probe(graph_module, device)
+            dense = _outputs(graph_module, probe)
             costs = [self._costs(graph_module, node, probe, dense) for node in tasks]
-            for observer in {observer_of(node) for node in tasks}:
+            for observer in observers:
                 observer.enabled = True
                 observer.reset()
         sizes = [layer_of(node).weight.numel() for node in tasks]
@@ -78,14 +86,31 @@ class AllocateSparsity(Pass):
             self._assign(graph_module, node, self.pattern.levels[level])
         return PassResult(graph_module, True)
 
-    def _costs(self, graph_module: GraphModule, node: Node, probe: Tensor, dense: Tensor) -> list[float]:
+    def _probe(self, graph_module: GraphModule, device: torch.device) -> list[list[Any]]:
+        """The model's arguments in the first batches, PROBE_IMAGES together."""
+        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+        probe: list[list[Any]] = []
+        seen = 0
+        for number, batch in enumerate(self.batches):
+            values = list(assign(placeholders, batch, number).values())
+            left = PROBE_IMAGES - seen
+            probe.append([x[:left].to(device) if isinstance(x, Tensor) else x for x in values])
+            seen += len(values[0])
+            if seen >= PROBE_IMAGES:
+                break
+        return probe
+
+    def _costs(self, graph_module: GraphModule, node: Node, probe: list[list[Any]], dense: list[Tensor]) -> list[float]:
         """What each level of one layer costs at the network's output: the relative squared change."""
         module, geometry = layer_of(node), node.meta[TASK].geometry
         weight = geometry.to_matrix(module.weight.detach()).double()
         inputs = observer_of(node).statistics()
         hessian = inputs.hessian(centred=bool(self.options.bias_correction))
         problem = LayerProblem(hessian, weight @ hessian, weight).damped(self.options.damping)
-        solutions = [None if level is None else self._solve(problem, level) for level in self.pattern.levels]
+        solutions = [
+            None if level is None else sparse_solution(problem, level, self.solver, self.options)
+            for level in self.pattern.levels
+        ]
         none_lost = problem.loss(weight).sum()
         errors = [0.0 if s is None else max(0.0, float(problem.loss(s).sum() - none_lost)) for s in solutions]
         original, bias = module.weight.data, module.bias
@@ -97,20 +122,14 @@ class AllocateSparsity(Pass):
                     shift = torch.einsum("grd,gd->gr", weight - solution, inputs.mean).flatten().to(original)
                     module.bias = nn.Parameter(shift if bias is None else bias + shift)
                 change = OutputError(channel_dim=1)
-                change.update(dense, _output(graph_module(probe)))
+                for wanted, output in zip(dense, _outputs(graph_module, probe), strict=True):
+                    change.update(wanted, output)
                 costs_per_error[i] = change.relative / errors[i]
                 module.weight.data, module.bias = original, bias
         if not costs_per_error:
             return errors
         nearest = [min(costs_per_error, key=lambda i: abs(i - level)) for level in range(len(errors))]
         return [error * costs_per_error[i] for error, i in zip(errors, nearest, strict=True)]
-
-    def _solve(self, problem: LayerProblem, level: Pattern) -> Tensor:
-        groups = []
-        for group in problem.groups():
-            sparse = self.solver(group, level)
-            groups.append(refit(group, sparse != 0, start=sparse))
-        return torch.stack(groups)
 
     def _assign(self, graph_module: GraphModule, node: Node, level: Pattern | None) -> None:
         task = node.meta[TASK]
@@ -122,12 +141,16 @@ class AllocateSparsity(Pass):
             node.meta[TASK] = replace(task, pattern=level)
 
 
-def _output(output: Any) -> Tensor:
-    """All floating point tensors in the model's output, (N, ...) each, as one (N, K)."""
-    tensors = [x.flatten(1) for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point() and x.dim()]
-    if not tensors:
-        raise PatternError(
-            "a sparsity budget over layers is measured at the model's output, which holds no floating point tensor; "
-            "use a pattern that is the same for every layer"
-        )
-    return torch.cat(tensors, 1)
+def _outputs(graph_module: GraphModule, probe: list[list[Any]]) -> list[Tensor]:
+    """All floating point tensors, (N, ...) each, that the model puts out for a batch, as one (N, K); for each batch."""
+    outputs = []
+    for inputs in probe:
+        leaves = [x for x in tree_leaves(graph_module(*inputs)) if isinstance(x, Tensor)]
+        tensors = [x.flatten(1) for x in leaves if x.is_floating_point() and x.dim()]
+        if not tensors:
+            raise PatternError(
+                "a sparsity budget over layers is measured at the model's output, which holds no floating point tensor; "
+                "use a pattern that is the same for every layer"
+            )
+        outputs.append(torch.cat(tensors, 1))
+    return outputs

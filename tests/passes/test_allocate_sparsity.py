@@ -68,6 +68,16 @@ def test_a_budget_is_measured_on_any_output(batches):
     assert float((weights == 0).float().mean()) >= 0.3 - 1e-3
 
 
+def test_a_model_with_two_inputs(batches):
+    class Two(Net):
+        def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            return super().forward(left - right)
+
+    named = [{"left": x, "right": x.flip(0)} for x in batches]
+    compiled = fxprune.compile(Two().eval(), named, "0.6", progress=False, options=Options(global_budget=True))
+    assert compiled.report["useless"].sparsity > compiled.report["needed"].sparsity
+
+
 def test_a_budget_needs_an_output_to_measure(batches):
     class Labels(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
