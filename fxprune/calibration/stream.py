@@ -24,6 +24,7 @@ from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.errors import CalibrationError
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import input_of, module_of
+from fxprune.options import Options
 from fxprune.statistics import HessianObserver
 
 
@@ -67,6 +68,20 @@ class CalibrationStream:
         self._source: Iterable[Any] | None = loader
         self._store = BatchStore(device, memory_limit)
         self._cut: Node | None = None
+
+    @classmethod
+    def by(cls, options: Options, graph_module: GraphModule, loader: Iterable[Any]) -> CalibrationStream:
+        """A stream as resolved options ask for it, on the device of the graph's parameters."""
+        device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
+        return cls(
+            graph_module,
+            loader,
+            device=device,
+            stopwatch=Stopwatch(device),
+            memory_limit=options.memory_limit,
+            observe_dense=options.inputs == "dense",
+            patches=options.patches or 0,
+        )
 
     def run_to(self, cut: Node, visit: Callable[[int, BatchValues], None] = lambda number, values: None) -> None:
         """Run all batches up to and including the dense output of `cut`, and show each one's values to `visit`.

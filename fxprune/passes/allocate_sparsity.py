@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from fxprune import solvers
 from fxprune.calibration.batches import assign
 from fxprune.calibration.output_error import OutputError
-from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import PatternError
 from fxprune.layer_solution import layer_of, observer_of, sparse_solution
@@ -63,14 +62,7 @@ class AllocateSparsity(Pass):
         device = next(graph_module.parameters()).device
         observers = {observer_of(node) for node in tasks}
         with torch.inference_mode():
-            CalibrationStream(
-                graph_module,
-                self.batches,
-                device=device,
-                stopwatch=Stopwatch(device),
-                memory_limit=self.options.memory_limit,
-                patches=self.options.patches or 0,
-            ).finish()
+            CalibrationStream.by(self.options, graph_module, self.batches).finish()
             for observer in observers:
                 observer.enabled = False
             probe = self._probe(graph_module, device)

@@ -17,7 +17,6 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.calibration.batches import read_all
-from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import FxPruneError, OptionsError, SolverError
 from fxprune.graph import module_of
@@ -121,17 +120,7 @@ class LowRank(Pass):
         self, graph_module: GraphModule, tasks: Mapping[Node, LayerTask], batches: Sequence[Any], plan: RankPlan
     ) -> PruneReport:
         """Solve layer after layer as the calibration set streams by; the report lacks only the layers."""
-        device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
-        stopwatch = Stopwatch(device)
-        stream = CalibrationStream(
-            graph_module,
-            batches,
-            device=device,
-            stopwatch=stopwatch,
-            memory_limit=self.options.memory_limit,
-            observe_dense=self.options.inputs == "dense",
-            patches=self.options.patches or 0,
-        )
+        stream = CalibrationStream.by(self.options, graph_module, batches)
         to_solve = [
             node
             for node, task in tasks.items()
@@ -144,7 +133,7 @@ class LowRank(Pass):
         for node in to_solve:
             self.on_layer(str(node.target), len(to_solve) + 1)
             cross = cross_statistics(stream, node, tasks[node], self.options)
-            with stopwatch.measure("solve"):
+            with stream.stopwatch.measure("solve"):
                 try:
                     solved[node] = self._solve(graph_module, node, tasks[node], cross, plan)
                 except FxPruneError as error:
@@ -161,7 +150,7 @@ class LowRank(Pass):
             method=self.method,
             pattern=plan.rule,
             images=stream.images,
-            timings=dict(stopwatch.seconds),
+            timings=dict(stream.stopwatch.seconds),
             peak_memory=stream.peak_bytes,
             agreement=agreement.agreement,
             kl=agreement.kl,

@@ -16,7 +16,6 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune import solvers
-from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import FxPruneError, SolverError
 from fxprune.graph import input_of
@@ -80,17 +79,7 @@ class PruneWeights(Pass):
 
     def _solve_all(self, graph_module: GraphModule, tasks: dict[Node, LayerTask]) -> PruneReport:
         """Solve layer after layer as the calibration set streams by; the report lacks only the layers."""
-        device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
-        stopwatch = Stopwatch(device)
-        stream = CalibrationStream(
-            graph_module,
-            self.loader,
-            device=device,
-            stopwatch=stopwatch,
-            memory_limit=self.options.memory_limit,
-            observe_dense=self.options.inputs == "dense",
-            patches=self.options.patches or 0,
-        )
+        stream = CalibrationStream.by(self.options, graph_module, self.loader)
         checkpoint = LayerCheckpoint.open(graph_module, self.pattern, self.method, self.options)
         to_solve = [node for node, task in tasks.items() if task.geometry is not None]
         solved: dict[Node, LayerReport] = {}
@@ -102,7 +91,7 @@ class PruneWeights(Pass):
                 cross = cross_statistics(stream, node, tasks[node], self.options)
                 checkpoint.check_data(stream.fingerprint)
                 started = time.perf_counter()
-                with stopwatch.measure("solve"):
+                with stream.stopwatch.measure("solve"):
                     layer = self._solve(stream, node, tasks[node], observer.statistics(), cross)
                 layer = replace(layer, seconds=time.perf_counter() - started)
                 checkpoint.save(str(node.target), layer)
@@ -122,7 +111,7 @@ class PruneWeights(Pass):
             method=self.method,
             pattern=str(self.pattern),
             images=stream.images,
-            timings=dict(stopwatch.seconds),
+            timings=dict(stream.stopwatch.seconds),
             peak_memory=stream.peak_bytes,
             agreement=agreement.agreement,
             kl=agreement.kl,

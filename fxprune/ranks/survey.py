@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, LayerGeometry
 from fxprune.graph import call_sites
@@ -81,15 +80,7 @@ def _run(
 
     layers = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
     handles = [m.register_forward_hook(note) for m in call_sites(graph_module) if isinstance(m, layers)]
-    device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
-    stream = CalibrationStream(
-        graph_module,
-        batches,
-        device=device,
-        stopwatch=Stopwatch(device),
-        memory_limit=options.memory_limit,
-        patches=options.patches or 0,
-    )
+    stream = CalibrationStream.by(options, graph_module, batches)
     try:
         stream.finish()
     finally:

@@ -96,10 +96,11 @@ def assemble(geometry: LayerGeometry, size: tuple[int, int], parts: Sequence[Ten
     offsets, channels = geometry.kernel_size[0] * geometry.kernel_size[1], geometry.in_channels
     pairs = [(a, b) for a in range(offsets) for b in range(a, offsets)]
     place = {pair: i for i, pair in enumerate(pairs)}
-    signs = parts[0].new_zeros(len(pairs), len(parts[0]), dtype=torch.float64)
+    signs = torch.zeros(len(pairs), len(parts[0]), dtype=torch.float64)
     for box, blocks in enumerate(plan_for(geometry, *size).blocks.values()):
         for a, b, sign in blocks:
             signs[place[a, b], box] += sign
+    signs = signs.to(parts[0].device)
     # Filled by all threads at once: the first touch of so much memory takes longer than the sums.
     total = signs.new_empty(offsets, channels, offsets, channels).fill_(0)
     step = max(1, ROWS_ELEMENTS // (len(pairs) * channels))
