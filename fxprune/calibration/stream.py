@@ -205,7 +205,7 @@ class CalibrationStream:
                 with self.stopwatch.measure("statistics"):
                     x = self.observed(values, source)
                     observer(self.sample(observer.geometry, x, number)(x))
-            except (RuntimeError, IndexError):
+            except (RuntimeError, IndexError, ValueError):
                 for layer in node.users:  # What the layer itself says about such an input is of more use.
                     self._execute(layer, values.dense, number)
                 raise
