@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxprune.errors import CheckpointError
 
 
 @contextmanager
@@ -39,3 +44,20 @@ def atomic(path: str | Path) -> Iterator[Path]:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_tensors(content: Mapping[str, Any], path: str | Path) -> None:
+    """Write tensors and plain values with torch.save, the whole file or nothing.
+
+    Args:
+        content: what `torch.load(..., weights_only=True)` is to give back.
+        path: the file; its folder is made where absent.
+
+    Raises:
+        CheckpointError: the file cannot be written; what was there is unchanged.
+    """
+    try:
+        with atomic(path) as part, part.open("wb") as file:
+            torch.save(content, file)
+    except (RuntimeError, OSError) as error:  # torch reports a full disk by a RuntimeError.
+        raise CheckpointError(f"cannot write {path}: {error}; what was there is unchanged") from error

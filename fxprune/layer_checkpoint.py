@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from fxprune.errors import OptionsError
+from fxprune.files import save_tensors
 from fxprune.layer_solution import SolvedLayer
 from fxprune.options import Options
 from fxprune.pattern import Pattern
@@ -63,13 +64,15 @@ class LayerCheckpoint:
         return SolvedLayer(**torch.load(self._file(name), weights_only=True)) if self.has(name) else None
 
     def save(self, name: str, layer: SolvedLayer) -> None:
-        """Keep a finished layer; written beside its place and renamed, so that no half file is ever read."""
+        """Keep a finished layer.
+
+        Raises:
+            CheckpointError: if its file cannot be written.
+        """
         if self.folder is None:
             return
         fields = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)}
-        half = self._file(name).with_suffix(".half")
-        torch.save(fields, half)
-        half.replace(self._file(name))
+        save_tensors(fields, self._file(name))
 
     def _file(self, name: str) -> Path:
         assert self.folder is not None

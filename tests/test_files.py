@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
-from fxprune.files import atomic
+from fxprune.errors import CheckpointError
+from fxprune.files import atomic, save_tensors
 
 
 @contextmanager
@@ -54,3 +56,18 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
         part.write_text("x" * 20_000)
     assert target.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_tensors_on_a_full_disk(tmp_path: Path) -> None:
+    target = tmp_path / "a.pt"
+    save_tensors({"x": torch.ones(3)}, target)
+    with pytest.raises(CheckpointError, match=r"cannot write .*a\.pt: .*unchanged"), largest_file(10_000):
+        save_tensors({"x": torch.zeros(20_000)}, target)
+    assert torch.load(target, weights_only=True)["x"].tolist() == [1, 1, 1]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_tensors_where_no_file_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        save_tensors({}, tmp_path / "file" / "a.pt")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from fxprune.errors import CheckpointError
+from fxprune.files import save_tensors
 
 # Where the usual training scripts keep the weights, in the order in which they are looked for.
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model_state", "model")
@@ -86,8 +86,6 @@ def save_checkpoint(
         accuracy: test accuracy in percent.
         extra: further plain values to note down.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "state_dict": model.state_dict(),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
@@ -95,15 +93,7 @@ def save_checkpoint(
         "accuracy": accuracy,
         "extra": dict(extra or {}),
     }
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    save_tensors(content, path)
 
 
 def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Checkpoint:

@@ -84,7 +84,7 @@ def train(
 
     Raises:
         TrainingError: the loss became NaN or infinite; or last.pt comes from another recipe.
-        CheckpointError: last.pt does not fit the model.
+        CheckpointError: last.pt does not fit the model, or a checkpoint cannot be written; the one before is whole.
     """
     place = torch.device(device)
     model.to(place)
@@ -197,14 +197,9 @@ def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, reci
         writer.writerow([field.name for field in dataclasses.fields(Epoch)])
         writer.writerows(dataclasses.astuple(epoch) for epoch in log)
     noted: dict[str, Any] = {"epoch": latest.epoch, "accuracy": latest.test_accuracy}
-    try:
-        if best is latest:
-            save_checkpoint(folder / BEST, model, **noted)
-        save_checkpoint(folder / LAST, model, optimizer=optimizer, extra=dataclasses.asdict(recipe), **noted)
-    except RuntimeError as error:  # how torch reports a full disk
-        raise TrainingError(
-            f"cannot write a checkpoint to {folder}: {error}; is the disk full? The one of the epoch before is whole"
-        ) from error
+    if best is latest:
+        save_checkpoint(folder / BEST, model, **noted)
+    save_checkpoint(folder / LAST, model, optimizer=optimizer, extra=dataclasses.asdict(recipe), **noted)
 
 
 def read_log(path: str | Path) -> list[Epoch]:

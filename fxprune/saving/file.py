@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from fxprune.compiled import CompiledModule
 from fxprune.errors import CheckpointError
-from fxprune.files import atomic
+from fxprune.files import save_tensors
 from fxprune.saving.graphs import decode_graph, encode_graph, encode_meta
 from fxprune.saving.modules import ModuleReader, ModuleWriter
 from fxprune.saving.names import Allowed, is_identifier
@@ -55,11 +55,7 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
         "state_dict": modules.weights,
         "tensors": writer.tensors,
     }
-    try:
-        with atomic(path) as part, part.open("wb") as file:
-            torch.save(whole, file)
-    except RuntimeError as error:  # how torch reports a full disk
-        raise CheckpointError(f"cannot write {path}: {error}; what was there is unchanged") from error
+    save_tensors(whole, path)
 
 
 def load(path: str | Path, *, allow: Allowed = ()) -> CompiledModule:
