@@ -30,6 +30,7 @@ from fxprune.passes.insert_observers import TASK, LayerTask
 from fxprune.pattern import Pattern
 from fxprune.solvers import LayerProblem
 from fxprune.solvers.allocation import allocate
+from fxprune.statistics import HessianObserver
 
 PROBE_IMAGES = 128
 PROBE_EVERY = 2  # Levels apart.
@@ -60,7 +61,8 @@ class AllocateSparsity(Pass):
         if not tasks:
             return PassResult(graph_module, False)
         device = next(graph_module.parameters()).device
-        observers = {observer_of(node) for node in tasks}
+        # Those of layers that are only re-fitted too: what is seen here must not be left in them.
+        observers = [module for module in graph_module.modules() if isinstance(module, HessianObserver)]
         with torch.inference_mode():
             CalibrationStream.by(self.options, graph_module, self.batches).finish()
             for observer in observers:

@@ -8,7 +8,11 @@ from torch import nn
 
 import fxprune
 from fxprune import FxPruneError, Options
+from fxprune.errors import CalibrationError
+from fxprune.passes import AllocateSparsity, InsertObservers
 from fxprune.pattern import Pattern
+from fxprune.statistics import HessianObserver
+from fxprune.tracing import trace
 
 
 class Net(nn.Module):
@@ -66,6 +70,19 @@ def test_a_budget_is_measured_on_any_output(batches):
     compiled = fxprune.compile(model, batches, "mixed:0.3", progress=False)
     weights = torch.cat([compiled.get_submodule(name).weight.flatten() for name in ("2", "4")])
     assert float((weights == 0).float().mean()) >= 0.3 - 1e-3
+
+
+def test_no_observer_keeps_what_the_probes_showed(batches):
+    """Nor that of the first layer, which the pattern declines: it is re-fitted to what the pruned prefix shows later."""
+    graph_module, pattern = trace(Net().eval()), Pattern.parse("0.6")
+    InsertObservers(pattern)(graph_module)
+    AllocateSparsity(pattern, "admm", batches, Options(global_budget=True).resolved("admm", pattern))(graph_module)
+    observers = [module for module in graph_module.modules() if isinstance(module, HessianObserver)]
+    assert len(observers) == 4
+    for observer in observers:
+        assert observer.enabled
+        with pytest.raises(CalibrationError, match="before any calibration batch"):
+            observer.statistics()
 
 
 def test_a_model_with_two_inputs(batches):
