@@ -55,6 +55,5 @@ def sample_images(geometry: LayerGeometry, x: Tensor, *, number: int, images: in
     if not patches or geometry.batched(x) is not x:
         return ImageSample(size, dims)
     available = patch_count(geometry, x) / size * images
-    step = min(size, images // LEAST_IMAGES, int(available / (patches * geometry.columns)))
-    step = max(1, step)
+    step = max(1, min(size, images // LEAST_IMAGES, int(available / (patches * geometry.columns))))
     return ImageSample(size, dims, step, number % step)

@@ -20,7 +20,6 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils._pytree import tree_leaves
 
 from fxprune.calibration.batches import assign, peek
-from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.channels import Channels, analyse_channels, permute_channels, value_shapes
 from fxprune.channels.grouping import Reader, search_grouping
@@ -29,6 +28,7 @@ from fxprune.errors import CalibrationError, GraphError
 from fxprune.geometry import is_matrix_layer
 from fxprune.graph import input_of, module_of
 from fxprune.layer_solution import layer_of, observer_of
+from fxprune.options import Options
 from fxprune.passes.base import Pass
 from fxprune.passes.insert_observers import TASK, InsertObservers, LayerTask
 from fxprune.pattern import NMPattern, Pattern
@@ -161,7 +161,7 @@ class PermuteChannels(Pass):
             if isinstance(module, HessianObserver):
                 module.enabled = module in wanted
         if layers:
-            CalibrationStream(observed, batches, device=device, stopwatch=Stopwatch(device), patches=PATCHES).finish()
+            CalibrationStream.by(Options(patches=PATCHES), observed, batches).finish()
         readers = {
             node: list(_readers(twin, channels.layouts[input_of(node)].classes, self.damping))
             for node, twin in layers.items()

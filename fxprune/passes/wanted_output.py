@@ -85,7 +85,7 @@ def rectified_statistics(
         sample = stream.sample(geometry, x, number, most=RECTIFIED_PATCHES)
         x = sample(x)
         z = candidate(x)
-        difference = _rectified(values, goes_to, node, sample, z)
+        difference = _rectified(values, node, goes_to, sample, z)
         if difference.shape == z.shape:  # Else the sum spreads the layer's output out: no single value is wanted of it.
             change.update(geometry, x, difference)
 
@@ -104,7 +104,7 @@ def _compensated(values: BatchValues, node: Node, skips: Iterable[Node], sample:
     return y
 
 
-def _rectified(values: BatchValues, goes_to: Destination, node: Node, sample: ImageSample, z: Tensor) -> Tensor:
+def _rectified(values: BatchValues, node: Node, goes_to: Destination, sample: ImageSample, z: Tensor) -> Tensor:
     """By how much the wanted output of a layer whose output is z now differs from the dense value, for a rectifier."""
     assert goes_to.rectifier is not None
     low, high = goes_to.rectifier
