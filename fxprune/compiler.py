@@ -12,6 +12,7 @@ from torch import nn
 
 from fxprune import solvers
 from fxprune.calibration.batches import peek, read_all
+from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.compiled import CompiledModule
 from fxprune.options import Options
 from fxprune.passes import (
@@ -29,7 +30,7 @@ from fxprune.pattern import Pattern
 from fxprune.progress import layer_progress
 from fxprune.tracing import trace
 
-PERMUTATION_IMAGES = 512
+PERMUTATION_IMAGES = 128
 
 
 def compile(
@@ -65,6 +66,8 @@ def compile(
     started = time.perf_counter()
     pattern = Pattern.parse(pattern)
     options = (options or Options()).resolved(method, pattern)
+    device = default_device(device)
+    stopwatch = Stopwatch(device)
     solvers.get(method)  # A misspelt name is told before anything is read.
 
     with layer_progress(progress) as on_layer:
@@ -73,18 +76,20 @@ def compile(
         head, batches = peek(batches, PERMUTATION_IMAGES if options.permute else 1)
         graph_module = trace(model, exclude=exclude, example=head[0])
         home = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
-        graph_module.to(default_device(device))
+        graph_module.to(device)
 
         RemoveInplace()(graph_module)
         if options.fold_batchnorm:
             FoldBatchNorm(exclude=exclude)(graph_module)
         if options.permute:
-            PermuteChannels(pattern, head, exclude=exclude, damping=options.damping, seed=options.seed)(graph_module)
+            PermuteChannels(
+                pattern, head, exclude=exclude, damping=options.damping, seed=options.seed, stopwatch=stopwatch
+            )(graph_module)
         dense = copy.deepcopy(graph_module) if options.polish else None
         InsertObservers(pattern, exclude=exclude, reconstruct=bool(options.reconstruct))(graph_module)
         if options.global_budget:
-            AllocateSparsity(pattern, method, read_all(batches), options)(graph_module)
-        PruneWeights(pattern, method, batches, options, on_layer=on_layer)(graph_module)
+            AllocateSparsity(pattern, method, read_all(batches), options, stopwatch=stopwatch)(graph_module)
+        PruneWeights(pattern, method, batches, options, on_layer=on_layer, stopwatch=stopwatch)(graph_module)
         RemoveObservers()(graph_module)
         if dense is not None:
             Polish(dense, read_all(batches), epochs=options.polish, flip=options.flip, seed=options.seed)(graph_module)

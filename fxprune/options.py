@@ -96,5 +96,5 @@ PUBLISHED = Options(
     inputs="pruned", target="weights", bias_correction=False, refit=False, reconstruct=False, patches=0, permute=False
 )
 OURS = Options(
-    inputs="pruned", target="rectified", bias_correction=True, refit=True, reconstruct=True, patches=512, permute=True
+    inputs="pruned", target="rectified", bias_correction=True, refit=True, reconstruct=True, patches=256, permute=True
 )

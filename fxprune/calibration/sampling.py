@@ -8,37 +8,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fxprune.geometry import LayerGeometry
 from fxprune.statistics.accumulators import patch_count
 
 LEAST_IMAGES = 128  # Patches of one image are alike; means and variances between images need their number.
+LEAST_STEP = 1.25  # To leave out fewer costs more than it saves.
+WHOLE_STEP = 3.0  # From here on steps are whole: such images can be had without an index.
 
 
 @dataclass(frozen=True)
 class ImageSample:
-    """Every `step`-th image of a batch, from image `start`; called on a value, it leaves out the others.
+    """Every `step`-th image of a batch, from image `start`, rounded down; called on a value, it leaves out the others.
 
     What does not have one entry for each image, as a parameter that is added to every one, is left as it is.
 
     Attributes:
         images: in the batch.
         dims: of the layer's input and output, (images, ...).
-        step: between the images chosen.
-        start: the first one.
+        step: between the images chosen, at least 1.
+        start: the first one, below `step`.
     """
 
     images: int
     dims: int
-    step: int = 1
-    start: int = 0
+    step: float = 1.0
+    start: float = 0.0
 
     def __call__(self, value: Tensor) -> Tensor:
         """The value of the chosen images."""
         if self.step == 1 or value.dim() != self.dims or value.shape[0] != self.images:
             return value
-        return value[self.start :: self.step]
+        if self.step % 1 == 0:
+            return value[int(self.start) :: int(self.step)]
+        return value[torch.arange(self.start, self.images, self.step, device=value.device).long()]
 
 
 def sample_images(geometry: LayerGeometry, x: Tensor, *, number: int, images: int, patches: int) -> ImageSample:
@@ -55,5 +60,9 @@ def sample_images(geometry: LayerGeometry, x: Tensor, *, number: int, images: in
     if not patches or geometry.batched(x) is not x:
         return ImageSample(size, dims)
     available = patch_count(geometry, x) / size * images
-    step = max(1, min(size, images // LEAST_IMAGES, int(available / (patches * geometry.columns))))
+    step = min(float(size), images / LEAST_IMAGES, available / (patches * geometry.columns))
+    if step < LEAST_STEP:
+        return ImageSample(size, dims)
+    if step >= WHOLE_STEP:
+        step //= 1.0
     return ImageSample(size, dims, step, number % step)

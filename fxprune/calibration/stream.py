@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map_only
 
 from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.batches import EMPTY, assign
+from fxprune.calibration.lifetimes import last_uses, may_overwrite, reads_strides
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.calibration.sampling import ImageSample, sample_images
 from fxprune.calibration.stopwatch import Stopwatch
@@ -25,7 +27,7 @@ from fxprune.errors import CalibrationError
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import input_of, module_of
 from fxprune.options import Options
-from fxprune.statistics import HessianObserver
+from fxprune.statistics import HessianObserver, Pool
 
 
 class CalibrationStream:
@@ -63,21 +65,25 @@ class CalibrationStream:
         self._interpreter = Interpreter(graph_module)
         self._nodes = list(graph_module.graph.nodes)
         self._position = {node: i for i, node in enumerate(self._nodes)}
-        self._dying = _last_uses(self._nodes)
+        self._dying = last_uses(self._nodes)
+        self._in_place = {node for node in self._nodes if may_overwrite(node)}
         self._diverged: set[Node] = set()
+        self._channels_last = device.type == "cpu" and not any(reads_strides(node) for node in self._nodes)
         self._source: Iterable[Any] | None = loader
         self._store = BatchStore(device, memory_limit)
         self._cut: Node | None = None
 
     @classmethod
-    def by(cls, options: Options, graph_module: GraphModule, loader: Iterable[Any]) -> CalibrationStream:
+    def by(
+        cls, options: Options, graph_module: GraphModule, loader: Iterable[Any], stopwatch: Stopwatch | None = None
+    ) -> CalibrationStream:
         """A stream as resolved options ask for it, on the device of the graph's parameters."""
         device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
         return cls(
             graph_module,
             loader,
             device=device,
-            stopwatch=Stopwatch(device),
+            stopwatch=stopwatch or Stopwatch(device),
             memory_limit=options.memory_limit,
             observe_dense=options.inputs == "dense",
             patches=options.patches or 0,
@@ -122,6 +128,11 @@ class CalibrationStream:
         for number in range(len(self._store)):
             with torch.inference_mode(), self.stopwatch.measure("statistics"):
                 visit(number, self._store.look(number))
+
+    def gather(self, pool: Pool) -> None:
+        """Hand on what waits in a pool that visits have filled."""
+        with torch.inference_mode(), self.stopwatch.measure("statistics"):
+            pool.flush()
 
     def observed(self, values: BatchValues, source: Node) -> Tensor:
         """The input from which a layer's statistics are taken."""
@@ -184,7 +195,16 @@ class CalibrationStream:
             first = values[placeholders[0]]
             self.images += len(first)
             self._digest.update(str((tuple(first.shape), float(first.double().sum()))).encode())
-        return {node: x.to(self.device) if isinstance(x, Tensor) else x for node, x in values.items()}
+        return {node: self._placed(x) if isinstance(x, Tensor) else x for node, x in values.items()}
+
+    def _placed(self, x: Tensor) -> Tensor:
+        """An input on the device.
+
+        Images on a CPU have their channels last, and then so has all that is computed from them: convolutions there need
+        not reorder every activation before and after, and the statistics' factors are plain copies.
+        """
+        x = x.to(self.device)
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and self._channels_last else x
 
     def _mark_diverged(self, nodes: list[Node]) -> None:
         """Find the nodes whose values now differ between the two models."""
@@ -223,24 +243,22 @@ class CalibrationStream:
 
     def _execute(self, node: Node, value_of: Callable[[Node], Any], number: int) -> Any:
         """Run one node on the values of its inputs; a failure names the node, the batch and the shapes."""
+        if node in self._in_place:
+            return torch.relu_(value_of(node.all_input_nodes[0]))
+        run = getattr(self._interpreter, node.op)
         args, kwargs = map_arg(node.args, value_of), map_arg(node.kwargs, value_of)
         try:
-            return getattr(self._interpreter, node.op)(node.target, args, kwargs)
+            try:
+                return run(node.target, args, kwargs)
+            except RuntimeError:
+                if not self._channels_last:
+                    raise
+                return run(
+                    node.target, *tree_map_only(Tensor, torch.Tensor.contiguous, (args, kwargs))
+                )  # As view needs.
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             shapes = [tuple(value.shape) for value in map(value_of, node.all_input_nodes) if isinstance(value, Tensor)]
             raise CalibrationError(
                 f"the model failed on calibration batch {number} at node {node.name!r} ({node.target}), "
                 f"input shapes {shapes}: {error}"
             ) from error
-
-
-def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
-    """For each node, the nodes whose values are not read after it."""
-    dying: dict[Node, list[Node]] = {node: [] for node in nodes}
-    seen: set[Node] = set()
-    for node in reversed(nodes):
-        for source in [node, *node.all_input_nodes]:
-            if source not in seen:
-                seen.add(source)
-                dying[node].append(source)
-    return dying

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune import solvers
 from fxprune.calibration.batches import assign
 from fxprune.calibration.output_error import OutputError
+from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import PatternError
 from fxprune.layer_solution import layer_of, observer_of, sparse_solution
@@ -44,13 +45,23 @@ class AllocateSparsity(Pass):
         method: solver used to find what each level costs.
         batches: calibration batches (they are read twice).
         options: resolved options.
+        stopwatch: takes the time of "stream" and "statistics".
     """
 
-    def __init__(self, pattern: Pattern, method: str, batches: Sequence[Any], options: Options) -> None:
+    def __init__(
+        self,
+        pattern: Pattern,
+        method: str,
+        batches: Sequence[Any],
+        options: Options,
+        *,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
         self.pattern = pattern
         self.solver = solvers.get(method)
         self.batches = batches
         self.options = options
+        self.stopwatch = stopwatch
 
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
         tasks: dict[Node, LayerTask] = {
@@ -64,7 +75,7 @@ class AllocateSparsity(Pass):
         # Those of layers that are only re-fitted too: what is seen here must not be left in them.
         observers = [module for module in graph_module.modules() if isinstance(module, HessianObserver)]
         with torch.inference_mode():
-            CalibrationStream.by(self.options, graph_module, self.batches).finish()
+            CalibrationStream.by(self.options, graph_module, self.batches, self.stopwatch).finish()
             for observer in observers:
                 observer.enabled = False
             probe = self._probe(graph_module, device)

@@ -20,6 +20,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils._pytree import tree_leaves
 
 from fxprune.calibration.batches import assign, peek
+from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.channels import Channels, analyse_channels, permute_channels, value_shapes
 from fxprune.channels.grouping import Reader, search_grouping
@@ -38,6 +39,7 @@ from fxprune.statistics import HessianObserver
 
 TOLERANCE = 1e-4
 PATCHES = 64  # For each column: an order of channels needs fewer than the weights do.
+EXAMPLE_IMAGES = 8
 
 
 class PermuteChannels(Pass):
@@ -64,6 +66,7 @@ class PermuteChannels(Pass):
         exclude: module names or fnmatch patterns of layers to leave exactly as they are.
         damping: lambda / mean(diag H).
         seed: of the search.
+        stopwatch: takes the time of "stream", "statistics", and "solve", the search.
 
     Raises:
         CalibrationError: if there are no batches, or one cannot be used.
@@ -78,13 +81,15 @@ class PermuteChannels(Pass):
         exclude: Sequence[str] = (),
         damping: float = 0.01,
         seed: int = 0,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.pattern = pattern
         self.batches = batches
         self.exclude = tuple(exclude)
         self.damping = damping
         self.seed = seed
-        self._example: tuple[list[Any], list[Tensor]] | None = None  # The first batch, and the output on it.
+        self.stopwatch = stopwatch or Stopwatch(torch.device("cpu"))
+        self._example: tuple[list[Any], list[Tensor]] | None = None  # Some images, and the output on them.
 
     def requires(self, graph_module: GraphModule) -> None:  # noqa: D102 - documented on Pass
         if any(TASK in node.meta for node in graph_module.graph.nodes):
@@ -106,7 +111,8 @@ class PermuteChannels(Pass):
             return PassResult(graph_module, False)
         with torch.inference_mode(), full_precision():
             channels, readers = self._observe(graph_module, pattern)
-        grouping = search_grouping([r for of in readers.values() for r in of], channels, pattern, seed=self.seed)
+        with self.stopwatch.measure("solve"):
+            grouping = search_grouping([r for of in readers.values() for r in of], channels, pattern, seed=self.seed)
         if np.array_equal(grouping.source, np.arange(channels.count)):
             return PassResult(graph_module, False)
         permute_channels(graph_module, channels, grouping.source)
@@ -140,8 +146,8 @@ class PermuteChannels(Pass):
         head, batches = peek(self.batches)
         values = assign([node for node in graph_module.graph.nodes if node.op == "placeholder"], head[0])
         inputs = [value.to(device) if isinstance(value, Tensor) else value for value in values.values()]
-        self._example = inputs, _run(graph_module, inputs)
-        channels = analyse_channels(graph_module, value_shapes(graph_module, *inputs), exclude=self.exclude)
+        self._example = _example(graph_module, inputs)
+        channels = analyse_channels(graph_module, value_shapes(graph_module, *self._example[0]), exclude=self.exclude)
         observed = copy.deepcopy(graph_module)  # The observers go into a copy.
         twins = dict(zip(graph_module.graph.nodes, list(observed.graph.nodes), strict=True))
         InsertObservers(pattern, exclude=self.exclude, reconstruct=False)(observed)
@@ -161,16 +167,26 @@ class PermuteChannels(Pass):
             if isinstance(module, HessianObserver):
                 module.enabled = module in wanted
         if layers:
-            CalibrationStream.by(Options(patches=PATCHES), observed, batches).finish()
-        readers = {
-            node: list(_readers(twin, channels.layouts[input_of(node)].classes, self.damping))
-            for node, twin in layers.items()
-        }
+            CalibrationStream.by(Options(patches=PATCHES), observed, batches, self.stopwatch).finish()
+        with self.stopwatch.measure("solve"):
+            readers = {
+                node: list(_readers(twin, channels.layouts[input_of(node)].classes, self.damping))
+                for node, twin in layers.items()
+            }
         return channels, readers
 
 
+def _example(graph_module: GraphModule, inputs: list[Any]) -> tuple[list[Any], list[Tensor]]:
+    """A few images of a batch, and the output on them; all of them if the graph takes no other number."""
+    few = [x[:EXAMPLE_IMAGES] if isinstance(x, Tensor) and x.dim() else x for x in inputs]
+    try:
+        return few, _run(graph_module, few)
+    except CalibrationError:
+        return inputs, _run(graph_module, inputs)
+
+
 def _run(graph_module: GraphModule, inputs: Sequence[Any]) -> list[Tensor]:
-    """The tensors in the graph's output, on the first batch."""
+    """The tensors in the graph's output, on images of the first batch."""
     try:
         output = graph_module(*inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune import solvers
+from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import FxPruneError, SolverError
 from fxprune.graph import input_of
@@ -45,6 +46,7 @@ class PruneWeights(Pass):
         loader: calibration batches, read once.
         options: resolved options (`Options.resolved`).
         on_layer: called with each layer's name and the number of stages before it is solved (for progress bars).
+        stopwatch: takes the time of "stream", "statistics" and "solve".
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class PruneWeights(Pass):
         options: Options,
         *,
         on_layer: Callable[[str, int], None] = lambda name, stages: None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.pattern = pattern
         self.method = method
@@ -62,6 +65,7 @@ class PruneWeights(Pass):
         self.loader = loader
         self.options = options
         self.on_layer = on_layer
+        self.stopwatch = stopwatch
 
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
         tasks = {n: n.meta[TASK] for n in graph_module.graph.nodes if TASK in n.meta and LAYER not in n.meta}
@@ -79,7 +83,7 @@ class PruneWeights(Pass):
 
     def _solve_all(self, graph_module: GraphModule, tasks: dict[Node, LayerTask]) -> PruneReport:
         """Solve layer after layer as the calibration set streams by; the report lacks only the layers."""
-        stream = CalibrationStream.by(self.options, graph_module, self.loader)
+        stream = CalibrationStream.by(self.options, graph_module, self.loader, self.stopwatch)
         checkpoint = LayerCheckpoint.open(graph_module, self.pattern, self.method, self.options)
         to_solve = [node for node, task in tasks.items() if task.geometry is not None]
         solved: dict[Node, LayerReport] = {}
@@ -91,8 +95,10 @@ class PruneWeights(Pass):
                 cross = cross_statistics(stream, node, tasks[node], self.options)
                 checkpoint.check_data(stream.fingerprint)
                 started = time.perf_counter()
+                with stream.stopwatch.measure("statistics"):
+                    inputs = observer.statistics()
                 with stream.stopwatch.measure("solve"):
-                    layer = self._solve(stream, node, tasks[node], observer.statistics(), cross)
+                    layer = self._solve(stream, node, tasks[node], inputs, cross)
                 layer = replace(layer, seconds=time.perf_counter() - started)
                 checkpoint.save(str(node.target), layer)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ from fxprune.geometry import LayerGeometry
 from fxprune.graph import input_of
 from fxprune.layer_solution import SolvedLayer, install, layer_of
 from fxprune.options import Options
-from fxprune.passes.destination import Destination, destination, skip_operands
+from fxprune.passes.destination import destination, skip_operands
 from fxprune.passes.insert_observers import LayerTask
-from fxprune.statistics import CrossStatistics
+from fxprune.statistics import CrossStatistics, Pool
 
 RECTIFIED_PATCHES = 64  # For each column.
 
@@ -46,13 +47,15 @@ def cross_statistics(
     source = input_of(node)
     skips = skip_operands(node) if options.target in ("skip", "rectified") else ()
     cross = CrossStatistics.empty(geometry, stream.device)
+    pool = Pool(partial(cross.update, geometry))
 
     def visit(number: int, values: BatchValues) -> None:
         x = stream.observed(values, source)
         sample = stream.sample(geometry, x, number)
-        cross.update(geometry, sample(x), _compensated(values, node, skips, sample))
+        pool.put(sample(x), _compensated(values, node, skips, sample))
 
     stream.run_to(node, visit)
+    stream.gather(pool)
     return cross
 
 
@@ -76,20 +79,35 @@ def rectified_statistics(
         layer: its parameters so far.
     """
     source, goes_to = input_of(node), destination(node)
+    assert goes_to.rectifier is not None
+    low, high = goes_to.rectifier
     candidate = copy.deepcopy(layer_of(node))
     install(candidate, layer)
     change = CrossStatistics.empty(geometry, stream.device)
 
+    def update(x: Tensor, dense: Tensor, *added: Tensor) -> None:
+        z = sum(added, start=candidate(x))
+        change.update(geometry, x, _rectified(dense, z, low, high))
+
+    pool = Pool(update)
+
     def visit(number: int, values: BatchValues) -> None:
         x = stream.observed(values, source)
         sample = stream.sample(geometry, x, number, most=RECTIFIED_PATCHES)
-        x = sample(x)
-        z = candidate(x)
-        difference = _rectified(values, node, goes_to, sample, z)
-        if difference.shape == z.shape:  # Else the sum spreads the layer's output out: no single value is wanted of it.
-            change.update(geometry, x, difference)
+        output = dense = sample(values.dense(node))
+        added: list[Tensor] = []
+        for operand in goes_to.added:
+            if isinstance(operand, Node):
+                dense = dense + sample(values.dense(operand))
+                added.append(sample(values.pruned(operand)))
+            else:
+                dense = dense + operand
+                added.append(output.new_tensor(operand))
+        if dense.shape == output.shape:  # Else the sum spreads the layer's output out: no single value is wanted of it.
+            pool.put(sample(x), dense, *(value.expand_as(output) for value in added))
 
     stream.revisit(visit)
+    stream.gather(pool)
     return cross.plus(change)
 
 
@@ -104,13 +122,7 @@ def _compensated(values: BatchValues, node: Node, skips: Iterable[Node], sample:
     return y
 
 
-def _rectified(values: BatchValues, node: Node, goes_to: Destination, sample: ImageSample, z: Tensor) -> Tensor:
-    """By how much the wanted output of a layer whose output is z now differs from the dense value, for a rectifier."""
-    assert goes_to.rectifier is not None
-    low, high = goes_to.rectifier
-    dense: Tensor = sample(values.dense(node))
-    for operand in goes_to.added:
-        dense = dense + (sample(values.dense(operand)) if isinstance(operand, Node) else operand)
-        z = z + (sample(values.pruned(operand)) if isinstance(operand, Node) else operand)
+def _rectified(dense: Tensor, z: Tensor, low: float, high: float) -> Tensor:
+    """By how much the wanted output of a layer that gives z now differs from the dense value, for a rectifier's bounds."""
     change = torch.where(dense <= low, z.clamp_max(low) - dense, 0)
     return change if high == math.inf else torch.where(dense >= high, z.clamp_min(high) - dense, change)

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from fxprune.statistics.accumulators import CrossStatistics, HessianObserver, InputStatistics
+from fxprune.statistics.pool import Pool
 
-__all__ = ["CrossStatistics", "HessianObserver", "InputStatistics"]
+__all__ = ["CrossStatistics", "HessianObserver", "InputStatistics", "Pool"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxprune.geometry import LayerGeometry
 from fxprune.statistics.patches import patch_sum
+from fxprune.statistics.pool import Pool
 from fxprune.statistics.products import GramAccumulator, cross_product
 
 ROUNDING = 1e-6  # Relative to the second moment, whose batches are summed in float32.
@@ -120,6 +121,7 @@ class HessianObserver(nn.Module):
 
     def reset(self) -> None:
         """Forget all batches."""
+        self._pool = Pool(self._add)
         self._gram = GramAccumulator(self.geometry)
         self._total: Tensor | float = 0.0
         self._count = 0
@@ -129,16 +131,20 @@ class HessianObserver(nn.Module):
         """Observe (N, C, *spatial), or (..., C) for a Linear layer, and return it unchanged."""
         if not self.enabled:
             return x
-        batch = self.geometry.batched(x.detach())
+        self._pool.put(self.geometry.batched(x.detach()))
+        self._statistics = None
+        return x
+
+    @torch.inference_mode()
+    def _add(self, batch: Tensor) -> None:
         self._gram.add(batch)
         self._total = self._total + patch_sum(self.geometry, batch)
         self._count += patch_count(self.geometry, batch)
-        self._statistics = None
-        return x
 
     def statistics(self) -> InputStatistics:
         """The moments of everything observed so far."""
         if self._statistics is None:
+            self._pool.flush()
             self._statistics = InputStatistics(self._gram.total(), torch.as_tensor(self._total), self._count)
         return self._statistics
 

@@ -6,8 +6,8 @@ So one product over the whole image per lag serves all blocks of that lag, and e
 that its window does not see. With k = 3 that is 13 full products in place of 81 and no ninefold patch matrix; the
 same "covariance method" is known from linear prediction and from the Wiener filter statistics of video codecs.
 
-The images are laid out as (H, N, W + gap, C) with zeros in the gap, so that both factors of a product over full rows
-are contiguous slices of one matrix, shifted against each other, and nothing is copied.
+The images are laid out as (H, W, N, C), so that in every row both factors of a product are contiguous slices of one
+matrix, shifted against each other, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fxprune.geometry import LayerGeometry
 CHUNK_ELEMENTS = 8 * 2**20
 ROWS_ELEMENTS = 3 * 2**18  # Of all blocks, assembled at a time.
 MIRROR_ROWS = 256  # At a time.
-COPY_COST = 64  # Multiply-adds in the time it takes to copy one number.
+BATCHED_CHANNELS = 128  # The products of more are large: adding each one up costs less than holding them all.
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ class Plan:
     """The products to take for one geometry and image size, and the signed blocks (a, b) each one goes into."""
 
     blocks: dict[Box, list[tuple[int, int, int]]]
-    gap: int
 
     @property
     def positions(self) -> int:
@@ -75,11 +74,17 @@ def box_products(geometry: LayerGeometry, x: Tensor, total: Tensor | None = None
     if total is None:
         total = x.new_zeros(len(plan.blocks), channels, channels)
     for part in x.split(max(1, CHUNK_ELEMENTS // x[0].numel())):
-        rows = part.new_zeros(height, len(part), width + plan.gap, channels)
-        rows[:, :, :width] = part.permute(2, 0, 3, 1)
+        rows = part.permute(2, 3, 0, 1).reshape(height, width * len(part), channels)
         for product, box in zip(total, plan.blocks, strict=True):
-            first, second = _factors(rows, box, width)
-            product.addmm_(first.mT, second)
+            down, along = box.lag
+            first = rows[box.top : box.bottom, box.left * len(part) : box.right * len(part)]
+            rows_down = rows[box.top + down : box.bottom + down]
+            second = rows_down[:, (box.left + along) * len(part) : (box.right + along) * len(part)]
+            if channels <= BATCHED_CHANNELS:
+                product += torch.bmm(first.mT, second).sum(0)
+            else:
+                for a, b in zip(first, second, strict=True):
+                    product.addmm_(a.mT, b)
     return total
 
 
@@ -121,24 +126,6 @@ def assemble(geometry: LayerGeometry, size: tuple[int, int], parts: Sequence[Ten
     return whole[None]
 
 
-def _factors(rows: Tensor, box: Box, width: int) -> tuple[Tensor, Tensor]:
-    """The two (positions, C) matrices of a box: the images at q, and at q + lag."""
-    down, along = box.lag
-    channels = rows.shape[3]
-    gap = rows.shape[2] - width
-    full_rows = (box.left, box.right) == _both_inside(along, width)
-    # In narrow images the gap is a large share of the row; copying without it then costs less than multiplying zeros.
-    if full_rows and (gap + abs(along)) * channels < COPY_COST * (width - abs(along)):
-        flat = rows.reshape(-1, channels)
-        row = flat.shape[0] // rows.shape[0]
-        shift = down * row + along
-        start, stop = box.top * row, min(box.bottom * row, len(flat) - shift)
-        return flat[start:stop], flat[start + shift : stop + shift]
-    first = rows[box.top : box.bottom, :, box.left : box.right]
-    second = rows[box.top + down : box.bottom + down, :, box.left + along : box.right + along]
-    return first.reshape(-1, channels), second.reshape(-1, channels)
-
-
 @lru_cache(maxsize=256)
 def plan_for(geometry: LayerGeometry, height: int, width: int) -> Plan:
     """Which products make up H for input images of the given size.
@@ -164,7 +151,7 @@ def plan_for(geometry: LayerGeometry, height: int, width: int) -> Plan:
             for (top, bottom), (left, right), sign in pieces:
                 if bottom > top and right > left:
                     blocks.setdefault(Box(top, bottom, left, right, lag), []).append((a, b, sign))
-    return Plan(blocks, gap=(kernel_x - 1) * dilation_x)
+    return Plan(blocks)
 
 
 def _both_inside(lag: int, size: int) -> tuple[int, int]:

@@ -39,12 +39,23 @@ def test_images_are_left_out_evenly_where_there_are_more_patches_than_asked_for(
     assert sample(x, number=11).start == 3
 
 
-@pytest.mark.parametrize(("images", "patches"), [(64, 0), (64, 64), (64, 100), (3, 1), (7, 1)])
+@pytest.mark.parametrize(("images", "patches"), [(64, 0), (64, 64), (64, 100), (3, 1), (4, 1)])
 def test_all_images_where_they_are_wanted_or_few(images, patches):
     x = torch.randn(3, 4, 6, 6)
     chosen = sample(x, images=images, patches=patches)
     assert chosen.step == 1
     assert chosen(x) is x
+
+
+def test_steps_need_not_be_whole():
+    x = torch.randn(10, 4, 6, 6)  # 40 images of 36 patches; two thirds of these are asked for.
+    chosen = sample(x, images=40, patches=36 * 40 // 36 * 2 // 3)
+    assert 1.5 <= chosen.step < 1.6
+    assert torch.equal(chosen(x), x[[0, 1, 3, 4, 6, 7, 9]])
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert chosen(last).is_contiguous(memory_format=torch.channels_last)
+    counts = [len(sample(x, number, images=40, patches=26)(x)) for number in range(30)]
+    assert set(counts) == {6, 7}
 
 
 def test_so_many_images_are_always_taken(monkeypatch):

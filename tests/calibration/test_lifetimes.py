@@ -1,0 +1,108 @@
+"""Where values die, which may be overwritten, and that a stream which does so gives what a plain run gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxprune.calibration.batch_store import BatchValues
+from fxprune.calibration.lifetimes import last_uses, may_overwrite, reads_strides
+from fxprune.calibration.stopwatch import Stopwatch
+from fxprune.calibration.stream import CalibrationStream
+from fxprune.graph import module_of
+from fxprune.passes import InsertObservers
+from fxprune.passes.insert_observers import TASK
+from fxprune.pattern import Pattern
+from fxprune.statistics import HessianObserver
+from fxprune.tracing import trace
+
+CPU = torch.device("cpu")
+
+
+class Mixed(nn.Module):
+    """ReLUs that are the only readers of a layer or an add, and ReLUs that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(c, 4, 3, padding=1) for c in (3, 4))
+        self.c, self.relu, self.d = nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Linear(4 * 36, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.relu(self.a(x))  # Overwrites the layer's output.
+        total = first + self.b(first)
+        second = F.relu(total)  # Read by c as well, through an observer, before it dies here.
+        third = self.c(total).relu()  # Overwrites the layer's output.
+        chunk = F.relu(torch.cat([second, third], 1).chunk(2, 1)[0])  # A view of what may be read elsewhere.
+        return self.d(chunk.view(-1, 4 * 36))
+
+
+def test_only_what_was_just_made_for_the_relu_alone_is_overwritten():
+    graph = trace(Mixed()).graph
+    nodes = list(graph.nodes)
+    dying = last_uses(nodes)
+    overwritten = {node.name for node in nodes if may_overwrite(node)}
+    assert overwritten == {"relu", next(n.name for n in nodes if n.op == "call_method" and n.target == "relu")}
+    for node in nodes:
+        for dead in dying[node]:
+            assert all(nodes.index(user) <= nodes.index(node) for user in dead.users)
+
+
+def test_a_module_with_hooks_is_called():
+    model = Mixed()
+    model.relu.register_forward_hook(lambda module, args, output: None)
+    assert not any(may_overwrite(node) for node in trace(model).graph.find_nodes(op="call_module"))
+
+
+@pytest.mark.parametrize("target", ["as_strided", "stride"])
+def test_values_that_depend_on_strides_are_known(target):
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    assert reads_strides(graph.call_method(target, (x,)))
+    assert not reads_strides(graph.call_method("view", (x, -1)))
+
+
+class Strided(Mixed):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.c(x.as_strided((2, 4, 3, 3), (144, 36, 6, 1)))
+
+
+@pytest.mark.parametrize("kind", [Mixed, Strided])
+def test_the_stream_gives_what_a_plain_run_gives(kind):
+    torch.manual_seed(0)
+    model = kind().double().eval()
+    batches = torch.randn(6, 3, 6, 6, dtype=torch.float64).split(2)
+    graph_module = trace(model)
+    InsertObservers(Pattern.parse("2:4"))(graph_module)
+    stream = CalibrationStream(graph_module, batches, device=CPU, stopwatch=Stopwatch(CPU))
+    layers = [n for n in graph_module.graph.nodes if TASK in n.meta and n.meta[TASK].geometry is not None]
+    seen: dict[str, list[Tensor]] = {}
+    wanted: dict[str, list[Tensor]] = {}
+    for layer in layers:
+
+        def visit(number: int, values: BatchValues, layer=layer) -> None:
+            seen.setdefault(str(layer.target), []).append(values.dense(layer).clone())
+
+        stream.run_to(layer, visit)
+    assert stream.finish() is not None
+    for layer in layers:
+        name = str(layer.target)
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: wanted.setdefault(name, []).append(output.detach().clone())
+        )
+    with torch.no_grad():
+        for x in batches:
+            model(x)
+    assert wanted.keys() == seen.keys()
+    for name, outputs in wanted.items():
+        torch.testing.assert_close(torch.cat(seen[name]), torch.cat(outputs), rtol=1e-12, atol=1e-12)
+    observers = [m for n in graph_module.graph.nodes if isinstance(m := module_of(n), HessianObserver)]
+    plain = trace(model)
+    InsertObservers(Pattern.parse("2:4"))(plain)
+    with torch.no_grad():
+        for x in batches:
+            plain(x)
+    for observer, other in zip(observers, plain.fxprune_observers.children(), strict=True):
+        torch.testing.assert_close(observer.statistics().gram, other.statistics().gram, rtol=1e-10, atol=1e-10)
