@@ -49,8 +49,10 @@ def input_tensor(batch: Any, number: int = 0) -> Tensor:
     return checked(first_item(batch, number), number)
 
 
-def assign(placeholders: Sequence[Node], batch: Any, number: int = 0) -> dict[Node, Any]:
-    """The value of every input of a graph in one batch: a checked tensor, or the input's own default.
+def assign(
+    placeholders: Sequence[Node], batch: Any, number: int = 0, *, device: torch.device | None = None
+) -> dict[Node, Any]:
+    """The value of every input of a graph in one batch: a checked tensor, on a device if given, or the input's own default.
 
     Raises:
         CalibrationError: if the batch cannot be used, or leaves out an input that has no default.
@@ -64,7 +66,7 @@ def assign(placeholders: Sequence[Node], batch: Any, number: int = 0) -> dict[No
     values: dict[Node, Any] = {}
     for node in placeholders:
         if node in given:
-            values[node] = checked(given[node], number)
+            values[node] = checked(given[node], number).to(device)
         elif node.args:
             values[node] = node.args[0]
         else:

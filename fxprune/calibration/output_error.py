@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.fx import Node
 from fxprune.graph import module_of
 
 CHUNK_NUMBERS = 2**17
-ROUNDING = 1e-6  # Sums over a batch are taken in float32.
+ROUNDING = 1e-11  # Of the energy: a constant output varies by a few times 1e-7 of its size in float32.
 
 
 def channel_dim(layer: Node) -> int:
@@ -22,34 +23,47 @@ def channel_dim(layer: Node) -> int:
 
 @dataclass
 class OutputError:
-    """||y_dense - y_pruned||^2 / ||y_dense - mean||^2 of one layer, the mean per output channel."""
+    """||y_dense - y_pruned||^2 / ||y_dense - mean||^2 of one layer, the mean per output channel.
+
+    Sums are taken in the values' dtype, of a few images at a time, which stay in the cache; of the dense output after its
+    mean in the first batch is taken away, or a large mean would drown the variance in rounding.
+    """
 
     channel_dim: int
     squared_error: float = 0.0
     squares: float = 0.0
+    shift: Tensor | None = None
     sums: Tensor | None = None
     count: int = 0
 
     def update(self, dense: Tensor, pruned: Tensor) -> None:
         """Add one batch of layer outputs."""
-        # A few images at a time: their differences stay in the cache.
+        others = [dim for dim in range(dense.dim()) if dim != self.channel_dim % dense.dim()]
+        if self.shift is None:
+            self.shift = dense.mean(others, keepdim=True)
         step = max(1, CHUNK_NUMBERS * len(dense) // max(1, dense.numel()))
-        parts = zip(dense.split(step), pruned.split(step), strict=True)
-        norms = [torch.linalg.vector_norm(found - wanted) for wanted, found in parts]
-        self.squared_error += float(torch.stack(norms).double().square().sum())
-        self.squares += float(torch.linalg.vector_norm(dense)) ** 2
-        sums = dense.sum([dim for dim in range(dense.dim()) if dim != self.channel_dim % dense.dim()]).double()
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.count += dense.numel() // len(sums)
+        norms, sums = [], []
+        for wanted, found in zip(dense.split(step), pruned.split(step), strict=True):
+            centred = wanted - self.shift
+            norms += [torch.linalg.vector_norm(found - wanted), torch.linalg.vector_norm(centred)]
+            sums.append(centred.sum(others))
+        squared_error, squares = torch.stack(norms).double().square().unflatten(0, (-1, 2)).sum(0).tolist()
+        total = torch.stack(sums).double().sum(0)
+        self.squared_error += squared_error
+        self.squares += squares
+        self.sums = total if self.sums is None else self.sums + total
+        self.count += dense.numel() // len(total)
 
     @property
     def relative(self) -> float:
         """The ratio; for an output that is constant, 0 if it is reproduced, else 1."""
-        if self.sums is None:
+        if self.sums is None or self.shift is None:
             return 0.0
+        shift = self.shift.double().flatten()
         variance = self.squares - float(self.sums.square().sum()) / self.count
-        if variance <= ROUNDING * self.squares:
-            return float(self.squared_error > ROUNDING * self.squares)
+        energy = self.squares + float((2 * self.sums + self.count * shift) @ shift)
+        if variance <= ROUNDING * energy:
+            return float(self.squared_error > ROUNDING * energy)
         return self.squared_error / variance
 
 
@@ -61,8 +75,10 @@ class OutputAgreement:
     divergence: float = 0.0
     count: int = 0
 
-    def update(self, dense: Tensor, pruned: Tensor) -> None:
-        """Add one batch of (N, classes) logits."""
+    def update(self, dense: Any, pruned: Any) -> None:
+        """Add one batch of (N, classes) logits; anything else is passed over."""
+        if not isinstance(dense, Tensor) or dense.dim() != 2:
+            return
         dense, pruned = dense.double(), pruned.double()
         self.same += int((dense.argmax(1) == pruned.argmax(1)).sum())
         log_dense, log_pruned = dense.log_softmax(1), pruned.log_softmax(1)

@@ -67,7 +67,8 @@ class CalibrationStream:
         self._position = {node: i for i, node in enumerate(self._nodes)}
         self._dying = last_uses(self._nodes)
         self._in_place = {node for node in self._nodes if may_overwrite(node)}
-        self._diverged: set[Node] = set()
+        self._diverged: set[Node] = set()  # Nodes whose values differ between the two models.
+        # On a CPU, convolutions then need not reorder every activation before and after.
         self._channels_last = device.type == "cpu" and not any(reads_strides(node) for node in self._nodes)
         self._source: Iterable[Any] | None = loader
         self._store = BatchStore(device, memory_limit)
@@ -98,14 +99,15 @@ class CalibrationStream:
             CalibrationError: if the loader is empty, a batch cannot be used, or the model fails on one.
         """
         self._read()
-        previous, self._cut = self._cut, cut
-        first = 0
+        previous, self._cut, first = self._cut, cut, 0
         if previous is not None:
             first = self._position[previous] + 1
             self._diverged.add(previous)
             self.errors[previous] = OutputError(channel_dim(previous))
         between = self._nodes[first : self._position[cut]]
-        self._mark_diverged(between)
+        for node in between:
+            if not self._diverged.isdisjoint(node.all_input_nodes):
+                self._diverged.add(node)
         for number in range(len(self._store)):
             values = self._store.take(number)
             with torch.inference_mode(), self.stopwatch.measure("stream"):
@@ -157,11 +159,7 @@ class CalibrationStream:
         agreement, result = OutputAgreement(), output.args[0]
 
         def compare(_: int, values: BatchValues) -> None:
-            if (
-                isinstance(result, Node)
-                and isinstance(values.dense(result), Tensor)
-                and values.dense(result).dim() == 2
-            ):
+            if isinstance(result, Node):
                 agreement.update(values.dense(result), values.pruned(result))
 
         self.run_to(output, compare)
@@ -189,33 +187,22 @@ class CalibrationStream:
 
     def _inputs(self, number: int, batch: Any) -> dict[Node, Any]:
         """Assign one batch of the loader to the graph's placeholders."""
-        placeholders = [node for node in self._nodes if node.op == "placeholder"]
-        values = assign(placeholders, batch, number)
+        placeholders = self.graph_module.graph.find_nodes(op="placeholder")
+        values = assign(placeholders, batch, number, device=self.device)
         if placeholders:
             first = values[placeholders[0]]
             self.images += len(first)
             self._digest.update(str((tuple(first.shape), float(first.double().sum()))).encode())
-        return {node: self._placed(x) if isinstance(x, Tensor) else x for node, x in values.items()}
-
-    def _placed(self, x: Tensor) -> Tensor:
-        """An input on the device.
-
-        Images on a CPU have their channels last, and then so has all that is computed from them: convolutions there need
-        not reorder every activation before and after, and the statistics' factors are plain copies.
-        """
-        x = x.to(self.device)
-        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and self._channels_last else x
-
-    def _mark_diverged(self, nodes: list[Node]) -> None:
-        """Find the nodes whose values now differ between the two models."""
-        for node in nodes:
-            if any(source in self._diverged for source in node.all_input_nodes):
-                self._diverged.add(node)
+        if self._channels_last:
+            for node, x in values.items():
+                if isinstance(x, Tensor) and x.dim() == 4:
+                    values[node] = x.contiguous(memory_format=torch.channels_last)
+        return values
 
     def _run(self, node: Node, values: BatchValues, number: int) -> None:
         """Run a node that is not a cut for the dense model and, where it differs, the pruned model."""
-        if node.op == "placeholder":
-            pass  # Given with the batch.
+        if node.op == "placeholder":  # Given with the batch.
+            pass
         elif isinstance(observer := module_of(node), HessianObserver):
             source = input_of(node)
             values.dense_values[node] = values.dense(source)

@@ -97,9 +97,9 @@ class AllocateSparsity(Pass):
         probe: list[list[Any]] = []
         seen = 0
         for number, batch in enumerate(self.batches):
-            values = list(assign(placeholders, batch, number).values())
+            values = list(assign(placeholders, batch, number, device=device).values())
             left = PROBE_IMAGES - seen
-            probe.append([x[:left].to(device) if isinstance(x, Tensor) else x for x in values])
+            probe.append([x[:left] if isinstance(x, Tensor) else x for x in values])
             seen += len(values[0])
             if seen >= PROBE_IMAGES:
                 break

@@ -144,9 +144,8 @@ class PermuteChannels(Pass):
         """Analyse the channels, and score the weights of every layer whose input channels can be permuted."""
         device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
         head, batches = peek(self.batches)
-        values = assign([node for node in graph_module.graph.nodes if node.op == "placeholder"], head[0])
-        inputs = [value.to(device) if isinstance(value, Tensor) else value for value in values.values()]
-        self._example = _example(graph_module, inputs)
+        placeholders = graph_module.graph.find_nodes(op="placeholder")
+        self._example = _example(graph_module, list(assign(placeholders, head[0], device=device).values()))
         channels = analyse_channels(graph_module, value_shapes(graph_module, *self._example[0]), exclude=self.exclude)
         observed = copy.deepcopy(graph_module)  # The observers go into a copy.
         twins = dict(zip(graph_module.graph.nodes, list(observed.graph.nodes), strict=True))

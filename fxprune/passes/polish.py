@@ -159,8 +159,8 @@ def _steps(graph_module: GraphModule, batches: Iterable[Any]) -> Iterator[Inputs
     device = next(graph_module.parameters()).device
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for number, batch in enumerate(batches):
-        values = assign(placeholders, batch, number)
-        inputs = [v.to(device) if isinstance(v, Tensor) else v for v in (values[node] for node in placeholders)]
+        values = assign(placeholders, batch, number, device=device)
+        inputs = [values[node] for node in placeholders]
         count = len(inputs[0])
         for at in range(0, count, STEP_IMAGES):
             yield [
@@ -188,8 +188,7 @@ def _update_report(dense: GraphModule, graph_module: GraphModule, layers: list[N
         found.outputs(inputs)
         for name, error in errors.items():
             error.update(wanted.kept[name], found.kept[name])
-        if isinstance(wanted.result, Tensor) and wanted.result.dim() == 2:
-            agreement.update(wanted.result, found.result)
+        agreement.update(wanted.result, found.result)
     for node in layers:
         node.meta[LAYER] = replace(node.meta[LAYER], relative_error=errors[node.name].relative)
     report: PruneReport = graph_module.meta[REPORT]

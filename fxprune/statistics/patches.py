@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from fxprune.geometry import LayerGeometry
 
 CHUNK_ELEMENTS = 4 * 2**20
+FEW_COLUMNS = 32
+BLOCK_POSITIONS = 128
 
 
 def images_per_chunk(geometry: LayerGeometry, x: Tensor) -> int:
@@ -26,7 +29,7 @@ def patch_gram(geometry: LayerGeometry, x: Tensor, total: Tensor | None = None) 
         total = x.new_zeros(geometry.groups, geometry.columns, geometry.columns)
     for part in x.split(images_per_chunk(geometry, x)):
         patches = geometry.patches(part)
-        total.baddbmm_(patches.mT, patches)
+        add_product(total, patches.mT, patches)
     return total
 
 
@@ -35,8 +38,23 @@ def patch_cross(geometry: LayerGeometry, x: Tensor, y: Tensor) -> Tensor:
     total = x.new_zeros(geometry.groups, geometry.rows, geometry.columns)
     size = images_per_chunk(geometry, x)
     for part, output in zip(x.split(size), y.split(size), strict=True):
-        total.baddbmm_(geometry.output_matrix(output), geometry.patches(part))
+        add_product(total, geometry.output_matrix(output), geometry.patches(part))
     return total
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add to a sum: total += left @ right, (G, R, D) += (G, R, P) @ (G, P, D).
+
+    BLAS libraries add up long products of few columns one position after the other, and after some thousand a mean much
+    larger than the deviation leaves nothing of it: these are taken in short blocks, whose sums are added in float64.
+    """
+    whole = 0
+    if right.shape[2] <= FEW_COLUMNS:
+        whole = right.shape[1] // BLOCK_POSITIONS * BLOCK_POSITIONS
+        lefts = left[:, :, :whole].unflatten(2, (-1, BLOCK_POSITIONS)).movedim(2, 1)
+        rights = right[:, :whole].unflatten(1, (-1, BLOCK_POSITIONS))
+        total += (lefts @ rights).sum(1, dtype=torch.float64)
+    total.baddbmm_(left[:, :, whole:], right[:, whole:])
 
 
 def patch_sum(geometry: LayerGeometry, x: Tensor) -> Tensor:
