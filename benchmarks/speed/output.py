@@ -56,7 +56,8 @@ def write_markdown(path: Path, rows: Sequence[Row], command: str) -> None:
         "number of cores, other programs ran too and seconds are too long, while quotients hold.", "",
     ]  # fmt: skip
     for machine in sorted({row.machine for row in rows}):
-        lines += [f"Machine: {machine}.", ""]
+        sections = dict.fromkeys(row.section for row in rows if row.machine == machine)
+        lines += [f"Machine ({'; '.join(sections)}): {machine}.", ""]
     lines += ["## Bars", "", *(f"- {bar}" for bar in bars(rows)), ""]
     for section, title in TITLES.items():
         chosen = [row for row in rows if row.section == section]
@@ -125,12 +126,12 @@ def write_plots(stem: Path, rows: Sequence[Row]) -> None:
                 chosen = [row for row in rows if row.section == section]
                 cases = list(dict.fromkeys(row.case for row in chosen))
                 ends = []
-                for method in dict.fromkeys(row.method for row in chosen):
+                for method in dict.fromkeys(row.method for row in chosen if row.method != LEAN):
                     places = [(cases.index(r.case), r.seconds) for r in chosen if r.method == method]
                     axes.plot(*zip(*places, strict=True), marker="o", color=COLORS[method])
                     ends.append((*places[-1], method, COLORS[method]))
                 axes.set_title(TITLES[section])
-                axes.set_xticks(range(len(cases)), [case.split(",")[0] for case in cases])
+                axes.set_xticks(range(len(cases)), [case.split(",")[0].split()[0] for case in cases])
                 axes.set_ylabel("seconds")
                 axes.set_ylim(bottom=0)
                 axes.margins(x=0.05)
