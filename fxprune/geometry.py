@@ -116,8 +116,8 @@ class LayerGeometry:
         return channels_first.reshape(self.groups, self.rows, -1)
 
     def batched(self, x: Tensor) -> Tensor:
-        """The input with a batch dimension: torch's convolutions also accept (C, *spatial)."""
-        return x.unsqueeze(0) if self.kernel_size and x.dim() == len(self.kernel_size) + 1 else x
+        """The input or output with a batch dimension: torch's layers also accept (C, *spatial), and (C,) for Linear."""
+        return x.unsqueeze(0) if x.dim() == len(self.kernel_size) + 1 else x
 
     def pad(self, x: Tensor) -> Tensor:
         """Apply the layer's own padding to (N, C, *spatial)."""

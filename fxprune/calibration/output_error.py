@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from fxprune.geometry import CONVOLUTIONS
 from fxprune.graph import module_of
 
 CHUNK_NUMBERS = 2**17
@@ -16,9 +17,10 @@ ROUNDING = 1e-11  # Of the energy: a constant output varies by a few times 1e-7 
 
 
 def channel_dim(layer: Node) -> int:
-    """Where a layer's output has its channels: last for Linear, second for convolutions."""
+    """Where a layer's output has its channels, from the end: last for Linear, before the spatial ones for convolutions."""
     module = module_of(layer)  # While it is solved, a factored layer is an nn.Sequential of two.
-    return -1 if isinstance(module[-1] if isinstance(module, nn.Sequential) else module, nn.Linear) else 1
+    last = module[-1] if isinstance(module, nn.Sequential) else module
+    return -1 - len(last.kernel_size) if isinstance(last, CONVOLUTIONS) else -1
 
 
 @dataclass
@@ -37,7 +39,9 @@ class OutputError:
     count: int = 0
 
     def update(self, dense: Tensor, pruned: Tensor) -> None:
-        """Add one batch of layer outputs."""
+        """Add one batch of layer outputs, or one without a batch dimension."""
+        if dense.dim() == -self.channel_dim:
+            dense, pruned = dense.unsqueeze(0), pruned.unsqueeze(0)
         others = [dim for dim in range(dense.dim()) if dim != self.channel_dim % dense.dim()]
         if self.shift is None:
             self.shift = dense.mean(others, keepdim=True)

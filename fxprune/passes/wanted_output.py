@@ -52,7 +52,8 @@ def cross_statistics(
     def visit(number: int, values: BatchValues) -> None:
         x = stream.observed(values, source)
         sample = stream.sample(geometry, x, number)
-        pool.put(sample(x), _compensated(values, node, skips, sample))
+        y = _compensated(values, node, skips, sample)
+        pool.put(geometry.batched(sample(x)), geometry.batched(y))
 
     stream.run_to(node, visit)
     stream.gather(pool)
@@ -104,7 +105,8 @@ def rectified_statistics(
                 dense = dense + operand
                 added.append(output.new_tensor(operand))
         if dense.shape == output.shape:  # Else the sum spreads the layer's output out: no single value is wanted of it.
-            pool.put(sample(x), dense, *(value.expand_as(output) for value in added))
+            of_layer = (sample(x), dense, *(value.expand_as(output) for value in added))
+            pool.put(*map(geometry.batched, of_layer))
 
     stream.revisit(visit)
     stream.gather(pool)

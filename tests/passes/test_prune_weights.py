@@ -390,6 +390,26 @@ class TestDifficultData:
             assert found.relative_error < 1
 
 
+class Single(nn.Module):
+    """Works on one image without a batch dimension, and on a batch of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = conv(4, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(torch.relu(self.conv(x)).mean((-2, -1))))
+
+
+@pytest.mark.parametrize("target", ["dense", "rectified"])
+def test_images_without_a_batch_dimension_count_like_a_batch_of_them(target):
+    torch.manual_seed(0)
+    model, images = Single().double(), torch.randn(40, 4, 5, 5, dtype=torch.float64)
+    one, batch = (prune(model, batches, target=target) for batches in (list(images), [images]))
+    for name in ("conv.weight", "conv.bias", "linear.weight", "linear.bias"):
+        torch.testing.assert_close(one.get_parameter(name), batch.get_parameter(name), rtol=1e-6, atol=1e-8)
+
+
 def test_an_unknown_method():
     with pytest.raises(FxPruneError, match="unknown method 'obs'"):
         PruneWeights(PATTERN, "obs", [], Options())
