@@ -155,14 +155,13 @@ class CalibrationStream:
 
     def finish(self) -> OutputAgreement:
         """Run all batches to the graph's output, and compare the two models there."""
-        output = self._nodes[-1]
-        agreement, result = OutputAgreement(), output.args[0]
+        agreement, result = OutputAgreement(), self._nodes[-1].args[0]
 
         def compare(_: int, values: BatchValues) -> None:
             if isinstance(result, Node):
                 agreement.update(values.dense(result), values.pruned(result))
 
-        self.run_to(output, compare)
+        self.run_to(self._nodes[-1], compare)
         return agreement
 
     @property
@@ -201,8 +200,8 @@ class CalibrationStream:
 
     def _run(self, node: Node, values: BatchValues, number: int) -> None:
         """Run a node that is not a cut for the dense model and, where it differs, the pruned model."""
-        if node.op == "placeholder":  # Given with the batch.
-            pass
+        if node.op == "placeholder":
+            pass  # Given with the batch.
         elif isinstance(observer := module_of(node), HessianObserver):
             source = input_of(node)
             values.dense_values[node] = values.dense(source)

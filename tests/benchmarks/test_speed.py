@@ -108,7 +108,7 @@ def test_the_small_run_writes_every_file(tmp_path: Path) -> None:
     main([*given, "--output", str(stem), "--data", str(tmp_path)])
     assert {row.method for row in read_rows(stem.with_suffix(".csv"))} >= {OURS, UNFOLD}
     text = stem.with_suffix(".md").read_text()
-    assert "Machine: " in text
+    assert "Machine (statistics): " in text
     assert "an open figure" in text
     assert (tmp_path / "speed_statistics.png").stat().st_size > 1000
 
