@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 import fxprune
 from benchmarks import modelopt_sparsity
+from benchmarks.machine import machine
 from fxprune import Options
 from fxprune.data import load_npz
 from fxprune.experiments.checkpoints import load_weights
@@ -31,6 +31,7 @@ from fxprune.passes import ReestimateBatchNorm
 
 WEIGHTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 NORMALISATION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+PREDICTIONS = Path("out/accuracy")
 AGREEMENT_IMAGES = 3000
 BATCH = 128
 
@@ -40,7 +41,7 @@ Method = Callable[[nn.Module, Sequence[Tensor], str], nn.Module]
 def compiled_with(method: str, **options: object) -> Method:
     """A method of fxprune with options."""
     return lambda model, batches, pattern: fxprune.compile(
-        model, batches, pattern, method=method, progress=False, options=Options(**options)
+        model, batches, pattern, method=method, device=batches[0].device, progress=False, options=Options(**options)
     )
 
 
@@ -71,6 +72,7 @@ METHODS: dict[str, Method] = {
     "modelopt": modelopt,
     "ours without permutation": compiled_with("admm", permute=False),
     "ours": compiled_with("admm"),
+    "ours + all patches": compiled_with("admm", patches=0),
     "ours + budget": compiled_with("admm", global_budget=True),
     "ours + polish": compiled_with("admm", polish=8, flip=True),
     # What each ingredient gives, one after the other.
@@ -80,14 +82,13 @@ METHODS: dict[str, Method] = {
     "+ dense target": compiled_with("admm", target="dense", bias_correction=False, reconstruct=False, permute=False),
     "+ bias": compiled_with("admm", target="dense", reconstruct=False, permute=False),
     "+ skip target": compiled_with("admm", target="skip", reconstruct=False, permute=False),
-    "+ reconstruction": compiled_with("admm", target="skip", permute=False),
     # + rectified target: "ours without permutation"; + permutation: "ours".
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; accuracies and agreement in percent, KL in nats, seconds of the process on all cores."""
+    """One line of the table; accuracies and agreement in percent, KL in nats, seconds of processor time."""
 
     model: str
     pattern: str
@@ -108,9 +109,10 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model(batch) for batch in images.split(500)]).double()
 
 
-def images_of(path: Path, split: str | None, first: int | None = None) -> tuple[Tensor, Tensor]:
+def images_of(path: Path, split: str | None, first: int | None = None, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Normalised images (N, C, H, W) and labels (N,)."""
-    return load_npz(path, split, first=first, **NORMALISATION)[:]
+    images, labels = load_npz(path, split, first=first, **NORMALISATION)[:]
+    return images.to(device), labels.to(device)
 
 
 def measure(model: nn.Module, dense: dict[str, Tensor], test: dict[str, tuple[Tensor, Tensor]]) -> dict[str, object]:
@@ -124,7 +126,7 @@ def measure(model: nn.Module, dense: dict[str, Tensor], test: dict[str, tuple[Te
         "accuracy_jpeg": 100 * float(right["jpeg"].double().mean()),
         "agreement": 100 * float((a.argmax(1) == b.argmax(1)).double().mean()),
         "kl": float((log_a.exp() * (log_a - log_b)).sum(1).mean()),
-        "right": right["jpeg"].numpy(),
+        "right": right["jpeg"].cpu().numpy(),
     }
 
 
@@ -151,29 +153,30 @@ def main(
     methods: str = "magnitude,sparsegpt,ours without permutation,ours",
     images: int = 1024,
     threads: int = 2,
+    device: Annotated[str, typer.Option(help="where everything runs: cpu, cuda")] = "cpu",
     output: Path = Path("benchmarks/accuracy.csv"),
 ) -> None:
     """Fill the table for every combination that is not in it yet."""
     torch.set_num_threads(threads)
     cifar = data / "cifar10"
-    calibration, _ = images_of(cifar / "cifar10_subset.npz", "train", images)
+    calibration, _ = images_of(cifar / "cifar10_subset.npz", "train", images, device)
     test = {
-        "lossless": images_of(cifar / "cifar10_subset.npz", "test"),
-        "jpeg": images_of(cifar / "cifar10_jpeg_test.npz", None),
+        "lossless": images_of(cifar / "cifar10_subset.npz", "test", device=device),
+        "jpeg": images_of(cifar / "cifar10_jpeg_test.npz", None, device=device),
     }
     batches = calibration.split(BATCH)
-    machine = f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}"
+    words = machine(device)
     rows = read(output)
     done = {(row["model"], row["pattern"], row["method"], row["images"]) for row in rows}
-    folder = Path("out/accuracy")
+    torch.backends.cudnn.allow_tf32 = False
     for name in models.split(","):
-        model = load_weights(fxprune.models.create(name), cifar / WEIGHTS[name]).eval()
+        model = load_weights(fxprune.models.create(name), cifar / WEIGHTS[name]).to(device).eval()
         dense = {key: logits(model, pictures) for key, (pictures, _) in test.items()}
         if (name, "", "dense", str(images)) not in done:
             found = measure(model, dense, test)
             right = found.pop("right")
-            append(output, Row(name, "", "dense", 0.0, **found, seconds=0.0, images=images, machine=machine))
-            keep(folder, name, "", "dense", right)
+            append(output, Row(name, "", "dense", 0.0, **found, seconds=0.0, images=images, machine=words))
+            keep(PREDICTIONS, name, "", "dense", right)
         for pattern, method in itertools.product(patterns.split(","), methods.split(",")):
             method = next(known for known in METHODS if known == method.strip())
             if (name, pattern, method, str(images)) in done:
@@ -182,12 +185,12 @@ def main(
             pruned = METHODS[method](model, batches, pattern)
             seconds = time.process_time() - started
             found = measure(pruned, dense, test)
-            keep(folder, name, pattern, method, found.pop("right"))
-            row = Row(name, pattern, method, sparsity(pruned), **found, seconds=seconds, images=images, machine=machine)
+            keep(PREDICTIONS, name, pattern, method, found.pop("right"))
+            row = Row(name, pattern, method, sparsity(pruned), **found, seconds=seconds, images=images, machine=words)
             append(output, row)
             print(f"{name} {pattern} {method}: {row.accuracy:.2f} / {row.accuracy_jpeg:.2f} / {row.agreement:.2f} / "
                   f"{row.kl:.4f}, {seconds:.0f} s", flush=True)  # fmt: skip
-    significance(folder, read(output), output.with_name(output.stem + "_significance.csv"))
+    significance(PREDICTIONS, read(output), output.with_name(output.stem + "_significance.csv"))
 
 
 def keep(folder: Path, model: str, pattern: str, method: str, right: np.ndarray) -> None:

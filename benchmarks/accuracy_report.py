@@ -25,7 +25,7 @@ METHOD_STYLE = {
 PATTERNS = ("", "2:4", "1:4", "4:8", "0.5", "0.7", "0.8", "0.9", "0.95")
 METHODS = (
     "dense", "magnitude", "modelopt", "sparsegpt", "exact_obs", "exact_obs + BatchNorm", "admm with its own target",
-    "+ dense target", "+ bias", "+ skip target", "+ reconstruction", "ours without permutation", "ours", "ours + budget",
+    "+ dense target", "+ bias", "+ skip target", "ours without permutation", "ours", "ours + all patches", "ours + budget",
     "ours + polish",
 )  # fmt: skip
 HEADING = """# Accuracy

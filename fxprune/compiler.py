@@ -30,7 +30,7 @@ from fxprune.pattern import Pattern
 from fxprune.progress import layer_progress
 from fxprune.tracing import trace
 
-PERMUTATION_IMAGES = 128
+PERMUTATION_IMAGES = 64
 
 
 def compile(

@@ -126,6 +126,23 @@ class LayerGeometry:
         flat = [side for sides in reversed(self.padding) for side in sides]
         return F.pad(x, flat, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
+    def padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """An input (N, C, *spatial), and the zeros that a convolution has to add on both sides of each dimension.
+
+        Padding that torch's convolutions cannot add is in the input already, and the zeros are none.
+        """
+        if self.padding_mode == "zeros" and all(before == after for before, after in self.padding):
+            return x, tuple(before for before, _ in self.padding)
+        return self.pad(x), (0,) * len(self.padding)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output: input (N, C, *spatial) or (..., C), weight (R, C/G, *kernel), bias (R,)."""
+        if not self.kernel_size:
+            return F.linear(x, weight, bias)
+        x, padding = self.padded(x)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
+        return convolve(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
     def output_size(self, padded_size: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial size of the output for an input that is already padded."""
         return tuple(

@@ -27,8 +27,8 @@ class Options:
         reconstruct: re-fit layers that are not pruned (first conv, depthwise, ...) to the same target.
         fold_batchnorm: fold BatchNorm into the layer before it.
         patches: how many patches for each column of a layer (each input of an output channel) its statistics are taken from.
-            Where the calibration set has more, images are left out evenly, down to 128; 0 for all there are.
-        permute: choose which input channels share an N:M group, on the first batches of together at least 128 images.
+            Where a set of at least 128 images has more, rows and images are left out evenly; 0 for all there are.
+        permute: choose which input channels share an N:M group, on the first batches of together at least 64 images.
         global_budget: for unstructured patterns: spread the zeros over the layers by what each costs.
         polish: epochs afterwards in which the activations learn the dense model's, masks fixed; 0 for none.
         flip: polish on mirrored images too; right for photographs, wrong for digits.
@@ -96,5 +96,5 @@ PUBLISHED = Options(
     inputs="pruned", target="weights", bias_correction=False, refit=False, reconstruct=False, patches=0, permute=False
 )
 OURS = Options(
-    inputs="pruned", target="rectified", bias_correction=True, refit=True, reconstruct=True, patches=256, permute=True
+    inputs="pruned", target="rectified", bias_correction=True, refit=True, reconstruct=True, patches=128, permute=True
 )

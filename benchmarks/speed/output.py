@@ -58,9 +58,12 @@ def write_markdown(path: Path, rows: Sequence[Row], command: str) -> None:
     for machine in sorted({row.machine for row in rows}):
         sections = dict.fromkeys(row.section for row in rows if row.machine == machine)
         lines += [f"Machine ({'; '.join(sections)}): {machine}.", ""]
-    lines += ["## Bars", "", *(f"- {bar}" for bar in bars(rows)), ""]
+    on_gpu = "cuda" in command
+    lines += ["## Bars", "", *(f"- {bar}" for bar in bars(rows, on_gpu=on_gpu)), ""]
     for section, title in TITLES.items():
         chosen = [row for row in rows if row.section == section]
+        if on_gpu and section not in ("statistics", "resnet50"):
+            continue
         if not chosen:
             lines += [f"## {title}", "", "Not measured yet: an open figure.", ""]
             continue
@@ -73,8 +76,8 @@ def write_markdown(path: Path, rows: Sequence[Row], command: str) -> None:
         part.write_text("\n".join(lines), encoding="utf-8")
 
 
-def bars(rows: Sequence[Row]) -> list[str]:
-    """Each bar that the rows can say something about, with the figure."""
+def bars(rows: Sequence[Row], *, on_gpu: bool = False) -> list[str]:
+    """Each bar that the rows can say something about, with the figure; those of the statistics are set for two CPU cores."""
     said = []
     for case, ways in _cases(rows, "statistics"):
         if OURS in ways and UNFOLD in ways:
@@ -85,7 +88,8 @@ def bars(rows: Sequence[Row]) -> list[str]:
             said.append(
                 f"{case}: time 1/{faster:.1f} of unfold + matmul's (bar 1/4), extra memory 1/{beyond:.1f} (bar 1/5) beyond "
                 f"the result, which both must hold, and 1/{unfold_mib / ours_mib:.1f} with it, difference {difference:.0e} "
-                f"(bar 1e-5): {_met(faster >= 4 and beyond >= 5 and difference <= 1e-5)}"
+                f"(bar 1e-5): "
+                + ("the bars are set for a CPU" if on_gpu else _met(faster >= 4 and beyond >= 5 and difference <= 1e-5))
             )
     for case, ways in _cases(rows, "compile"):
         if DEFAULT in ways and "exact_obs" in ways:

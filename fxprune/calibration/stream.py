@@ -21,7 +21,7 @@ from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.batches import EMPTY, assign
 from fxprune.calibration.lifetimes import last_uses, may_overwrite, reads_strides
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
-from fxprune.calibration.sampling import ImageSample, sample_images
+from fxprune.calibration.sampling import PatchSample, sample_patches
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.errors import CalibrationError
 from fxprune.geometry import LayerGeometry
@@ -141,17 +141,9 @@ class CalibrationStream:
         x: Tensor = values.dense(source) if self.observe_dense else values.pruned(source)
         return x
 
-    def sample(self, geometry: LayerGeometry, x: Tensor, number: int, *, most: int | None = None) -> ImageSample:
-        """The images of batch `number` from which the statistics of a layer with input x are taken.
-
-        Args:
-            geometry: of the layer.
-            x: its input on the batch.
-            number: of the batch.
-            most: patches for each column, if the stream's own number is larger and not 0, for all.
-        """
-        patches = min(self.patches, most or self.patches)
-        return sample_images(geometry, x, number=number, images=self.images, patches=patches)
+    def sample(self, geometry: LayerGeometry, x: Tensor, number: int, *, share: float = 1.0) -> PatchSample:
+        """What the statistics of a layer with input x are taken from in batch `number`, or a share of so many patches."""
+        return sample_patches(geometry, x, number=number, images=self.images, patches=share * self.patches)
 
     def finish(self) -> OutputAgreement:
         """Run all batches to the graph's output, and compare the two models there."""
@@ -210,7 +202,8 @@ class CalibrationStream:
             try:
                 with self.stopwatch.measure("statistics"):
                     x = self.observed(values, source)
-                    observer(self.sample(observer.geometry, x, number)(x))
+                    sample = self.sample(observer.geometry, x, number)
+                    observer.observe(sample.input(x), sample.geometry)
             except (RuntimeError, IndexError, ValueError):
                 for layer in node.users:  # What the layer itself says about such an input is of more use.
                     self._execute(layer, values.dense, number)

@@ -6,7 +6,7 @@ The statistics of a layer come from the prefix that is already pruned, so every 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from fxprune.layer_checkpoint import LayerCheckpoint
 from fxprune.layer_solution import SolvedLayer, install, layer_of, observer_of, solve_layer
 from fxprune.options import Options
 from fxprune.passes.base import Pass
-from fxprune.passes.destination import destination
+from fxprune.passes.destination import destination, skip_operands
 from fxprune.passes.insert_observers import TASK, LayerTask
 from fxprune.passes.kept_layers import kept_layer, layers_inside, zeros
 from fxprune.passes.wanted_output import cross_statistics, rectified_statistics
@@ -35,6 +35,23 @@ from fxprune.statistics import CrossStatistics, InputStatistics
 
 LAYER = "fxprune"
 REPORT = "fxprune_report"
+
+
+def unaffected(graph_module: GraphModule, tasks: Mapping[Node, LayerTask]) -> list[Node]:
+    """The layers to be re-fitted whose dense weights are the answer: no pruned layer feeds them, or what they are added to."""
+    changed: set[Node] = set()
+    found = []
+    for node in graph_module.graph.nodes:
+        task = tasks.get(node)
+        sources = {*node.all_input_nodes}
+        if task is not None and task.role == "reconstruct":
+            if changed.isdisjoint({*sources, *skip_operands(node)}):
+                found.append(node)
+            else:
+                changed.add(node)
+        elif not changed.isdisjoint(sources) or (task is not None and task.role == "prune"):
+            changed.add(node)
+    return found
 
 
 class PruneWeights(Pass):
@@ -85,7 +102,13 @@ class PruneWeights(Pass):
         """Solve layer after layer as the calibration set streams by; the report lacks only the layers."""
         stream = CalibrationStream.by(self.options, graph_module, self.loader, self.stopwatch)
         checkpoint = LayerCheckpoint.open(graph_module, self.pattern, self.method, self.options)
-        to_solve = [node for node, task in tasks.items() if task.geometry is not None]
+        exact = unaffected(graph_module, tasks)
+        to_solve = [node for node, task in tasks.items() if task.geometry is not None and node not in exact]
+        for node in exact:
+            observer_of(node).enabled = any(user not in exact for user in input_of(node).users)
+            same = SolvedLayer(layer_of(node).weight.data, None, damping=0.0, dead_inputs=0)
+            report = self._install(graph_module, node, tasks[node], same)
+            node.meta[LAYER] = replace(report, relative_error=0.0, damping=None)
         solved: dict[Node, LayerReport] = {}
         for node in to_solve:
             self.on_layer(str(node.target), len(to_solve) + 1)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from fxprune.calibration.batch_store import BatchValues
-from fxprune.calibration.sampling import ImageSample
+from fxprune.calibration.sampling import PatchSample
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import input_of
-from fxprune.layer_solution import SolvedLayer, install, layer_of
+from fxprune.layer_solution import SolvedLayer
 from fxprune.options import Options
 from fxprune.passes.destination import destination, skip_operands
 from fxprune.passes.insert_observers import LayerTask
 from fxprune.statistics import CrossStatistics, Pool
 
-RECTIFIED_PATCHES = 64  # For each column.
+RECTIFIED_SHARE = 0.5
 
 
 def cross_statistics(
@@ -47,13 +45,13 @@ def cross_statistics(
     source = input_of(node)
     skips = skip_operands(node) if options.target in ("skip", "rectified") else ()
     cross = CrossStatistics.empty(geometry, stream.device)
-    pool = Pool(partial(cross.update, geometry))
+    pool = Pool(cross.update)
 
     def visit(number: int, values: BatchValues) -> None:
         x = stream.observed(values, source)
         sample = stream.sample(geometry, x, number)
         y = _compensated(values, node, skips, sample)
-        pool.put(geometry.batched(sample(x)), geometry.batched(y))
+        pool.put(sample.geometry, geometry.batched(sample.input(x)), geometry.batched(y))
 
     stream.run_to(node, visit)
     stream.gather(pool)
@@ -70,7 +68,7 @@ def rectified_statistics(
     y < 0 the wanted output is min(z, 0), with z what the layer gives now, and y elsewhere. After the non-linear
     reconstruction of Zhang et al. 2015, Accelerating Very Deep Convolutional Networks, section 3.2.
 
-    What is gathered is the change from y, on a part of the images: it is small and settles sooner than the cross term.
+    What is gathered is the change from y: it is small, and settles sooner than the cross term.
 
     Args:
         stream: at the layer.
@@ -82,45 +80,43 @@ def rectified_statistics(
     source, goes_to = input_of(node), destination(node)
     assert goes_to.rectifier is not None
     low, high = goes_to.rectifier
-    candidate = copy.deepcopy(layer_of(node))
-    install(candidate, layer)
     change = CrossStatistics.empty(geometry, stream.device)
 
-    def update(x: Tensor, dense: Tensor, *added: Tensor) -> None:
-        z = sum(added, start=candidate(x))
-        change.update(geometry, x, _rectified(dense, z, low, high))
+    def update(seen: LayerGeometry, x: Tensor, dense: Tensor, *added: Tensor) -> None:
+        z = sum(added, start=seen.apply(x, layer.weight, layer.bias))
+        change.update(seen, x, _rectified(dense, z, low, high))
 
     pool = Pool(update)
 
     def visit(number: int, values: BatchValues) -> None:
         x = stream.observed(values, source)
-        sample = stream.sample(geometry, x, number, most=RECTIFIED_PATCHES)
-        output = dense = sample(values.dense(node))
+        sample = stream.sample(geometry, x, number, share=RECTIFIED_SHARE)
+        output = dense = sample.output(values.dense(node))
         added: list[Tensor] = []
         for operand in goes_to.added:
             if isinstance(operand, Node):
-                dense = dense + sample(values.dense(operand))
-                added.append(sample(values.pruned(operand)))
+                dense = dense + sample.output(values.dense(operand))
+                added.append(sample.output(values.pruned(operand)))
             else:
                 dense = dense + operand
                 added.append(output.new_tensor(operand))
         if dense.shape == output.shape:  # Else the sum spreads the layer's output out: no single value is wanted of it.
-            of_layer = (sample(x), dense, *(value.expand_as(output) for value in added))
-            pool.put(*map(geometry.batched, of_layer))
+            of_layer = (sample.input(x), dense, *(value.expand_as(output) for value in added))
+            pool.put(sample.geometry, *map(geometry.batched, of_layer))
 
     stream.revisit(visit)
     stream.gather(pool)
     return cross.plus(change)
 
 
-def _compensated(values: BatchValues, node: Node, skips: Iterable[Node], sample: ImageSample) -> Tensor:
+def _compensated(values: BatchValues, node: Node, skips: Iterable[Node], sample: PatchSample) -> Tensor:
     """The dense output of a layer, plus the errors of the values that will be added to it."""
     output: Tensor = values.dense(node)
-    y = sample(output)
+    y = sample.output(output)
     for skip in skips:
         dense, pruned = values.dense(skip), values.pruned(skip)
         if dense is not pruned and dense.shape == output.shape:
-            y = y + (sample(dense) - sample(pruned))
+            y = y + (sample.output(dense) - sample.output(pruned))
     return y
 
 

@@ -22,7 +22,7 @@ def exact_obs(problem: LayerProblem, pattern: Pattern) -> Tensor:
     to the end, and the weights whose removal cost least, over all rows, are the ones that go (the global step of
     the paper's section 4). The weights left are the least-squares solution on their support.
     """
-    weight, inverse = problem.optimum(), torch.linalg.inv(problem.hessian)
+    weight, inverse = problem.optimum(), problem.once("inverse", lambda: torch.linalg.inv(problem.hessian))
     rows_at_once = max(1, CHUNK_BYTES // (inverse.numel() * inverse.element_size()))
     if isinstance(pattern, NMPattern):
         chunks = [_greedy(w, inverse, pattern)[0] for w in weight.split(rows_at_once)]
@@ -58,7 +58,7 @@ def _greedy(weight: Tensor, inverse: Tensor, pattern: NMPattern | None) -> tuple
         column = inverse[row, :, j]
         pivot = column[row, j]
         weight -= (weight[row, j] / pivot)[:, None] * column
-        inverse -= column[:, :, None] * (column / pivot[:, None])[:, None, :]
+        inverse.baddbmm_(column[:, :, None], (column / -pivot[:, None])[:, None, :])
         left[row, j] = False
         weight[row, j] = 0
         inverse[row, j, j] = 1  # Its row and column are zero now; the one keeps the scores finite.

@@ -8,14 +8,16 @@ output Y, T = Y X^T, it is ||Y - W X||^2, whose dense optimum W* = T H^-1 need n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fxprune.errors import SolverError
 
+T = TypeVar("T")
 DAMPING_TRIES = 6
 SMALLEST_DAMPING = 1e-6
 
@@ -30,6 +32,7 @@ class LayerProblem:
         weight: (..., R, D) the dense weights, towards which damping pulls.
         damping: the largest damping in `hessian`, relative to the mean of its diagonal.
         pull: (..., R, D) what damping has added to the target, or None.
+        factors: what solvers have computed from H alone (`once`); problems of layers that share H share it.
     """
 
     hessian: Tensor
@@ -37,18 +40,32 @@ class LayerProblem:
     weight: Tensor
     damping: float = 0.0
     pull: Tensor | None = None
+    factors: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def damped(self, damping: float) -> LayerProblem:
+    def damped(self, damping: float, factors: dict[Any, Any] | None = None) -> LayerProblem:
         """(H + lambda I, T + lambda W) with lambda = damping * mean(diag H), positive definite.
 
         If a Cholesky factorisation fails, the damping is raised tenfold, up to five times. An input that is always zero
         (H_jj = 0) costs nothing; under damping its weight stays as it was unless the pattern wants a zero there.
+
+        Args:
+            damping: relative to the mean of H's diagonal.
+            factors: shared by the problems that have this H and damping: what one of them computes, the others find there.
 
         Raises:
             SolverError: if H or T is not finite, or no damping tried makes H positive definite.
         """
         if not (torch.isfinite(self.hessian).all() and torch.isfinite(self.target).all()):
             raise SolverError("the layer's statistics hold NaN or infinite values; check the calibration data")
+        factors = {} if factors is None else factors
+        if "damped" not in factors:
+            factors["damped"] = self._damped(damping)
+        hessian, shift, damping = factors["damped"]
+        pull = self.weight * shift[..., None, :]
+        return replace(self, hessian=hessian, target=self.target + pull, damping=damping, pull=pull, factors=factors)
+
+    def _damped(self, damping: float) -> tuple[Tensor, Tensor, float]:
+        """H + diag(shift), shift (..., D), and the damping that it took."""
         diagonal = self.hessian.diagonal(dim1=-2, dim2=-1)
         scale = diagonal.mean(-1, keepdim=True)
         for _ in range(DAMPING_TRIES):
@@ -58,8 +75,7 @@ class LayerProblem:
                 shift = torch.where(diagonal == 0, 1.0, shift)
             hessian = self.hessian + torch.diag_embed(shift)
             if not torch.linalg.cholesky_ex(hessian).info.any():
-                pull = self.weight * shift[..., None, :]
-                return replace(self, hessian=hessian, target=self.target + pull, damping=damping, pull=pull)
+                return hessian, shift, damping
             damping = max(10 * damping, SMALLEST_DAMPING)
         raise SolverError(
             f"the Hessian ({self.hessian.shape[-1]} columns) is not positive definite even with damping "
@@ -68,8 +84,16 @@ class LayerProblem:
 
     def groups(self) -> Iterator[LayerProblem]:
         """The problem of each group, (D, D) and (R, D)."""
-        for hessian, target, weight in zip(self.hessian, self.target, self.weight, strict=True):
-            yield replace(self, hessian=hessian, target=target, weight=weight, pull=None)
+        for g, (hessian, target, weight) in enumerate(zip(self.hessian, self.target, self.weight, strict=True)):
+            factors = self.factors.setdefault(g, {})
+            yield replace(self, hessian=hessian, target=target, weight=weight, pull=None, factors=factors)
+
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """What a solver computes from H alone: the first layer with this H computes it, the others find it."""
+        if name not in self.factors:
+            self.factors[name] = compute()
+        result: T = self.factors[name]
+        return result
 
     def retargeted(self, target: Tensor) -> LayerProblem:
         """The same inputs and damping with another cross term T, (..., R, D), given undamped."""
@@ -77,7 +101,7 @@ class LayerProblem:
 
     def optimum(self) -> Tensor:
         """W* = T H^-1, (..., R, D), the dense minimiser."""
-        factor = torch.linalg.cholesky(self.hessian)
+        factor = self.once("Cholesky factor", lambda: torch.linalg.cholesky(self.hessian))
         return torch.cholesky_solve(self.target.mT, factor).mT
 
     def loss(self, weight: Tensor) -> Tensor:

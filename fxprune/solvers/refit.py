@@ -33,7 +33,7 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
     # Cholesky: S^3 / 3 multiply-adds a row, at a lower rate than a large product; conjugate gradients: D^2 an iteration.
     if support**3 / 3 > CG_COST * mask.shape[1] ** 2:
         # In float32: what rounding leaves is below what the tolerance leaves, in half the time.
-        single = replace(problem, hessian=problem.hessian.float(), target=problem.target.float())
+        single = replace(problem, hessian=problem.hessian.float(), target=problem.target.float(), factors={})
         start = None if start is None else start.float()
         return refit_by_conjugate_gradients(single, mask, start=start).to(problem.target.dtype)
     return refit_by_cholesky(problem, mask)

@@ -22,7 +22,7 @@ def sparsegpt(problem: LayerProblem, pattern: Pattern, *, block_size: int = 128)
         block_size: columns B of a lazy block; updates right of the block are one matrix product.
     """
     weight = problem.optimum()
-    upper = inverse_factor(problem.hessian)
+    upper = problem.once("inverse factor", lambda: inverse_factor(problem.hessian))
     rows, columns = weight.shape
     if isinstance(pattern, NMPattern):
         block_size = -(-block_size // pattern.m) * pattern.m

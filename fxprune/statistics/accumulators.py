@@ -6,7 +6,8 @@ batches neither overflow nor drift.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,13 @@ class InputStatistics:
         gram: (G, D, D) float64, X X^T.
         total: (G, D) float64, X 1.
         count: P, patches seen.
+        factors: what has been computed from them for one layer, for the next one that reads them.
     """
 
     gram: Tensor
     total: Tensor
     count: int
+    factors: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def hessian(self, *, centred: bool) -> Tensor:
         """X X^T / P, (G, D, D) float64; with `centred` the mean patch is removed first."""
@@ -129,17 +132,20 @@ class HessianObserver(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Observe (N, C, *spatial), or (..., C) for a Linear layer, and return it unchanged."""
-        if not self.enabled:
-            return x
-        self._pool.put(self.geometry.batched(x.detach()))
-        self._statistics = None
+        self.observe(x, self.geometry)
         return x
 
+    def observe(self, x: Tensor, geometry: LayerGeometry) -> None:
+        """Observe what the layer, in another geometry (of another padding), reads of an input."""
+        if self.enabled:
+            self._pool.put(geometry, self.geometry.batched(x.detach()))
+            self._statistics = None
+
     @torch.inference_mode()
-    def _add(self, batch: Tensor) -> None:
-        self._gram.add(batch)
-        self._total = self._total + patch_sum(self.geometry, batch)
-        self._count += patch_count(self.geometry, batch)
+    def _add(self, geometry: LayerGeometry, batch: Tensor) -> None:
+        self._gram.add(batch, geometry)
+        self._total = self._total + patch_sum(geometry, batch)
+        self._count += patch_count(geometry, batch)
 
     def statistics(self) -> InputStatistics:
         """The moments of everything observed so far."""

@@ -24,7 +24,7 @@ from fxprune.geometry import LayerGeometry
 CHUNK_ELEMENTS = 8 * 2**20
 ROWS_ELEMENTS = 3 * 2**18  # Of all blocks, assembled at a time.
 MIRROR_ROWS = 256  # At a time.
-BATCHED_CHANNELS = 128  # The products of more are large: adding each one up costs less than holding them all.
+BATCHED_CHANNELS = 128  # On a CPU the products of more are large: adding each one up costs less than holding them all.
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def box_products(geometry: LayerGeometry, x: Tensor, total: Tensor | None = None
             first = rows[box.top : box.bottom, box.left * len(part) : box.right * len(part)]
             rows_down = rows[box.top + down : box.bottom + down]
             second = rows_down[:, (box.left + along) * len(part) : (box.right + along) * len(part)]
-            if channels <= BATCHED_CHANNELS:
+            if channels <= BATCHED_CHANNELS or x.is_cuda:
                 product += torch.bmm(first.mT, second).sum(0)
             else:
                 for a, b in zip(first, second, strict=True):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fxprune.geometry import LayerGeometry
+
 POOL_NUMBERS = 2**20  # Of the first tensor; the products of fewer take less time than the calls that start them.
 
 
@@ -14,32 +16,46 @@ class Pool:
     """Calls a function on small batches joined together, on large ones as they are.
 
     Args:
-        function: takes the tensors of a batch, (N, ...) each, and is content with several batches in one.
+        function: takes a layer's geometry and the tensors of a batch, (N, ...) each; content with several batches in one.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
-        self._waiting: list[tuple[Tensor, ...]] = []
-        self._numbers = 0
+        self._geometry: LayerGeometry | None = None
+        self._kind: object = None  # Geometry, shapes and dtypes of what waits.
+        self._waiting: list[Tensor] = []  # With room for more; the first `_count` entries are filled.
+        self._count = 0
 
-    def put(self, *tensors: Tensor) -> None:
-        """Add a batch: tensors of the same N, as many each time."""
-        if self._waiting and any(
-            new.shape[1:] != old.shape[1:] or new.dtype != old.dtype
-            for new, old in zip(tensors, self._waiting[-1], strict=True)
-        ):
+    def put(self, geometry: LayerGeometry, *tensors: Tensor) -> None:
+        """Add a batch: the layer's geometry on it, and tensors of the same N, as many each time."""
+        kind = (geometry, [(t.shape[1:], t.dtype) for t in tensors])
+        count = len(tensors[0])
+        if self._waiting and (kind != self._kind or self._count + count > len(self._waiting[0])):
             self.flush()
-        if not self._waiting and tensors[0].numel() >= POOL_NUMBERS:
-            self._function(*tensors)
+        room = POOL_NUMBERS * count // max(1, tensors[0].numel())
+        if room <= count:
+            self._function(geometry, *tensors)
             return
-        # Copies: what a batch is a part of may be overwritten, or need not be held as a whole.
-        self._waiting.append(tuple(t.clone() for t in tensors))
-        self._numbers += tensors[0].numel()
-        if self._numbers >= POOL_NUMBERS:
-            self.flush()
+        if not self._waiting:
+            self._geometry, self._kind, self._waiting = geometry, kind, [_with_room(t, room) for t in tensors]
+        for waiting, new in zip(self._waiting, tensors, strict=True):
+            waiting[self._count : self._count + count] = new
+        self._count += count
 
     def flush(self) -> None:
         """Hand on what waits."""
         if self._waiting:
-            self._function(*(torch.cat(of) for of in zip(*self._waiting, strict=True)))
-        self._waiting, self._numbers = [], 0
+            self._function(self._geometry, *(t[: self._count] for t in self._waiting))
+        self._waiting, self._count = [], 0
+
+
+def _with_room(like: Tensor, count: int) -> Tensor:
+    """An empty tensor for `count` entries, channels last where those of `like` have them there."""
+    last = like.dim() == 4 and like[:1].is_contiguous(memory_format=torch.channels_last)
+    shape = (count, *like.shape[1:])
+    return torch.empty(
+        shape,
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )

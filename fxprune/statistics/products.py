@@ -27,13 +27,13 @@ class GramAccumulator:
     def __init__(self, geometry: LayerGeometry) -> None:
         self.geometry = geometry
         self._gram = RunningSum()
-        self._boxes: dict[tuple[int, int], RunningSum] = {}
+        self._boxes: dict[tuple[LayerGeometry, tuple[int, int]], RunningSum] = {}
 
-    def add(self, x: Tensor) -> None:
-        """Add a batch."""
-        geometry = self.geometry
+    def add(self, x: Tensor, geometry: LayerGeometry | None = None) -> None:
+        """Add a batch; with the layer's geometry on it, if its padding differs."""
+        geometry = geometry or self.geometry
         if applies(geometry) and autocorrelation_pays(geometry, x.shape[2], x.shape[3]):
-            boxes = self._boxes.setdefault((x.shape[2], x.shape[3]), RunningSum())
+            boxes = self._boxes.setdefault((geometry, (x.shape[2], x.shape[3])), RunningSum())
             shape = (len(plan_for(geometry, *x.shape[2:]).blocks), geometry.in_channels, geometry.in_channels)
             box_products(geometry, x, boxes.buffer(shape, x))
             boxes.added(x.numel() // geometry.in_channels)
@@ -48,7 +48,7 @@ class GramAccumulator:
         Raises:
             CalibrationError: if no batch was added.
         """
-        parts = [assemble(self.geometry, size, products.parts()) for size, products in self._boxes.items()]
+        parts = [assemble(*seen, products.parts()) for seen, products in self._boxes.items()]
         gram = self._gram.total()
         parts += [] if gram is None else [gram]
         if not parts:
@@ -71,15 +71,12 @@ def cross_product(geometry: LayerGeometry, x: Tensor, y: Tensor) -> Tensor:
     """
     if not geometry.kernel_size or (geometry.is_pointwise and all(s == 1 for s in geometry.stride)):
         return patch_cross(geometry, x, y)
-    symmetric = all(before == after for before, after in geometry.padding)
-    if geometry.padding_mode != "zeros" or not symmetric:
-        x = geometry.pad(x)
-    padding = [p[0] for p in geometry.padding] if geometry.padding_mode == "zeros" and symmetric else None
+    x, padding = geometry.padded(x)
     dims = len(geometry.kernel_size)
     shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel_size)
     weight = x.new_empty(1).expand(shape)  # Only its shape is read.
     _, gradient, _ = torch.ops.aten.convolution_backward(
-        y, x, weight, None, geometry.stride, padding or [0] * dims, geometry.dilation, False, [0] * dims,
+        y, x, weight, None, geometry.stride, padding, geometry.dilation, False, [0] * dims,
         geometry.groups, (False, True, False),
     )  # fmt: skip
     return geometry.to_matrix(gradient)

@@ -1,4 +1,4 @@
-"""Which images a layer's statistics are taken from, and that all that is gathered for a layer comes from the same ones."""
+"""Which patches a layer's statistics are taken from, and that all that is gathered for a layer comes from the same ones."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Options
 from fxprune.calibration import sampling
-from fxprune.calibration.sampling import ImageSample, sample_images
+from fxprune.calibration.sampling import PatchSample, sample_patches
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import module_of
-from fxprune.passes import InsertObservers
+from fxprune.passes import InsertObservers, prune_weights
 from fxprune.pattern import Pattern
 from fxprune.statistics import HessianObserver
 from fxprune.tracing import trace
@@ -27,15 +27,15 @@ def few_images_suffice(monkeypatch):
     monkeypatch.setattr(sampling, "LEAST_IMAGES", 4)
 
 
-def sample(x: Tensor, number: int = 0, images: int = 64, patches: int = 8) -> ImageSample:
-    return sample_images(GEOMETRY, x, number=number, images=images, patches=patches)
+def sample(x: Tensor, number: int = 0, images: int = 64, patches: int = 8) -> PatchSample:
+    return sample_patches(GEOMETRY, x, number=number, images=images, patches=patches)
 
 
 def test_images_are_left_out_evenly_where_there_are_more_patches_than_asked_for():
     x = torch.randn(16, 4, 6, 6)  # 64 images of 36 patches; 8 * 36 of these are asked for.
     assert sample(x).step == 8
-    assert [len(sample(x, number)(x)) for number in range(4)] == [2] * 4
-    assert torch.equal(sample(x, number=3)(x), x[3::8])
+    assert [len(sample(x, number).output(x)) for number in range(4)] == [2] * 4
+    assert torch.equal(sample(x, number=3).input(x), x[3::8])
     assert sample(x, number=11).start == 3
 
 
@@ -44,17 +44,17 @@ def test_all_images_where_they_are_wanted_or_few(images, patches):
     x = torch.randn(3, 4, 6, 6)
     chosen = sample(x, images=images, patches=patches)
     assert chosen.step == 1
-    assert chosen(x) is x
+    assert chosen.input(x) is x
 
 
 def test_steps_need_not_be_whole():
     x = torch.randn(10, 4, 6, 6)  # 40 images of 36 patches; two thirds of these are asked for.
     chosen = sample(x, images=40, patches=36 * 40 // 36 * 2 // 3)
     assert 1.5 <= chosen.step < 1.6
-    assert torch.equal(chosen(x), x[[0, 1, 3, 4, 6, 7, 9]])
+    assert torch.equal(chosen.input(x), x[[0, 1, 3, 4, 6, 7, 9]])
     last = x.contiguous(memory_format=torch.channels_last)
-    assert chosen(last).is_contiguous(memory_format=torch.channels_last)
-    counts = [len(sample(x, number, images=40, patches=26)(x)) for number in range(30)]
+    assert chosen.input(last).is_contiguous(memory_format=torch.channels_last)
+    counts = [len(sample(x, number, images=40, patches=26).input(x)) for number in range(30)]
     assert set(counts) == {6, 7}
 
 
@@ -66,25 +66,110 @@ def test_so_many_images_are_always_taken(monkeypatch):
 def test_every_batch_gives_an_image_though_it_be_small():
     for number in range(5):
         x = torch.randn(2, 4, 6, 6)
-        assert len(sample(x, number)(x)) == 1
+        assert len(sample(x, number).output(x)) == 1
 
 
 def test_linear_layers_count_vectors():
     geometry, x = LayerGeometry.of(nn.Linear(4, 2)), torch.randn(16, 10, 4)
-    chosen = sample_images(geometry, x, number=1, images=64, patches=80)
-    assert torch.equal(chosen(x), x[1::2])
+    chosen = sample_patches(geometry, x, number=1, images=64, patches=80)
+    assert torch.equal(chosen.input(x), x[1::2])
 
 
 def test_an_image_without_a_batch_dimension_is_taken_whole():
     x = torch.randn(4, 6, 6)
-    assert sample(x)(x) is x
+    assert sample(x).input(x) is x
 
 
 def test_what_is_not_one_value_for_each_image_is_left_whole():
-    chosen = ImageSample(images=8, dims=4, step=2, start=1)
+    chosen = PatchSample(GEOMETRY, images=8, dims=4, step=2, start=1)
     for value in (torch.randn(8, 1, 1), torch.randn(1, 8, 1, 1), torch.tensor(3.0), torch.randn(8)):
-        assert chosen(value) is value
-    assert len(chosen(torch.randn(8, 2, 1, 1))) == 4
+        assert chosen.output(value) is value
+    assert len(chosen.output(torch.randn(8, 2, 1, 1))) == 4
+
+
+LAYERS = {
+    "3x3": nn.Conv2d(4, 8, 3, padding=1),
+    "3x3, stride 2": nn.Conv2d(4, 8, 3, padding=1, stride=2),
+    "3x5, dilation": nn.Conv2d(4, 8, (3, 5), padding=(2, 3), dilation=(2, 1)),
+    "1x1": nn.Conv2d(4, 8, 1),
+    "1x1, stride 2": nn.Conv2d(4, 8, 1, stride=2),
+    "4x4, same": nn.Conv2d(4, 8, 4, padding="same"),
+    "much padding": nn.Conv2d(4, 8, 3, padding=5),
+    "depthwise": nn.Conv2d(4, 8, 3, padding=1, groups=4),
+    "1-D": nn.Conv1d(4, 8, 5, padding=2, stride=3),
+    "3-D": nn.Conv3d(4, 8, 3, padding=1),
+}
+
+
+@pytest.mark.parametrize("patches", [1, 2, 5])
+@pytest.mark.parametrize("name", LAYERS)
+def test_on_a_band_of_its_input_the_layer_gives_a_band_of_its_output(name, patches):
+    torch.manual_seed(0)
+    layer = LAYERS[name].double()
+    geometry = LayerGeometry.of(layer)
+    x = torch.randn(12, 4, *(24, 9, 3)[: len(geometry.kernel_size)], dtype=torch.float64)
+    output = layer(x).detach()
+    for number in range(3):
+        chosen = sample_patches(geometry, x, number=number, images=36, patches=patches)
+        if patches == 1 and name not in ("3-D", "1-D"):
+            assert chosen.bands > 1
+        banded = chosen.geometry.apply(chosen.input(x), layer.weight.detach(), layer.bias.detach())
+        torch.testing.assert_close(banded, chosen.output(output), rtol=0, atol=1e-12)
+
+
+def test_bands_take_all_rows_in_turn():
+    x = torch.randn(16, 4, 24, 6)
+    rows = torch.arange(24.0).reshape(1, 1, 24, 1).expand(16, 8, 24, 6)
+    seen = torch.zeros(24)
+    for number in range(6):
+        chosen = sample(x, number, images=96, patches=16)  # A twenty-fourth of all patches.
+        assert (chosen.bands, chosen.step) == (6, 4)
+        found = chosen.output(rows)[:, 0, :, 0]
+        assert found.shape == (4, 4)
+        assert torch.equal(found[:, 0] % 4, torch.zeros(4))
+        seen += torch.bincount(found.flatten().long(), minlength=24)
+    assert (seen == 4).all()
+
+
+def test_rows_are_left_out_before_images():
+    x = torch.randn(16, 4, 24, 6)
+    assert (sample(x, images=16, patches=16).bands, sample(x, images=16, patches=16).step) == (4, 1)
+
+
+def test_padding_that_is_not_zeros_is_left_to_whole_images():
+    geometry = LayerGeometry.of(nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"))
+    chosen = sample_patches(geometry, torch.randn(16, 4, 24, 6), number=0, images=96, patches=16)
+    assert (chosen.bands, chosen.step) == (1, 16)
+
+
+def test_what_has_one_row_for_each_image_keeps_it():
+    chosen = sample(torch.randn(16, 4, 24, 6), images=96, patches=16)
+    assert chosen.output(torch.randn(16, 8, 1, 1)).shape == (4, 8, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["3x3", "3x3, stride 2", "3x5, dilation", "depthwise"])
+def test_observers_take_the_patches_of_the_bands(name):
+    torch.manual_seed(0)
+    geometry = LayerGeometry.of(LAYERS[name])
+    x = torch.randn(8, 4, 24, 9, dtype=torch.float64)
+    chosen = sample_patches(geometry, x, number=1, images=64, patches=2)
+    assert chosen.bands > 1
+    observer = HessianObserver(geometry)
+    observer.observe(x, geometry)
+    observer.observe(chosen.input(x), chosen.geometry)
+    rows = chosen.output(torch.arange(float(chosen.rows))[None, None, :, None].expand(8, 1, -1, 1))[:, 0, :, 0].long()
+    patches = geometry.patches(x).unflatten(1, (8, chosen.rows, -1))
+    images = torch.arange(8)[int(chosen.start) :: int(chosen.step)]
+    banded = patches[:, images[:, None], rows].flatten(1, 3)
+    whole = patches.flatten(1, 3)
+    assert observer.statistics().count == whole.shape[1] + banded.shape[1]
+    torch.testing.assert_close(observer.statistics().gram, whole.mT @ whole + banded.mT @ banded)
+    torch.testing.assert_close(observer.statistics().total, whole.sum(1) + banded.sum(1))
+
+
+def test_channels_stay_last():
+    x = torch.randn(16, 4, 24, 6).contiguous(memory_format=torch.channels_last)
+    assert sample(x, images=96, patches=16).input(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_observers_see_the_sample_of_every_batch():
@@ -117,7 +202,8 @@ class Blocks(nn.Module):
 
 
 @pytest.mark.parametrize("target", ["dense", "skip", "rectified"])
-def test_inputs_and_wanted_outputs_come_from_the_same_images(target):
+def test_inputs_and_wanted_outputs_come_from_the_same_images(target, monkeypatch):
+    monkeypatch.setattr(prune_weights, "unaffected", lambda graph_module, tasks: [])
     torch.manual_seed(0)
     model, images = Blocks(channels=6).eval(), torch.randn(60, 3, 6, 6).split(6)
     # Three and six channels hold no group of four: every layer is fitted whole, and its dense weights are the answer.

