@@ -32,23 +32,26 @@ HEADING = """# Accuracy
 
 One-shot pruning of trained CIFAR-10 ResNets, {images} calibration images, first convolution dense, no retraining. Accuracy
 on the 846 lossless test images and on all 10,000 JPEG test images; top-1 agreement with the dense model and mean KL(dense
-|| pruned) on the first 3,000 JPEG test images. One run each, not all with the same version: what is left out of the
-statistics, and so the last digits of KL, has changed since some rows were made; rows with a machine of torch 2.14 in
-accuracy.csv have the present defaults. An accuracy on 846 images has a 95% interval of +-1.9 points, so only agreement, KL and
-the 10,000 images rank close methods; p is McNemar's, two-sided, against "ours" on the 10,000 images, where both were run
-side by side. Seconds are CPU seconds of one thread, exact_obs on ResNet-20 wall seconds, on a machine of two cores that
-had other work to do ({machine}): read them as an order of magnitude; `speed.md` has the timings.
+|| pruned) on the first 3,000 JPEG test images. One run each. An accuracy on 846 images has a 95% interval of +-1.9 points, so
+only agreement, KL and the 10,000 images rank close methods; p is McNemar's, two-sided, against "ours" on the 10,000 images.
+Other calibration images move KL by about 4%.
+
+The rows were made in two runs. Those of the published methods, and those marked *, on a GPU, fifteen at a time (`{gpu}`);
+those marked * with half as many patches in the statistics (`Options(patches=64)`; "all patches" apart) and smaller steps of
+ADMM's rho, just before these became the default. All others on a CPU, two at a time (`{cpu}`).
+Seconds are processor seconds of the compilation, with that other work beside it: read them as an order of magnitude;
+`speed.md` has the timings. modelopt's row is of an earlier day.
 
 "ours" is `fxprune.compile(model, batches, pattern)` as it comes, "ours + polish" the same with `Options(polish=8,
 flip=True)`. `sparsegpt` is as published, run on the pruned prefix; `exact_obs` likewise as published: statistics of the
 dense model, BatchNorm not folded. `modelopt` is NVIDIA modelopt 0.47's "sparsegpt" mode with its own settings. Rows
 from "admm with its own target" on add one ingredient each; "ours without permutation" adds rectified targets to the
-last of them, and "ours" the permutation.
+last of them, and "ours" the permutation; "ours + all patches" is `Options(patches=0)`.
 
-    python -m benchmarks.accuracy --data ../shared/data --threads 1 --models MODEL --patterns PATTERNS --methods METHODS
-    python -m benchmarks.accuracy_report
-
-with MODEL, PATTERNS and METHODS as in the tables: rows that are there already are kept.
+    python -m benchmarks.accuracy_table --data ../shared/data                               all rows, on a CPU: hours
+    python -m benchmarks.accuracy_table --data ../shared/data --device cuda --workers 15    on a GPU: eight minutes
+    python -m benchmarks.accuracy --models MODEL --patterns PATTERNS --methods METHODS      some rows
+    python -m benchmarks.accuracy_report                                                    tables and plot once more
 
 ![accuracy and KL against sparsity](accuracy.png)
 """
@@ -64,7 +67,9 @@ def main() -> None:
         p_values = {
             (row["model"], row["pattern"], row["method"]): row["p_against_ours"] for row in csv.DictReader(file)
         }
-    lines = [HEADING.format(images=rows[0]["images"], machine=rows[0]["machine"])]
+    machines = {on_gpu: [row["machine"] for row in rows if _on_gpu(row) == on_gpu] for on_gpu in (True, False)}
+    gpu, cpu = (max(set(of), key=of.count) if of else "not run" for of in machines.values())
+    lines = [HEADING.format(images=rows[0]["images"], gpu=gpu, cpu=cpu)]
     for model in dict.fromkeys(row["model"] for row in rows):
         dense = next(row for row in rows if row["model"] == model and row["method"] == "dense")
         lines.append(
@@ -76,11 +81,18 @@ def main() -> None:
             if row["model"] == model and row is not dense:
                 figures = [f"{float(row[k]):.2f}" for k in ("accuracy", "accuracy_jpeg", "agreement")]
                 figures.insert(2, p_values.get((model, row["pattern"], row["method"]), ""))
-                lines.append(
-                    f"| {row['pattern']} | {row['method']} | {' | '.join(figures)} | {float(row['kl']):.4f} | "
-                    f"{float(row['seconds']):.0f} |"
-                )
+                figures += [f"{float(row['kl']):.4f}", f"{float(row['seconds']):.0f}"]
+                lines.append(f"| {row['pattern']} | {row['method']}{' *' * _before(row)} | {' | '.join(figures)} |")
     (HERE / "accuracy.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _on_gpu(row: dict[str, str]) -> bool:
+    return "NVIDIA" in row["machine"]
+
+
+def _before(row: dict[str, str]) -> bool:
+    """Whether a row was made with a default that has changed since."""
+    return _on_gpu(row) and row["method"].startswith(("ours", "+", "admm"))
 
 
 def _place(name: str, order: tuple[str, ...]) -> int:

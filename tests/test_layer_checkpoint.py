@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from fxprune.layer_checkpoint import LayerCheckpoint
 def model():
     torch.manual_seed(0)
     channels = (3, 8, 8, 8, 4)  # The first layer stays as it is; three are solved.
-    layers = [part for c, r in zip(channels, channels[1:], strict=False) for part in (nn.Conv2d(c, r, 3), nn.ReLU())]
+    layers = [part for c, r in pairwise(channels) for part in (nn.Conv2d(c, r, 3), nn.ReLU())]
     return nn.Sequential(*layers[:-1]).eval()
 
 
