@@ -81,8 +81,9 @@ def _by_factorisation(hessian: Tensor) -> Callable[[Tensor, float], Tensor]:
     def solve(wanted: Tensor, rho: float) -> Tensor:
         if rho not in factors:
             factors.clear()
-            shift = max(rho, torch.finfo(hessian.dtype).eps * len(hessian))
-            factors[rho] = torch.linalg.cholesky(hessian + shift * torch.eye(len(hessian)).to(hessian))
+            shifted = hessian.clone()
+            shifted.diagonal().add_(max(rho, torch.finfo(hessian.dtype).eps * len(hessian)))
+            factors[rho] = torch.linalg.cholesky(shifted)
         return torch.cholesky_solve(wanted.mT, factors[rho]).mT
 
     return solve
