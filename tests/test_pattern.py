@@ -178,3 +178,13 @@ def test_decline(text, module, reason):
 
 def test_the_public_name():
     assert fxprune.Pattern is Pattern
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_two_of_four_are_the_two_largest(ties):
+    scores = torch.randint(0, 3 if ties else 10**6, (50, 40), dtype=torch.float64)
+    scores = scores if ties else scores + torch.rand(50, 40, dtype=torch.float64)
+    mask = Pattern.parse("2:4").mask(scores)
+    for values, kept in zip(scores.reshape(-1, 4), mask.reshape(-1, 4), strict=True):
+        assert kept.sum() == 2
+        assert values[kept].min() >= values[~kept].max()
