@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxprune.geometry import LayerGeometry
 
-POOL_NUMBERS = 2**20  # Of the first tensor; the products of fewer take less time than the calls that start them.
+POOL_NUMBERS = 2**20  # Of the largest tensor; the products of fewer take less time than the calls that start them.
 
 
 class Pool:
@@ -32,7 +32,7 @@ class Pool:
         count = len(tensors[0])
         if self._waiting and (kind != self._kind or self._count + count > len(self._waiting[0])):
             self.flush()
-        room = POOL_NUMBERS * count // max(1, tensors[0].numel())
+        room = POOL_NUMBERS * count // max(1, *(t.numel() for t in tensors))
         if room <= count:
             self._function(geometry, *tensors)
             return
