@@ -6,7 +6,7 @@ python -m benchmarks.accuracy_report
 from __future__ import annotations
 
 import csv
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,6 +28,9 @@ METHODS = (
     "+ dense target", "+ bias", "+ skip target", "ours without permutation", "ours", "ours + all patches", "ours + budget",
     "ours + polish",
 )  # fmt: skip
+BEFORE = "; patches=64, small steps of rho"
+MARKED = f"""Rows marked * were made with half as many patches in the statistics ("all patches" apart) and smaller steps of
+ADMM's rho, just before the present defaults (in accuracy.csv: `{BEFORE.strip("; ")}`). """
 HEADING = """# Accuracy
 
 One-shot pruning of trained CIFAR-10 ResNets, {images} calibration images, first convolution dense, no retraining. Accuracy
@@ -36,12 +39,8 @@ on the 846 lossless test images and on all 10,000 JPEG test images; top-1 agreem
 only agreement, KL and the 10,000 images rank close methods; p is McNemar's, two-sided, against "ours" on the 10,000 images.
 Other calibration images move KL by about 4%.
 
-The rows were made in two runs. Those of the published methods (but exact_obs + BatchNorm on ResNet-56 at 4:8 and unstructured),
-and those marked *, on a GPU, fifteen at a time (`{gpu}`);
-those marked * with half as many patches in the statistics (`Options(patches=64)`; "all patches" apart) and smaller steps of
-ADMM's rho, just before these became the default. All others on a CPU, two at a time (`{cpu}`).
-Seconds are processor seconds of the compilation, with that other work beside it: read them as an order of magnitude;
-`speed.md` has the timings. modelopt's row is of an earlier day.
+Seconds are processor seconds of the compilation, with other rows beside it: read them as an order of magnitude; `speed.md` has
+the timings. {machines}
 
 "ours" is `fxprune.compile(model, batches, pattern)` as it comes, "ours + polish" the same with `Options(polish=8,
 flip=True)`. `sparsegpt` is as published, run on the pruned prefix; `exact_obs` likewise as published: statistics of the
@@ -50,7 +49,7 @@ from "admm with its own target" on add one ingredient each; "ours without permut
 last of them, and "ours" the permutation; "ours + all patches" is `Options(patches=0)`.
 
     python -m benchmarks.accuracy_table --data ../shared/data                               all rows, on a CPU: hours
-    python -m benchmarks.accuracy_table --data ../shared/data --device cuda --workers 15    on a GPU: eight minutes
+    python -m benchmarks.accuracy_table --data ../shared/data --device cuda --workers 15    on a GPU: ten minutes
     python -m benchmarks.accuracy --models MODEL --patterns PATTERNS --methods METHODS      some rows
     python -m benchmarks.accuracy_report                                                    tables and plot once more
 
@@ -68,9 +67,13 @@ def main() -> None:
         p_values = {
             (row["model"], row["pattern"], row["method"]): row["p_against_ours"] for row in csv.DictReader(file)
         }
-    machines = {on_gpu: [row["machine"] for row in rows if _on_gpu(row) == on_gpu] for on_gpu in (True, False)}
-    gpu, cpu = (max(set(of), key=of.count) if of else "not run" for of in machines.values())
-    lines = [HEADING.format(images=rows[0]["images"], gpu=gpu, cpu=cpu)]
+    machines = "; ".join(f"{count} of them `{name}`" for name, count in Counter(row["machine"] for row in rows).items())
+    marked = MARKED if any(_before(row) for row in rows) else ""
+    lines = [
+        HEADING.format(
+            images=rows[0]["images"], machines=f"{marked}accuracy.csv names the machine of each row: {machines}."
+        )
+    ]
     for model in dict.fromkeys(row["model"] for row in rows):
         dense = next(row for row in rows if row["model"] == model and row["method"] == "dense")
         lines.append(
@@ -87,13 +90,9 @@ def main() -> None:
     (HERE / "accuracy.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _on_gpu(row: dict[str, str]) -> bool:
-    return "NVIDIA" in row["machine"]
-
-
 def _before(row: dict[str, str]) -> bool:
-    """Whether a row was made with a default that has changed since."""
-    return _on_gpu(row) and row["method"].startswith(("ours", "+", "admm"))
+    """Whether a row was made with a default that has changed since: its machine's words then say so."""
+    return row["machine"].endswith(BEFORE)
 
 
 def _place(name: str, order: tuple[str, ...]) -> int:

@@ -65,8 +65,10 @@ class PatchSample:
 
     def input(self, x: Tensor) -> Tensor:
         """What is chosen of the layer's input: the layer, in `geometry`, makes `output` of it."""
-        if self.bands == 1 or not self._of_images(x):
-            return self._chosen(x) if self._of_images(x) else x
+        if not self._of_images(x):
+            return x
+        if self.bands == 1:
+            return self._chosen(x)
         stride, height = self.layer.stride[0], self.rows // self.bands
         reach = self.layer.dilation[0] * (self.layer.kernel_size[0] - 1)
         return self._banded(x, stride * height, stride * (height - 1) + reach + 1, self.layer.padding[0][0])
