@@ -83,7 +83,13 @@ def compile(
             FoldBatchNorm(exclude=exclude)(graph_module)
         if options.permute:
             PermuteChannels(
-                pattern, head, exclude=exclude, damping=options.damping, seed=options.seed, stopwatch=stopwatch
+                pattern,
+                head,
+                images=PERMUTATION_IMAGES,
+                exclude=exclude,
+                damping=options.damping,
+                seed=options.seed,
+                stopwatch=stopwatch,
             )(graph_module)
         dense = copy.deepcopy(graph_module) if options.polish else None
         InsertObservers(pattern, exclude=exclude, reconstruct=bool(options.reconstruct))(graph_module)

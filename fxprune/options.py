@@ -28,7 +28,7 @@ class Options:
         fold_batchnorm: fold BatchNorm into the layer before it.
         patches: how many patches for each column of a layer (each input of an output channel) its statistics are taken from.
             Where a set of at least 128 images has more, rows and images are left out evenly; 0 for all there are.
-        permute: choose which input channels share an N:M group, on the first batches of together at least 64 images.
+        permute: choose which input channels share an N:M group, on the first 64 images.
         global_budget: for unstructured patterns: spread the zeros over the layers by what each costs.
         polish: epochs afterwards in which the activations learn the dense model's, masks fixed; 0 for none.
         flip: polish on mirrored images too; right for photographs, wrong for digits.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import Dataset, IterableDataset
 
 from fxprune.errors import CalibrationError
@@ -77,6 +78,11 @@ def assign(
     return values
 
 
+def channels_last(x: Any) -> Any:
+    """A batch of images with the channels last in memory; anything else as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x
+
+
 def _images(batch: Any) -> int:
     """How many images a batch holds, by its first tensor; what is wrong with a batch is said where it is used."""
     return next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 1)
@@ -116,6 +122,23 @@ def peek(loader: Iterable[Any], images: int = 1) -> tuple[list[Any], Iterable[An
     if not head:
         raise CalibrationError(EMPTY)
     return head, loader if isinstance(loader, (list, tuple)) else chain(head, rest)
+
+
+def first_images(batches: Iterable[Any], images: int) -> Iterator[Any]:
+    """Batches of together so many images, if there are so many: of the last one, the first images only."""
+    for batch in batches:
+        count = _images(batch)
+        if count <= images:
+            yield batch
+        else:
+            yield tree_map_only(Tensor, partial(_cut, count=count, images=images), batch)
+        images -= count
+        if images <= 0:
+            return
+
+
+def _cut(x: Tensor, count: int, images: int) -> Tensor:
+    return x[:images] if x.dim() and len(x) == count else x
 
 
 def read_all(loader: Iterable[Any]) -> Sequence[Any]:

@@ -113,7 +113,9 @@ def _rows(
     return rows.clamp(0, size - 1).to(device), outside if len(outside[0]) else None
 
 
-def sample_patches(geometry: LayerGeometry, x: Tensor, *, number: int, images: int, patches: float) -> PatchSample:
+def sample_patches(
+    geometry: LayerGeometry, x: Tensor, *, number: int, images: int, patches: float, least: int | None = None
+) -> PatchSample:
     """What a layer of a given geometry with input x is to see of batch `number`.
 
     Args:
@@ -122,16 +124,17 @@ def sample_patches(geometry: LayerGeometry, x: Tensor, *, number: int, images: i
         number: of the batch; successive batches start at another image and another band.
         images: in the whole calibration set.
         patches: for each of the layer's columns, over the whole set; 0 for all there are, as in a set of few images.
+        least: images that always take part, and of which there have to be so many for anything to be left out.
     """
-    size = x.shape[0]
-    if not patches or images < LEAST_IMAGES or geometry.batched(x) is not x:
+    size, least = x.shape[0], LEAST_IMAGES if least is None else least
+    if not patches or images < least or geometry.batched(x) is not x:
         return PatchSample(geometry, size, x.dim())
     too_many = patch_count(geometry, x) / size * images / (patches * geometry.columns)
     rows, bands = 0, 1
     if geometry.kernel_size and geometry.padding_mode == "zeros":
         rows = geometry.output_size((x.shape[2] + sum(geometry.padding[0]), *x.shape[3:]))[0]
         bands = max([n for n in range(2, rows // BAND_ROWS + 1) if rows % n == 0 and n <= too_many], default=1)
-    step = min(float(size), images / LEAST_IMAGES, too_many / bands)
+    step = min(float(size), images / least, too_many / bands)
     if step < LEAST_STEP:
         step = 1.0
     if step >= WHOLE_STEP:

@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
 from fxprune.calibration.batch_store import BatchStore, BatchValues
-from fxprune.calibration.batches import EMPTY, assign
+from fxprune.calibration.batches import EMPTY, assign, channels_last
 from fxprune.calibration.lifetimes import last_uses, may_overwrite, reads_strides
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.calibration.sampling import PatchSample, sample_patches
@@ -41,6 +41,7 @@ class CalibrationStream:
         memory_limit: bytes of live values to hold; see `BatchStore`.
         observe_dense: let observers see the dense model's values in place of the pruned model's.
         patches: for each column of a layer, those that its statistics are taken from; 0 for all.
+        least_images: that always take part in them; None for the default.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class CalibrationStream:
         memory_limit: int | None = None,
         observe_dense: bool = False,
         patches: int = 0,
+        least_images: int | None = None,
     ) -> None:
         self.graph_module = graph_module
         self.device = device
         self.observe_dense = observe_dense
         self.patches = patches
+        self.least_images = least_images
         self.stopwatch = stopwatch
         self.images = 0
         self._digest = hashlib.sha256()
@@ -143,7 +146,8 @@ class CalibrationStream:
 
     def sample(self, geometry: LayerGeometry, x: Tensor, number: int, *, share: float = 1.0) -> PatchSample:
         """What the statistics of a layer with input x are taken from in batch `number`, or a share of so many patches."""
-        return sample_patches(geometry, x, number=number, images=self.images, patches=share * self.patches)
+        patches, least = share * self.patches, self.least_images
+        return sample_patches(geometry, x, number=number, images=self.images, patches=patches, least=least)
 
     def finish(self) -> OutputAgreement:
         """Run all batches to the graph's output, and compare the two models there."""
@@ -184,11 +188,7 @@ class CalibrationStream:
             first = values[placeholders[0]]
             self.images += len(first)
             self._digest.update(str((tuple(first.shape), float(first.double().sum()))).encode())
-        if self._channels_last:
-            for node, x in values.items():
-                if isinstance(x, Tensor) and x.dim() == 4:
-                    values[node] = x.contiguous(memory_format=torch.channels_last)
-        return values
+        return {node: channels_last(x) for node, x in values.items()} if self._channels_last else values
 
     def _run(self, node: Node, values: BatchValues, number: int) -> None:
         """Run a node that is not a cut for the dense model and, where it differs, the pruned model."""
@@ -200,10 +200,11 @@ class CalibrationStream:
             if node in self._diverged:
                 values.pruned_values[node] = values.pruned(source)
             try:
-                with self.stopwatch.measure("statistics"):
-                    x = self.observed(values, source)
-                    sample = self.sample(observer.geometry, x, number)
-                    observer.observe(sample.input(x), sample.geometry)
+                if observer.enabled:
+                    with self.stopwatch.measure("statistics"):
+                        x = self.observed(values, source)
+                        sample = self.sample(observer.geometry, x, number)
+                        observer.observe(sample.input(x), sample.geometry)
             except (RuntimeError, IndexError, ValueError):
                 for layer in node.users:  # What the layer itself says about such an input is of more use.
                     self._execute(layer, values.dense, number)
@@ -215,9 +216,13 @@ class CalibrationStream:
         values.forget(self._dying[node])
 
     def _run_replaced(self, cut: Node, values: BatchValues, number: int) -> None:
-        """The output of a layer that has been replaced, and its error."""
+        """The output of a layer that has been replaced, and its error where its statistics were taken from."""
         values.pruned_values[cut] = self._execute(cut, values.pruned, number)
-        self.errors[cut].update(values.dense(cut), values.pruned(cut))
+        source = input_of(cut)
+        observer = module_of(source)
+        assert isinstance(observer, HessianObserver)
+        sample = self.sample(observer.geometry, values.pruned(source), number)
+        self.errors[cut].update(*map(sample.output, (values.dense(cut), values.pruned(cut))))
         values.forget(self._dying[cut])
 
     def _execute(self, node: Node, value_of: Callable[[Node], Any], number: int) -> Any:

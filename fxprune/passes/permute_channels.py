@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils._pytree import tree_leaves
 
-from fxprune.calibration.batches import assign, peek
+from fxprune.calibration.batches import assign, first_images, peek
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.channels import Channels, analyse_channels, permute_channels, value_shapes
@@ -29,7 +29,6 @@ from fxprune.errors import CalibrationError, GraphError
 from fxprune.geometry import is_matrix_layer
 from fxprune.graph import input_of, module_of
 from fxprune.layer_solution import layer_of, observer_of
-from fxprune.options import Options
 from fxprune.passes.base import Pass
 from fxprune.passes.insert_observers import TASK, InsertObservers, LayerTask
 from fxprune.pattern import NMPattern, Pattern
@@ -62,7 +61,8 @@ class PermuteChannels(Pass):
     Args:
         pattern: the pattern that the network is to be pruned to.
         batches: calibration batches, read once per call: tensors, or tuples, lists or dicts whose first item is the input.
-            Some hundred images are enough.
+            A hundred images are enough.
+        images: take the first so many only, where the model accepts less than a batch; None for all.
         exclude: module names or fnmatch patterns of layers to leave exactly as they are.
         damping: lambda / mean(diag H).
         seed: of the search.
@@ -78,6 +78,7 @@ class PermuteChannels(Pass):
         pattern: Pattern,
         batches: Iterable[Any],
         *,
+        images: int | None = None,
         exclude: Sequence[str] = (),
         damping: float = 0.01,
         seed: int = 0,
@@ -85,6 +86,7 @@ class PermuteChannels(Pass):
     ) -> None:
         self.pattern = pattern
         self.batches = batches
+        self.images = images
         self.exclude = tuple(exclude)
         self.damping = damping
         self.seed = seed
@@ -145,7 +147,8 @@ class PermuteChannels(Pass):
         device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
         head, batches = peek(self.batches)
         placeholders = graph_module.graph.find_nodes(op="placeholder")
-        self._example = _example(graph_module, list(assign(placeholders, head[0], device=device).values()))
+        inputs = list(assign(placeholders, head[0], device=device).values())
+        self._example = _example(graph_module, inputs)
         channels = analyse_channels(graph_module, value_shapes(graph_module, *self._example[0]), exclude=self.exclude)
         observed = copy.deepcopy(graph_module)  # The observers go into a copy.
         twins = dict(zip(graph_module.graph.nodes, list(observed.graph.nodes), strict=True))
@@ -166,7 +169,16 @@ class PermuteChannels(Pass):
             if isinstance(module, HessianObserver):
                 module.enabled = module in wanted
         if layers:
-            CalibrationStream.by(Options(patches=PATCHES), observed, batches, self.stopwatch).finish()
+            if self.images and self._example[0] is not inputs:
+                batches = first_images(batches, self.images)
+            CalibrationStream(
+                observed,
+                batches,
+                device=device,
+                stopwatch=self.stopwatch,
+                patches=PATCHES,
+                least_images=self.images,
+            ).finish()
         with self.stopwatch.measure("solve"):
             readers = {
                 node: list(_readers(twin, channels.layouts[input_of(node)].classes, self.damping))

@@ -14,19 +14,19 @@ from fxprune.calibration.sampling import PatchSample
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import input_of
-from fxprune.layer_solution import SolvedLayer
+from fxprune.layer_solution import SolvedLayer, observer_of
 from fxprune.options import Options
 from fxprune.passes.destination import destination, skip_operands
 from fxprune.passes.insert_observers import LayerTask
 from fxprune.statistics import CrossStatistics, Pool
 
-RECTIFIED_SHARE = 0.5
+RECTIFIED_SHARE = 0.25  # What is gathered is small, and so is its noise.
 
 
 def cross_statistics(
     stream: CalibrationStream, node: Node, task: LayerTask, options: Options
 ) -> CrossStatistics | None:
-    """Stream up to a layer: its observer gathers H on the way, the cross term with the wanted output comes here.
+    """Stream up to a layer, and gather H in its observer and the cross term with the wanted output from the same patches.
 
     Args:
         stream: somewhere before the layer.
@@ -42,10 +42,16 @@ def cross_statistics(
     if options.target == "weights":
         stream.run_to(node)
         return None
-    source = input_of(node)
+    source, observer = input_of(node), observer_of(node)
     skips = skip_operands(node) if options.target in ("skip", "rectified") else ()
     cross = CrossStatistics.empty(geometry, stream.device)
-    pool = Pool(cross.update)
+
+    def update(seen: LayerGeometry, x: Tensor, y: Tensor) -> None:
+        if unseen:
+            observer.add(seen, x)
+        cross.update(seen, x, y)
+
+    pool = Pool(update)
 
     def visit(number: int, values: BatchValues) -> None:
         x = stream.observed(values, source)
@@ -53,7 +59,8 @@ def cross_statistics(
         y = _compensated(values, node, skips, sample)
         pool.put(sample.geometry, geometry.batched(sample.input(x)), geometry.batched(y))
 
-    stream.run_to(node, visit)
+    with observer.paused() as unseen:
+        stream.run_to(node, visit)
     stream.gather(pool)
     return cross
 

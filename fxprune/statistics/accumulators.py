@@ -6,6 +6,8 @@ batches neither overflow nor drift.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,7 +126,7 @@ class HessianObserver(nn.Module):
 
     def reset(self) -> None:
         """Forget all batches."""
-        self._pool = Pool(self._add)
+        self._pool = Pool(self.add)
         self._gram = GramAccumulator(self.geometry)
         self._total: Tensor | float = 0.0
         self._count = 0
@@ -142,10 +144,21 @@ class HessianObserver(nn.Module):
             self._statistics = None
 
     @torch.inference_mode()
-    def _add(self, geometry: LayerGeometry, batch: Tensor) -> None:
+    def add(self, geometry: LayerGeometry, batch: Tensor) -> None:
+        """Observe a batch at once; `observe` lets small ones wait for more."""
         self._gram.add(batch, geometry)
         self._total = self._total + patch_sum(geometry, batch)
         self._count += patch_count(geometry, batch)
+        self._statistics = None
+
+    @contextmanager
+    def paused(self) -> Iterator[bool]:
+        """To observe nothing inside; gives whether somebody else is to `add` what would have been seen, being the first."""
+        enabled, self.enabled = self.enabled, False
+        try:
+            yield enabled and not self._count and not len(self._pool)
+        finally:
+            self.enabled = enabled
 
     def statistics(self) -> InputStatistics:
         """The moments of everything observed so far."""

@@ -59,4 +59,6 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def patch_sum(geometry: LayerGeometry, x: Tensor) -> Tensor:
     """X 1 summed over batch and positions, (G, D): linear in x, so images are added up before unfolding."""
-    return geometry.patches(x.sum(0, keepdim=True).double()).sum(1)
+    # Images are added up in the order in which they lie in memory: in another torch takes ten times as long.
+    images = x.sum(0, keepdim=True) if x.is_contiguous() else x.movedim(1, -1).sum(0, keepdim=True).movedim(-1, 1)
+    return geometry.patches(images.double()).sum(1)

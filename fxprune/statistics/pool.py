@@ -26,6 +26,10 @@ class Pool:
         self._waiting: list[Tensor] = []  # With room for more; the first `_count` entries are filled.
         self._count = 0
 
+    def __len__(self) -> int:
+        """Images that wait."""
+        return self._count
+
     def put(self, geometry: LayerGeometry, *tensors: Tensor) -> None:
         """Add a batch: the layer's geometry on it, and tensors of the same N, as many each time."""
         kind = (geometry, [(t.shape[1:], t.dtype) for t in tensors])

@@ -216,6 +216,35 @@ def test_inputs_and_wanted_outputs_come_from_the_same_images(target, monkeypatch
         )
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_the_reported_error_is_of_the_same_patches(name):
+    torch.manual_seed(0)
+    model, images = Blocks(channels=8).eval(), torch.randn(64, 3, 24, 6).split(8)
+    pruned = fxprune.compile(model, images, "2:4", progress=False, options=Options(patches=4, permute=False))
+    seen: dict[nn.Module, list[Tensor]] = {}
+    for of in (model, pruned):
+        layer = of.get_submodule(name)
+        layer.register_forward_hook(lambda layer, x, y: seen.setdefault(layer, []).extend([x[0], y.detach()]))
+        for x in images:
+            of(x)
+    inputs, outputs = (seen[pruned.get_submodule(name)][i::2] for i in (0, 1))
+    geometry = LayerGeometry.of(model.get_submodule(name))
+    chosen = [sample_patches(geometry, x, number=i, images=64, patches=4) for i, x in enumerate(inputs)]
+    assert chosen[0].bands > 1
+    wanted, found = (
+        torch.cat([of.output(y) for of, y in zip(chosen, ys, strict=True)]).movedim(1, 0).flatten(1).double()
+        for ys in (seen[model.get_submodule(name)][1::2], outputs)
+    )
+    error = (wanted - found).square().sum() / (wanted - wanted.mean(1, keepdim=True)).square().sum()
+    assert pruned.report[name].relative_error == pytest.approx(float(error), rel=1e-4)
+
+
+def test_so_many_images_may_be_asked_for_in_a_small_set():
+    x = torch.randn(16, 4, 6, 6)
+    assert sample_patches(GEOMETRY, x, number=0, images=64, patches=8, least=65).step == 1
+    assert sample_patches(GEOMETRY, x, number=0, images=64, patches=1, least=32).step == 2
+
+
 def test_an_interrupted_run_takes_the_same_images(tmp_path):
     torch.manual_seed(0)
     model, images = Blocks(channels=8).eval(), torch.randn(64, 3, 6, 6).split(8)

@@ -291,6 +291,31 @@ def test_a_choice_of_patterns_takes_its_first_groups() -> None:
     assert all(torch.equal(a, b) for a, b in zip(mixed.parameters(), plain.parameters(), strict=True))
 
 
+def test_the_first_images_of_the_batches_suffice() -> None:
+    def permuted(model: nn.Module, batches: list[Tensor], images: int | None) -> list[Tensor]:
+        graph_module = traced(model)
+        PermuteChannels(Pattern.parse("2:4"), batches, images=images)(graph_module)
+        return list(graph_module.parameters())
+
+    batch = torch.randn(32, 3, 8, 8)
+    model = uneven(Residual())
+    cut, first, whole = (permuted(model, *of) for of in (([batch], 12), ([batch[:12]], None), ([batch], None)))
+    assert all(map(torch.equal, cut, first))
+    assert not all(map(torch.equal, cut, whole))
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Residual()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.net(x.reshape(32, 3, 8, 8))
+            return out
+
+    model = uneven(Fixed())
+    assert all(map(torch.equal, permuted(model, [batch], 12), permuted(model, [batch], None)))
+
+
 def test_the_same_seed_gives_the_same_network() -> None:
     first, second, batches = *(traced(uneven(Residual())) for _ in range(2)), images()
     second.load_state_dict(first.state_dict())

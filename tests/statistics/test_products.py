@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxprune.geometry import LayerGeometry
 from fxprune.statistics import CrossStatistics, HessianObserver
 from fxprune.statistics.autocorrelation import applies, assemble, box_products
-from fxprune.statistics.patches import patch_cross, patch_gram
+from fxprune.statistics.patches import patch_cross, patch_gram, patch_sum
 from fxprune.statistics.products import GramAccumulator, cross_product
 
 
@@ -185,3 +185,33 @@ def test_a_constant_input_has_no_centred_variance():
     assert hessian[0, 0] > 0.5
     assert hessian[1, 1] == 0
     assert hessian[0, 1] == 0
+
+
+def test_a_paused_observer_leaves_what_it_has_not_seen_to_others():
+    observer = HessianObserver(LayerGeometry.of(nn.Conv2d(2, 2, 1)))
+    x = torch.randn(4, 2, 5, 5)
+    with observer.paused() as unseen:
+        observer(x)
+        assert unseen
+    observer(x)  # Waits in the pool.
+    with observer.paused() as unseen:
+        assert not unseen
+    assert observer.statistics().count == 100
+    with observer.paused() as unseen:
+        assert not unseen
+    observer.reset()
+    observer.enabled = False
+    with pytest.raises(ZeroDivisionError), observer.paused() as unseen:
+        assert not unseen
+        _ = 1 / 0
+    assert not observer.enabled
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("module", [nn.Conv2d(4, 6, 3, padding=1), nn.Conv1d(4, 6, 3), nn.Conv3d(4, 6, 1)], ids=repr)
+def test_sums_of_patches_in_any_layout(module, channels_last):
+    module, x = example(module)
+    geometry = LayerGeometry.of(module)
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    torch.testing.assert_close(patch_sum(geometry, x), geometry.patches(x).sum(1))
