@@ -14,6 +14,7 @@ from fxprune import solvers
 from fxprune.calibration.batches import peek, read_all
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.compiled import CompiledModule
+from fxprune.graph import device_of
 from fxprune.options import Options
 from fxprune.passes import (
     AllocateSparsity,
@@ -75,7 +76,7 @@ def compile(
         batches = read_all(calib_loader) if options.global_budget or options.polish else calib_loader
         head, batches = peek(batches, PERMUTATION_IMAGES if options.permute else 1)
         graph_module = trace(model, exclude=exclude, example=head[0])
-        home = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
+        home = device_of(graph_module)
         graph_module.to(device)
 
         RemoveInplace()(graph_module)

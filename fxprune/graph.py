@@ -19,6 +19,11 @@ def module_of(node: Node) -> nn.Module | None:
     return None if owner is None else owner.get_submodule(str(node.target))
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where its parameters are; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def call_sites(graph_module: GraphModule) -> dict[nn.Module, list[Node]]:
     """Every called module with all the nodes that call it, under whatever name."""
     sites: dict[nn.Module, list[Node]] = {}

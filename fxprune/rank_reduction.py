@@ -12,6 +12,7 @@ from torch import nn
 from fxprune.calibration.batches import first_item, read_all
 from fxprune.compiled import CompiledModule
 from fxprune.compiler import default_device
+from fxprune.graph import device_of
 from fxprune.options import Options
 from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace, RemoveObservers, verify
 from fxprune.passes.low_rank import LowRank
@@ -71,7 +72,7 @@ def low_rank(
     with layer_progress(progress) as on_layer:
         batches = read_all(calib_loader)
         graph_module = trace(model, exclude=exclude, example=batches[0])
-        home = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
+        home = device_of(graph_module)
         graph_module.to(default_device(device))
         RemoveInplace()(graph_module)
         if options.fold_batchnorm:

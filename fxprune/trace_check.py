@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from fxprune.calibration.batches import assign
+from fxprune.graph import device_of
 
 IMAGES = 8
 TOLERANCE = 1e-3  # Relative. Both run the same kernels, but TF32 or bfloat16 ones need not repeat exactly.
@@ -32,7 +33,7 @@ def difference(model: nn.Module, graph_module: GraphModule, batch: Any) -> str |
     Raises:
         CalibrationError: if the batch cannot be used.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     inputs = {
         str(node.target): x.to(device) for node, x in assign(placeholders, batch).items() if isinstance(x, Tensor)

@@ -19,15 +19,17 @@ from torch.utils._pytree import tree_map_only
 
 from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.batches import EMPTY, assign, channels_last
-from fxprune.calibration.lifetimes import last_uses, may_overwrite, reads_strides
+from fxprune.calibration.lifetimes import last_uses, overwrite, reads_strides, spare_input
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.calibration.sampling import PatchSample, sample_patches
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.errors import CalibrationError
 from fxprune.geometry import LayerGeometry
-from fxprune.graph import input_of, module_of
+from fxprune.graph import device_of, input_of, module_of
 from fxprune.options import Options
 from fxprune.statistics import HessianObserver, Pool
+
+ERROR_SHARE = 0.25  # Of the patches: thousands, whatever the layer.
 
 
 class CalibrationStream:
@@ -69,7 +71,7 @@ class CalibrationStream:
         self._nodes = list(graph_module.graph.nodes)
         self._position = {node: i for i, node in enumerate(self._nodes)}
         self._dying = last_uses(self._nodes)
-        self._in_place = {node for node in self._nodes if may_overwrite(node)}
+        self._spare = {node: spare_input(node) for node in self._nodes}
         self._diverged: set[Node] = set()  # Nodes whose values differ between the two models.
         # On a CPU, convolutions then need not reorder every activation before and after.
         self._channels_last = device.type == "cpu" and not any(reads_strides(node) for node in self._nodes)
@@ -82,7 +84,7 @@ class CalibrationStream:
         cls, options: Options, graph_module: GraphModule, loader: Iterable[Any], stopwatch: Stopwatch | None = None
     ) -> CalibrationStream:
         """A stream as resolved options ask for it, on the device of the graph's parameters."""
-        device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
+        device = device_of(graph_module)
         return cls(
             graph_module,
             loader,
@@ -216,19 +218,20 @@ class CalibrationStream:
         values.forget(self._dying[node])
 
     def _run_replaced(self, cut: Node, values: BatchValues, number: int) -> None:
-        """The output of a layer that has been replaced, and its error where its statistics were taken from."""
+        """The output of a layer that has been replaced, and its error on a share of the patches it was solved on."""
         values.pruned_values[cut] = self._execute(cut, values.pruned, number)
-        source = input_of(cut)
-        observer = module_of(source)
+        observer = module_of(input_of(cut))
         assert isinstance(observer, HessianObserver)
-        sample = self.sample(observer.geometry, values.pruned(source), number)
+        sample = self.sample(observer.geometry, values.pruned(input_of(cut)), number, share=ERROR_SHARE)
         self.errors[cut].update(*map(sample.output, (values.dense(cut), values.pruned(cut))))
         values.forget(self._dying[cut])
 
     def _execute(self, node: Node, value_of: Callable[[Node], Any], number: int) -> Any:
         """Run one node on the values of its inputs; a failure names the node, the batch and the shapes."""
-        if node in self._in_place:
-            return torch.relu_(value_of(node.all_input_nodes[0]))
+        spare = self._spare[node]
+        if (spare in self._diverged) == (node in self._diverged):  # Else the other model reads it too.
+            if (value := overwrite(node, spare, value_of)) is not None:
+                return value
         run = getattr(self._interpreter, node.op)
         args, kwargs = map_arg(node.args, value_of), map_arg(node.kwargs, value_of)
         try:
@@ -237,9 +240,8 @@ class CalibrationStream:
             except RuntimeError:
                 if not self._channels_last:
                     raise
-                return run(
-                    node.target, *tree_map_only(Tensor, torch.Tensor.contiguous, (args, kwargs))
-                )  # As view needs.
+                contiguous = tree_map_only(Tensor, torch.Tensor.contiguous, (args, kwargs))  # As view needs.
+                return run(node.target, *contiguous)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             shapes = [tuple(value.shape) for value in map(value_of, node.all_input_nodes) if isinstance(value, Tensor)]
             raise CalibrationError(

@@ -27,7 +27,7 @@ from fxprune.channels.grouping import Reader, search_grouping
 from fxprune.channels.layout import Classes
 from fxprune.errors import CalibrationError, GraphError
 from fxprune.geometry import is_matrix_layer
-from fxprune.graph import input_of, module_of
+from fxprune.graph import device_of, input_of, module_of
 from fxprune.layer_solution import layer_of, observer_of
 from fxprune.passes.base import Pass
 from fxprune.passes.insert_observers import TASK, InsertObservers, LayerTask
@@ -37,7 +37,7 @@ from fxprune.solvers import LayerProblem
 from fxprune.statistics import HessianObserver
 
 TOLERANCE = 1e-4
-PATCHES = 64  # For each column: an order of channels needs fewer than the weights do.
+PATCHES = 32  # For each column: an order of channels needs fewer than the weights do.
 EXAMPLE_IMAGES = 8
 
 
@@ -144,7 +144,7 @@ class PermuteChannels(Pass):
 
     def _observe(self, graph_module: GraphModule, pattern: NMPattern) -> tuple[Channels, dict[Node, list[Reader]]]:
         """Analyse the channels, and score the weights of every layer whose input channels can be permuted."""
-        device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
+        device = device_of(graph_module)
         head, batches = peek(self.batches)
         placeholders = graph_module.graph.find_nodes(op="placeholder")
         inputs = list(assign(placeholders, head[0], device=device).values())

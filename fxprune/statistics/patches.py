@@ -15,6 +15,8 @@ from fxprune.geometry import LayerGeometry
 CHUNK_ELEMENTS = 4 * 2**20
 FEW_COLUMNS = 32
 BLOCK_POSITIONS = 128
+BLOCK_ROWS = 128  # Of a symmetric product, at least: smaller products run below the rate of large ones.
+BLOCKS = 8  # At most.
 
 
 def images_per_chunk(geometry: LayerGeometry, x: Tensor) -> int:
@@ -24,12 +26,21 @@ def images_per_chunk(geometry: LayerGeometry, x: Tensor) -> int:
 
 
 def patch_gram(geometry: LayerGeometry, x: Tensor, total: Tensor | None = None) -> Tensor:
-    """X X^T summed over batch and positions, (G, D, D), by unfolding chunks of images; added to `total` if one is given."""
+    """X X^T summed over batch and positions, (G, D, D), by unfolding chunks of images; added to `total` if one is given.
+
+    Of blocks of rows, each is taken from its diagonal on, which with many blocks is half of all; the rest is their mirror.
+    """
+    columns = geometry.columns
     if total is None:
-        total = x.new_zeros(geometry.groups, geometry.columns, geometry.columns)
+        total = x.new_zeros(geometry.groups, columns, columns)
+    size = math.ceil(columns / min(max(1, columns // BLOCK_ROWS), BLOCKS))
     for part in x.split(images_per_chunk(geometry, x)):
         patches = geometry.patches(part)
-        add_product(total, patches.mT, patches)
+        for start in range(0, columns, size):
+            rows = slice(start, start + size)
+            add_product(total[:, rows, start:], patches[:, :, rows].mT, patches[:, :, start:])
+    for start in range(0, columns, size):
+        total[:, start + size :, start : start + size] = total[:, start : start + size, start + size :].mT
     return total
 
 

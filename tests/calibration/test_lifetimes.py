@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxprune.calibration.batch_store import BatchValues
-from fxprune.calibration.lifetimes import last_uses, may_overwrite, reads_strides
+from fxprune.calibration.lifetimes import last_uses, reads_strides, spare_input
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.graph import module_of
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Mixed(nn.Module):
-    """ReLUs that are the only readers of a layer or an add, and ReLUs that are not."""
+    """ReLUs and adds that are the only readers of a layer or an add, and some that are not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,19 +31,20 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.relu(self.a(x))  # Overwrites the layer's output.
-        total = first + self.b(first)
+        total = first + self.b(first)  # Overwrites the layer's output.
         second = F.relu(total)  # Read by c as well, through an observer, before it dies here.
         third = self.c(total).relu()  # Overwrites the layer's output.
         chunk = F.relu(torch.cat([second, third], 1).chunk(2, 1)[0])  # A view of what may be read elsewhere.
         return self.d(chunk.view(-1, 4 * 36))
 
 
-def test_only_what_was_just_made_for_the_relu_alone_is_overwritten():
+def test_only_what_was_just_made_for_one_reader_is_overwritten():
     graph = trace(Mixed()).graph
     nodes = list(graph.nodes)
     dying = last_uses(nodes)
-    overwritten = {node.name for node in nodes if may_overwrite(node)}
-    assert overwritten == {"relu", next(n.name for n in nodes if n.op == "call_method" and n.target == "relu")}
+    overwritten = {node.name: str(source) for node in nodes if (source := spare_input(node))}
+    method = next(n.name for n in nodes if n.op == "call_method" and n.target == "relu")
+    assert overwritten == {"relu": "a", "add": "b", method: "c"}
     for node in nodes:
         for dead in dying[node]:
             assert all(nodes.index(user) <= nodes.index(node) for user in dead.users)
@@ -52,7 +53,43 @@ def test_only_what_was_just_made_for_the_relu_alone_is_overwritten():
 def test_a_module_with_hooks_is_called():
     model = Mixed()
     model.relu.register_forward_hook(lambda module, args, output: None)
-    assert not any(may_overwrite(node) for node in trace(model).graph.find_nodes(op="call_module"))
+    assert not any(spare_input(node) for node in trace(model).graph.find_nodes(op="call_module"))
+
+
+class Sums(nn.Module):
+    """Adds of what the pruned layers change and of what they do not, of other shapes and dtypes, and of a value with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.c = (nn.Conv2d(n, 4, 3, padding=1) for n in (3, 4, 3, 4))
+        self.scale = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fixed = self.b(x)  # No pruned layer feeds it, and the add alone reads it.
+        y = fixed + self.a(torch.relu(self.stem(x)))
+        doubled = torch.add(y, y)
+        summed = self.scale + self.c(doubled)
+        return torch.add(summed, doubled, alpha=2) + 1.0
+
+
+def test_values_that_both_models_read_are_not_overwritten():
+    torch.manual_seed(0)
+    model, batches = Sums().double().eval(), torch.randn(6, 3, 6, 6, dtype=torch.float64).split(2)
+    graph_module = trace(model)
+    InsertObservers(Pattern.parse("2:4"))(graph_module)
+    layers = {
+        str(n.target): n for n in graph_module.graph.nodes if n.meta.get(TASK) and n.meta[TASK].geometry is not None
+    }
+    stream = CalibrationStream(graph_module, batches, device=CPU, stopwatch=Stopwatch(CPU))
+    stream.run_to(layers["a"])
+    graph_module.get_submodule("a").weight.data *= 0.5
+    seen: list[Tensor] = []
+    stream.run_to(layers["c"], lambda _, values: seen.append(values.pruned(layers["c"].all_input_nodes[0]).clone()))
+    damaged = trace(model)
+    damaged.get_submodule("a").weight.data *= 0.5
+    with torch.no_grad():
+        expected = [2 * (damaged.a(torch.relu(damaged.stem(x))) + damaged.b(x)) for x in batches]
+    torch.testing.assert_close(torch.cat(seen), torch.cat(expected))
 
 
 @pytest.mark.parametrize("target", ["as_strided", "stride"])
@@ -69,7 +106,7 @@ class Strided(Mixed):
         return self.c(x.as_strided((2, 4, 3, 3), (144, 36, 6, 1)))
 
 
-@pytest.mark.parametrize("kind", [Mixed, Strided])
+@pytest.mark.parametrize("kind", [Mixed, Strided, Sums])
 def test_the_stream_gives_what_a_plain_run_gives(kind):
     torch.manual_seed(0)
     model = kind().double().eval()

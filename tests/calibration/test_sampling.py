@@ -217,7 +217,7 @@ def test_inputs_and_wanted_outputs_come_from_the_same_images(target, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_the_reported_error_is_of_the_same_patches(name):
+def test_the_reported_error_is_of_a_share_of_the_patches(name):
     torch.manual_seed(0)
     model, images = Blocks(channels=8).eval(), torch.randn(64, 3, 24, 6).split(8)
     pruned = fxprune.compile(model, images, "2:4", progress=False, options=Options(patches=4, permute=False))
@@ -229,7 +229,7 @@ def test_the_reported_error_is_of_the_same_patches(name):
             of(x)
     inputs, outputs = (seen[pruned.get_submodule(name)][i::2] for i in (0, 1))
     geometry = LayerGeometry.of(model.get_submodule(name))
-    chosen = [sample_patches(geometry, x, number=i, images=64, patches=4) for i, x in enumerate(inputs)]
+    chosen = [sample_patches(geometry, x, number=i, images=64, patches=1) for i, x in enumerate(inputs)]  # A quarter.
     assert chosen[0].bands > 1
     wanted, found = (
         torch.cat([of.output(y) for of, y in zip(chosen, ys, strict=True)]).movedim(1, 0).flatten(1).double()

