@@ -32,7 +32,8 @@ class LayerReport:
             output) or "kept" (as it was).
         reason: why the layer was not pruned, or how it was factored; "" for pruned layers.
         sparsity: share of zeros in the weight.
-        relative_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on the calibration set, or None if not measured.
+        relative_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on the calibration set, or None if not measured; where
+            statistics are taken from some patches (`Options.patches`), on a quarter of as many.
         damping: the damping that the factorisation needed, relative to the mean of the Hessian's diagonal.
         dead_inputs: columns whose input was zero throughout the calibration set.
         seconds: time spent in the solver.
