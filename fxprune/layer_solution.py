@@ -17,8 +17,6 @@ from fxprune.pattern import Pattern
 from fxprune.solvers import LayerProblem, Solver, refit
 from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics
 
-LEAST_CHANGE = 0.05  # Of an output's variance: below, few outputs cross a rectifier's threshold, and nothing is gained.
-
 
 @dataclass(frozen=True)
 class SolvedLayer:
@@ -52,8 +50,7 @@ def solve_layer(
         solver: chooses the weights to keep; None will do without a pattern.
         options: resolved options.
         rectified: the cross term of the output that is wanted once given weights are known, where a rectifier follows
-            the layer; the kept weights are then fitted to it, once, if the output has changed enough for it to differ: a
-            second time gains a percent or two of KL at 1:4.
+            the layer; the kept weights are then fitted to it, once: a second time gains a percent or two of KL at 1:4.
     """
     problem = pose_problem(module, geometry, inputs, cross, options)
     if pattern is None:
@@ -63,7 +60,7 @@ def solve_layer(
         matrix = sparse_solution(problem, pattern, solver, options)
         mask = matrix != 0
     layer = _as_layer(module, geometry, matrix, inputs, cross, problem.damping, options)
-    if rectified is None or problem.change(matrix) < LEAST_CHANGE:
+    if rectified is None:
         return layer
     cross = rectified(layer)
     problem = problem.retargeted(cross.target(inputs, module.bias, centred=bool(options.bias_correction)))

@@ -107,9 +107,3 @@ class LayerProblem:
     def loss(self, weight: Tensor) -> Tensor:
         """tr(W H W^T) - 2 tr(T W^T), (...): the squared output error up to a constant."""
         return ((weight @ self.hessian - 2 * self.target) * weight).sum((-2, -1))
-
-    def change(self, weight: Tensor) -> float:
-        """By how much the output differs from that of the dense weights, relative to its size: tr(E H E^T) / tr(W H W^T)."""
-        error = weight - self.weight
-        sizes = [((of @ self.hessian) * of).sum() for of in (error, self.weight)]
-        return float(sizes[0] / sizes[1]) if sizes[1] > 0 else 0.0

@@ -111,13 +111,3 @@ def test_each_group_is_damped_by_its_own_scale(make_case):
         torch.testing.assert_close(group.target, alone.target)
     torch.testing.assert_close(damped.optimum()[2], cases[2].weight)  # Nothing to learn from: the weights stay.
     assert damped.loss(damped.optimum()).shape == (3,)
-
-
-def test_change_is_relative_to_the_dense_output(make_case):
-    case = make_case(5, 7)
-    x, problem = case.inputs, case.problem
-    other = problem.weight + 0.1 * torch.randn_like(problem.weight)
-    expected = ((other - problem.weight) @ x).square().sum() / (problem.weight @ x).square().sum()
-    assert problem.change(other) == pytest.approx(float(expected))
-    assert problem.change(problem.weight) == 0
-    assert replace(problem, weight=torch.zeros_like(problem.weight)).change(other) == 0
