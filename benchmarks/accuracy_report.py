@@ -28,9 +28,18 @@ METHODS = (
     "+ dense target", "+ bias", "+ skip target", "ours without permutation", "ours", "ours + all patches", "ours + budget",
     "ours + polish",
 )  # fmt: skip
-BEFORE = "; patches=64, small steps of rho"
-MARKED = f"""Rows marked * were made with half as many patches in the statistics ("all patches" apart) and smaller steps of
-ADMM's rho, just before the present defaults (in accuracy.csv: `{BEFORE.strip("; ")}`). """
+# Defaults that have changed since a row was made: its machine's words end in one of these.
+BEFORE = {
+    "; patches=64, small steps of rho": (
+        "*",
+        'half as many patches in the statistics ("all patches" apart) and smaller steps of ADMM\'s rho',
+    ),
+    "; corrections from 64 patches, order from 128 images": (
+        "†",
+        "the correction for a ReLU from twice as many patches and the order of channels chosen on twice as many images; p "
+        "compares with ours as it was then",
+    ),
+}
 HEADING = """# Accuracy
 
 One-shot pruning of trained CIFAR-10 ResNets, {images} calibration images, first convolution dense, no retraining. Accuracy
@@ -68,7 +77,12 @@ def main() -> None:
             (row["model"], row["pattern"], row["method"]): row["p_against_ours"] for row in csv.DictReader(file)
         }
     machines = "; ".join(f"{count} of them `{name}`" for name, count in Counter(row["machine"] for row in rows).items())
-    marked = MARKED if any(_before(row) for row in rows) else ""
+    present = {mark for row in rows if (mark := _mark(row))}
+    marked = "".join(
+        f"Rows marked {mark} were made with {words} (in accuracy.csv: `{suffix.removeprefix('; ')}`). "
+        for suffix, (mark, words) in BEFORE.items()
+        if mark in present
+    )
     lines = [
         HEADING.format(
             images=rows[0]["images"], machines=f"{marked}accuracy.csv names the machine of each row: {machines}."
@@ -86,13 +100,14 @@ def main() -> None:
                 figures = [f"{float(row[k]):.2f}" for k in ("accuracy", "accuracy_jpeg", "agreement")]
                 figures.insert(2, p_values.get((model, row["pattern"], row["method"]), ""))
                 figures += [f"{float(row['kl']):.4f}", f"{float(row['seconds']):.0f}"]
-                lines.append(f"| {row['pattern']} | {row['method']}{' *' * _before(row)} | {' | '.join(figures)} |")
+                method = f"{row['method']} {_mark(row)}".strip()
+                lines.append(f"| {row['pattern']} | {method} | {' | '.join(figures)} |")
     (HERE / "accuracy.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _before(row: dict[str, str]) -> bool:
-    """Whether a row was made with a default that has changed since: its machine's words then say so."""
-    return row["machine"].endswith(BEFORE)
+def _mark(row: dict[str, str]) -> str:
+    """The sign of a row that was made with a default that has changed since, or nothing."""
+    return next((mark for suffix, (mark, _) in BEFORE.items() if row["machine"].endswith(suffix)), "")
 
 
 def _place(name: str, order: tuple[str, ...]) -> int:
