@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -124,21 +123,13 @@ def peek(loader: Iterable[Any], images: int = 1) -> tuple[list[Any], Iterable[An
     return head, loader if isinstance(loader, (list, tuple)) else chain(head, rest)
 
 
-def first_images(batches: Iterable[Any], images: int) -> Iterator[Any]:
+def first_images(loader: Iterable[Any], images: int) -> list[Any]:
     """Batches of together so many images, if there are so many: of the last one, the first images only."""
-    for batch in batches:
-        count = _images(batch)
-        if count <= images:
-            yield batch
-        else:
-            yield tree_map_only(Tensor, partial(_cut, count=count, images=images), batch)
-        images -= count
-        if images <= 0:
-            return
-
-
-def _cut(x: Tensor, count: int, images: int) -> Tensor:
-    return x[:images] if x.dim() and len(x) == count else x
+    head, _ = peek(loader, images)
+    surplus, count = sum(map(_images, head)) - images, _images(head[-1])
+    if surplus > 0:
+        head[-1] = tree_map_only(Tensor, lambda x: x[:-surplus] if x.dim() and len(x) == count else x, head[-1])
+    return head
 
 
 def read_all(loader: Iterable[Any]) -> Sequence[Any]:

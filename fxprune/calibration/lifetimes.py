@@ -49,10 +49,8 @@ def _is_fresh(source: Node) -> bool:
     return isinstance(module_of(source), (*CONVOLUTIONS, nn.Linear)) or source.target in ADDS
 
 
-def overwrite(node: Node, source: Node | None, value_of: Callable[[Node], Any]) -> Tensor | None:
-    """The node's value in the memory of an input (`spare_input`); None if there is none, or it does not fit there."""
-    if source is None:
-        return None
+def overwrite(node: Node, source: Node, value_of: Callable[[Node], Any]) -> Tensor | None:
+    """The node's value in the memory of an input (`spare_input`); None if it does not fit there."""
     x = value_of(source)
     if node.target not in ADDS:
         return torch.relu_(x)

@@ -229,7 +229,7 @@ class CalibrationStream:
     def _execute(self, node: Node, value_of: Callable[[Node], Any], number: int) -> Any:
         """Run one node on the values of its inputs; a failure names the node, the batch and the shapes."""
         spare = self._spare[node]
-        if (spare in self._diverged) == (node in self._diverged):  # Else the other model reads it too.
+        if spare is not None and (spare in self._diverged) == (node in self._diverged):  # Else both models read it.
             if (value := overwrite(node, spare, value_of)) is not None:
                 return value
         run = getattr(self._interpreter, node.op)

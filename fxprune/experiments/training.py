@@ -20,6 +20,7 @@ from fxprune.experiments.checkpoints import load_checkpoint, save_checkpoint
 from fxprune.experiments.evaluation import evaluate
 from fxprune.experiments.recipe import Recipe
 from fxprune.files import atomic
+from fxprune.graph import device_of
 
 LAST, BEST, LOG = "last.pt", "best.pt", "log.csv"
 READ_EVERY = 20  # steps between two looks at the running loss: each look waits for the GPU
@@ -123,7 +124,7 @@ class _Trainer:
 
     @classmethod
     def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> _Trainer:
-        place = next(model.parameters()).device
+        place = device_of(model)
         half = None
         if recipe.amp and place.type == "cuda":
             half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

@@ -24,6 +24,7 @@ from fxprune.calibration.output_error import OutputError
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import PatternError
+from fxprune.graph import device_of
 from fxprune.layer_solution import layer_of, observer_of, sparse_solution
 from fxprune.options import Options
 from fxprune.passes.base import Pass
@@ -71,7 +72,7 @@ class AllocateSparsity(Pass):
         }
         if not tasks:
             return PassResult(graph_module, False)
-        device = next(graph_module.parameters()).device
+        device = device_of(graph_module)
         # Those of layers that are only re-fitted too: what is seen here must not be left in them.
         observers = [module for module in graph_module.modules() if isinstance(module, HessianObserver)]
         with torch.inference_mode():

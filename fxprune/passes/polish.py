@@ -22,6 +22,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.calibration.batches import assign
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.errors import OptionsError
+from fxprune.graph import device_of
 from fxprune.layer_solution import layer_of
 from fxprune.passes.base import Pass
 from fxprune.passes.destination import destination
@@ -156,7 +157,7 @@ def _fed(layer: Node) -> Node:
 
 def _steps(graph_module: GraphModule, batches: Iterable[Any]) -> Iterator[Inputs]:
     """The model's arguments, for at most STEP_IMAGES images at a time."""
-    device = next(graph_module.parameters()).device
+    device = device_of(graph_module)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for number, batch in enumerate(batches):
         values = assign(placeholders, batch, number, device=device)

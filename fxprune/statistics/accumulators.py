@@ -141,7 +141,6 @@ class HessianObserver(nn.Module):
         """Observe what the layer, in another geometry (of another padding), reads of an input."""
         if self.enabled:
             self._pool.put(geometry, self.geometry.batched(x.detach()))
-            self._statistics = None
 
     @torch.inference_mode()
     def add(self, geometry: LayerGeometry, batch: Tensor) -> None:
@@ -162,8 +161,8 @@ class HessianObserver(nn.Module):
 
     def statistics(self) -> InputStatistics:
         """The moments of everything observed so far."""
+        self._pool.flush()
         if self._statistics is None:
-            self._pool.flush()
             self._statistics = InputStatistics(self._gram.total(), torch.as_tensor(self._total), self._count)
         return self._statistics
 

@@ -57,7 +57,7 @@ def test_a_module_with_hooks_is_called():
 
 
 class Sums(nn.Module):
-    """Adds of what the pruned layers change and of what they do not, of other shapes and dtypes, and of a value with itself."""
+    """Adds of what the pruned layers change and of what they do not, of another shape, and of a value with itself."""
 
     def __init__(self) -> None:
         super().__init__()

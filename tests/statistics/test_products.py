@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.geometry import LayerGeometry
-from fxprune.statistics import CrossStatistics, HessianObserver
+from fxprune.statistics import CrossStatistics, HessianObserver, patches
 from fxprune.statistics.autocorrelation import applies, assemble, box_products
 from fxprune.statistics.patches import patch_cross, patch_gram, patch_sum
 from fxprune.statistics.products import GramAccumulator, cross_product
@@ -109,6 +109,21 @@ def test_all_ways_equal_the_naive_reference(module):
         torch.testing.assert_close(way(geometry, x), expected, rtol=1e-12, atol=1e-10)
     for way in (cross_product, patch_cross):
         torch.testing.assert_close(way(geometry, x, y), expected_cross, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+@pytest.mark.parametrize(
+    "module", [nn.Conv2d(5, 6, 3, padding=1), nn.Conv2d(4, 6, 3, groups=2), nn.Linear(47, 3)], ids=repr
+)
+def test_symmetric_products_in_blocks_equal_the_naive_reference(module, blocks, monkeypatch):
+    monkeypatch.setattr(patches, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(patches, "BLOCKS", blocks)
+    geometry = LayerGeometry.of(module)
+    x = torch.randn(3, *((module.in_channels, 6, 7) if geometry.kernel_size else (47,)), dtype=torch.float64)
+    of_each = naive_patches(module, x)
+    total = patch_gram(geometry, x)
+    torch.testing.assert_close(total, of_each.mT @ of_each)
+    torch.testing.assert_close(patch_gram(geometry, x, total), 2 * of_each.mT @ of_each)
 
 
 @pytest.mark.parametrize("module", CONVS, ids=repr)
