@@ -10,6 +10,7 @@ from fxprune.pattern import MixedPattern, NMPattern, Pattern
 
 Target = Literal["weights", "dense", "skip", "rectified"]
 Inputs = Literal["pruned", "dense"]
+LIGHT_SPARSITY = 0.5  # Up to here rectified targets gain nothing on images held out.
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,15 @@ class Options:
         inputs: where a layer's statistics come from: the "pruned" prefix (sequential), or the "dense" model.
         target: what a layer regresses: the output of its own "weights" on those inputs, the "dense" model's output, or
             "skip": the dense output plus the error that a skip connection brings to the add that follows, or "rectified":
-            the same, but where a ReLU follows, what the dense model has below its threshold need only stay below.
+            the same, but where a ReLU follows, what the dense model has below its threshold need only stay below; it gains
+            where fewer than half of the weights stay.
         bias_correction: fit the bias too (means are removed from the statistics); created where there was none.
         refit: solve for the kept weights by least squares after the solver has chosen the mask.
         reconstruct: re-fit layers that are not pruned (first conv, depthwise, ...) to the same target.
         fold_batchnorm: fold BatchNorm into the layer before it.
         patches: how many patches for each column of a layer (each input of an output channel) its statistics are taken from.
-            Where a set of at least 128 images has more, rows and images are left out evenly; 0 for all there are.
+            Where a set of at least 128 images has more than these, and than 49,152, rows and images are left out evenly; 0 for
+            all there are.
         permute: choose which input channels share an N:M group, on the first 64 images.
         global_budget: for unstructured patterns: spread the zeros over the layers by what each costs.
         polish: epochs afterwards in which the activations learn the dense model's, masks fixed; 0 for none.
@@ -88,6 +91,8 @@ class Options:
         own = PUBLISHED if method in ("magnitude", "sparsegpt", "exact_obs") else OURS
         missing = {f.name: getattr(own, f.name) for f in fields(self) if getattr(self, f.name) is None}
         budget = self.global_budget or isinstance(pattern, MixedPattern)
+        if missing.get("target") == "rectified" and pattern.sparsity <= LIGHT_SPARSITY:
+            missing["target"] = "skip"
         missing["permute"] = grouped and bool(own.permute if self.permute is None else self.permute)
         return replace(self, **(missing | {"global_budget": budget}))
 
@@ -96,5 +101,5 @@ PUBLISHED = Options(
     inputs="pruned", target="weights", bias_correction=False, refit=False, reconstruct=False, patches=0, permute=False
 )
 OURS = Options(
-    inputs="pruned", target="rectified", bias_correction=True, refit=True, reconstruct=True, patches=128, permute=True
+    inputs="pruned", target="rectified", bias_correction=True, refit=True, reconstruct=True, patches=64, permute=True
 )

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune.calibration.batches import assign
 from fxprune.graph import device_of
 
-IMAGES = 8
+IMAGES = 4
 TOLERANCE = 1e-3  # Relative. Both run the same kernels, but TF32 or bfloat16 ones need not repeat exactly.
 
 

@@ -40,9 +40,16 @@ def test_published_methods_are_as_published(method):
 @pytest.mark.parametrize("method", ["admm", "one of the user's own"])
 def test_our_own_choice(method):
     options = Options().resolved(method, TWO_FOUR)
-    assert (options.inputs, options.target) == ("pruned", "rectified")
+    assert (options.inputs, options.target) == ("pruned", "skip")
     assert options.bias_correction is options.refit is options.reconstruct is options.permute is True
     assert Options().resolved(method, Pattern.parse("0.9")).permute is False  # No groups to share.
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "0.6", "mixed:0.6"])
+def test_rectified_targets_are_for_patterns_that_keep_less_than_half(pattern):
+    assert Options().resolved("admm", Pattern.parse(pattern)).target == "rectified"
+    assert Options().resolved("admm", Pattern.parse("0.5")).target == "skip"
+    assert Options(target="rectified").resolved("admm", TWO_FOUR).target == "rectified"
 
 
 @pytest.mark.parametrize("method", ["magnitude", "admm"])

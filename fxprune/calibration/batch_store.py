@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import psutil
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fxprune.errors import CalibrationError
 
@@ -48,10 +49,11 @@ class BatchValues:
     def tensors(self) -> Iterator[Tensor]:
         """Every distinct tensor held, parameters left out."""
         seen: set[int] = set()
-        for value in tree_flatten((list(self.dense_values.values()), list(self.pruned_values.values())))[0]:
-            if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) and id(value) not in seen:
-                seen.add(id(value))
-                yield value
+        for held in chain(self.dense_values.values(), self.pruned_values.values()):
+            for value in [held] if isinstance(held, Tensor) else tree_leaves(held):
+                if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) and id(value) not in seen:
+                    seen.add(id(value))
+                    yield value
 
     @property
     def nbytes(self) -> int:

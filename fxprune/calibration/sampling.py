@@ -17,6 +17,7 @@ from fxprune.geometry import LayerGeometry
 from fxprune.statistics.accumulators import patch_count
 
 LEAST_IMAGES = 128  # Patches of one image are alike; means and variances between images need their number.
+LEAST_PATCHES = 49_152  # A layer of few columns needs more for each than a layer of many, and its products cost little.
 LEAST_STEP = 1.25  # To leave out fewer costs more than it saves.
 WHOLE_STEP = 3.0  # From here on steps are whole: such images can be had without an index.
 BAND_ROWS = 4  # Of the output, at least: a kernel reads beyond the band, and thin bands are mostly such margins.
@@ -114,7 +115,14 @@ def _rows(
 
 
 def sample_patches(
-    geometry: LayerGeometry, x: Tensor, *, number: int, images: int, patches: float, least: int | None = None
+    geometry: LayerGeometry,
+    x: Tensor,
+    *,
+    number: int,
+    images: int,
+    patches: int,
+    share: float = 1.0,
+    least: int | None = None,
 ) -> PatchSample:
     """What a layer of a given geometry with input x is to see of batch `number`.
 
@@ -124,12 +132,16 @@ def sample_patches(
         number: of the batch; successive batches start at another image and another band.
         images: in the whole calibration set.
         patches: for each of the layer's columns, over the whole set; 0 for all there are, as in a set of few images.
-        least: images that always take part, and of which there have to be so many for anything to be left out.
+        share: of so many patches.
+        least: images that always take part, and of which there have to be so many for anything to be left out. None:
+            LEAST_IMAGES, and LEAST_PATCHES of the layer's patches.
     """
-    size, least = x.shape[0], LEAST_IMAGES if least is None else least
+    size, wanted = x.shape[0], share * patches * geometry.columns
+    if least is None:
+        least, wanted = LEAST_IMAGES, max(wanted, share * LEAST_PATCHES)
     if not patches or images < least or geometry.batched(x) is not x:
         return PatchSample(geometry, size, x.dim())
-    too_many = patch_count(geometry, x) / size * images / (patches * geometry.columns)
+    too_many = patch_count(geometry, x) / size * images / wanted
     rows, bands = 0, 1
     if geometry.kernel_size and geometry.padding_mode == "zeros":
         rows = geometry.output_size((x.shape[2] + sum(geometry.padding[0]), *x.shape[3:]))[0]

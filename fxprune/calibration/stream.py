@@ -42,8 +42,7 @@ class CalibrationStream:
         stopwatch: takes the time of "stream" and "statistics".
         memory_limit: bytes of live values to hold; see `BatchStore`.
         observe_dense: let observers see the dense model's values in place of the pruned model's.
-        patches: for each column of a layer, those that its statistics are taken from; 0 for all.
-        least_images: that always take part in them; None for the default.
+        patches, least_images: those that a layer's statistics are taken from, see `sample_patches`.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class CalibrationStream:
         self._diverged: set[Node] = set()  # Nodes whose values differ between the two models.
         # On a CPU, convolutions then need not reorder every activation before and after.
         self._channels_last = device.type == "cpu" and not any(reads_strides(node) for node in self._nodes)
-        self._source: Iterable[Any] | None = loader
+        self._source = loader
         self._store = BatchStore(device, memory_limit)
         self._cut: Node | None = None
 
@@ -108,7 +107,8 @@ class CalibrationStream:
         if previous is not None:
             first = self._position[previous] + 1
             self._diverged.add(previous)
-            self.errors[previous] = OutputError(channel_dim(previous))
+            error = self.errors[previous] = OutputError(channel_dim(previous))
+            outputs = Pool(lambda _, dense, pruned: error.update(dense, pruned))
         between = self._nodes[first : self._position[cut]]
         for node in between:
             if not self._diverged.isdisjoint(node.all_input_nodes):
@@ -117,7 +117,7 @@ class CalibrationStream:
             values = self._store.take(number)
             with torch.inference_mode(), self.stopwatch.measure("stream"):
                 if previous is not None:
-                    self._run_replaced(previous, values, number)
+                    self._run_replaced(previous, values, number, outputs)
                 for node in between:
                     self._run(node, values, number)
                 if cut.op != "output":
@@ -129,6 +129,8 @@ class CalibrationStream:
                 if dead in values.pruned_values:
                     values.dense_values.pop(dead, None)
             self._store.put(number, values)
+        if previous is not None:
+            self.gather(outputs)
 
     def revisit(self, visit: Callable[[int, BatchValues], None]) -> None:
         """Show every batch's values at the cut again: its dense output, its pruned inputs, all that later nodes read."""
@@ -148,8 +150,9 @@ class CalibrationStream:
 
     def sample(self, geometry: LayerGeometry, x: Tensor, number: int, *, share: float = 1.0) -> PatchSample:
         """What the statistics of a layer with input x are taken from in batch `number`, or a share of so many patches."""
-        patches, least = share * self.patches, self.least_images
-        return sample_patches(geometry, x, number=number, images=self.images, patches=patches, least=least)
+        return sample_patches(
+            geometry, x, number=number, images=self.images, patches=self.patches, share=share, least=self.least_images
+        )
 
     def finish(self) -> OutputAgreement:
         """Run all batches to the graph's output, and compare the two models there."""
@@ -174,9 +177,7 @@ class CalibrationStream:
 
     def _read(self) -> None:
         """Read the loader, once."""
-        if self._source is None:
-            return
-        source, self._source = self._source, None
+        source, self._source = self._source, ()
         for number, batch in enumerate(source):
             self._store.put(number, BatchValues(self._inputs(number, batch)))
         if not len(self._store):
@@ -189,7 +190,7 @@ class CalibrationStream:
         if placeholders:
             first = values[placeholders[0]]
             self.images += len(first)
-            self._digest.update(str((tuple(first.shape), float(first.double().sum()))).encode())
+            self._digest.update(str((tuple(first.shape), float(first.sum(dtype=torch.float64)))).encode())
         return {node: channels_last(x) for node, x in values.items()} if self._channels_last else values
 
     def _run(self, node: Node, values: BatchValues, number: int) -> None:
@@ -217,13 +218,14 @@ class CalibrationStream:
                 values.pruned_values[node] = self._execute(node, values.pruned, number)
         values.forget(self._dying[node])
 
-    def _run_replaced(self, cut: Node, values: BatchValues, number: int) -> None:
-        """The output of a layer that has been replaced, and its error on a share of the patches it was solved on."""
+    def _run_replaced(self, cut: Node, values: BatchValues, number: int, outputs: Pool) -> None:
+        """Run a layer that has been replaced; a share of the patches it was solved on will tell its error."""
         values.pruned_values[cut] = self._execute(cut, values.pruned, number)
         observer = module_of(input_of(cut))
         assert isinstance(observer, HessianObserver)
         sample = self.sample(observer.geometry, values.pruned(input_of(cut)), number, share=ERROR_SHARE)
-        self.errors[cut].update(*map(sample.output, (values.dense(cut), values.pruned(cut))))
+        geometry, of_both = sample.geometry, (values.dense(cut), values.pruned(cut))
+        outputs.put(geometry, *(geometry.batched(sample.output(value)) for value in of_both))
         values.forget(self._dying[cut])
 
     def _execute(self, node: Node, value_of: Callable[[Node], Any], number: int) -> Any:

@@ -38,7 +38,7 @@ from fxprune.statistics import HessianObserver
 
 TOLERANCE = 1e-4
 PATCHES = 32  # For each column: an order of channels needs fewer than the weights do.
-EXAMPLE_IMAGES = 8
+EXAMPLE_IMAGES = 4
 
 
 class PermuteChannels(Pass):

@@ -70,22 +70,31 @@ def box_products(geometry: LayerGeometry, x: Tensor, total: Tensor | None = None
     plan = plan_for(geometry, *x.shape[2:])
     if geometry.padding_mode != "zeros":
         x = geometry.pad(x)
-    channels, height, width = x.shape[1:]
     if total is None:
-        total = x.new_zeros(len(plan.blocks), channels, channels)
+        total = x.new_zeros(len(plan.blocks), x.shape[1], x.shape[1])
     for part in x.split(max(1, CHUNK_ELEMENTS // x[0].numel())):
-        rows = part.permute(2, 3, 0, 1).reshape(height, width * len(part), channels)
+        rows, n = by_rows(part), len(part)
         for product, box in zip(total, plan.blocks, strict=True):
             down, along = box.lag
-            first = rows[box.top : box.bottom, box.left * len(part) : box.right * len(part)]
-            rows_down = rows[box.top + down : box.bottom + down]
-            second = rows_down[:, (box.left + along) * len(part) : (box.right + along) * len(part)]
-            if channels <= BATCHED_CHANNELS or x.is_cuda:
-                product += torch.bmm(first.mT, second).sum(0)
-            else:
-                for a, b in zip(first, second, strict=True):
-                    product.addmm_(a.mT, b)
+            first = rows[box.top : box.bottom, box.left * n : box.right * n]
+            second = rows[box.top + down : box.bottom + down, (box.left + along) * n : (box.right + along) * n]
+            add_row_products(product, first, second)
     return total
+
+
+def by_rows(x: Tensor) -> Tensor:
+    """Images (N, C, H, W) as (H, W N, C): the same columns of all images are one contiguous slice of each row."""
+    images, channels, height, width = x.shape
+    return x.permute(2, 3, 0, 1).reshape(height, width * images, channels)
+
+
+def add_row_products(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """Add first^T second to a total (R, C), summed over all rows: (H, P, R) and (H, P, C)."""
+    if min(total.shape) <= BATCHED_CHANNELS or total.is_cuda:
+        total += torch.bmm(first.mT, second).sum(0)
+    else:
+        for a, b in zip(first, second, strict=True):
+            total.addmm_(a.mT, b)
 
 
 def assemble(geometry: LayerGeometry, size: tuple[int, int], parts: Sequence[Tensor]) -> Tensor:
@@ -100,14 +109,14 @@ def assemble(geometry: LayerGeometry, size: tuple[int, int], parts: Sequence[Ten
     """
     offsets, channels = geometry.kernel_size[0] * geometry.kernel_size[1], geometry.in_channels
     pairs = [(a, b) for a in range(offsets) for b in range(a, offsets)]
-    place = {pair: i for i, pair in enumerate(pairs)}
-    signs = torch.zeros(len(pairs), len(parts[0]), dtype=torch.float64)
+    sign_of = {pair: [0.0] * len(parts[0]) for pair in pairs}
     for box, blocks in enumerate(plan_for(geometry, *size).blocks.values()):
         for a, b, sign in blocks:
-            signs[place[a, b], box] += sign
-    signs = signs.to(parts[0].device)
+            sign_of[a, b][box] += sign
+    signs = torch.tensor([*sign_of.values()], dtype=torch.float64, device=parts[0].device)
     # Filled by all threads at once: the first touch of so much memory takes longer than the sums.
     total = signs.new_empty(offsets, channels, offsets, channels).fill_(0)
+    by_pair, (firsts, seconds) = total.transpose(1, 2), zip(*pairs, strict=True)
     step = max(1, ROWS_ELEMENTS // (len(pairs) * channels))
     blocks_of_rows = signs.new_empty(len(pairs), step * channels)
     for start in range(0, channels, step):
@@ -115,8 +124,7 @@ def assemble(geometry: LayerGeometry, size: tuple[int, int], parts: Sequence[Ten
         products = sum((part[:, some].double() for part in parts[1:]), start=parts[0][:, some].double()).flatten(1)
         torch.mm(signs, products, out=blocks_of_rows[:, : products.shape[1]])
         rows = blocks_of_rows[:, : products.shape[1]].unflatten(1, (-1, channels))
-        for (a, b), block in zip(pairs, rows, strict=True):
-            total[a, some, b] = block
+        by_pair[firsts, seconds, some] = rows
     whole = total.view(geometry.columns, geometry.columns)
     for start in range(0, geometry.columns, MIRROR_ROWS):
         stop = start + MIRROR_ROWS

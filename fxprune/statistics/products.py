@@ -10,11 +10,13 @@ from torch import Tensor
 from fxprune.errors import CalibrationError
 from fxprune.geometry import LayerGeometry
 from fxprune.statistics.autocorrelation import applies, assemble, box_products, plan_for
+from fxprune.statistics.cross_correlation import cross_correlation
 from fxprune.statistics.patches import patch_cross, patch_gram
 from fxprune.statistics.running_sum import RunningSum
 
 # Products of few channels run well below the rate of one large product; measured on CPUs at 8 to 512 channels.
 SMALL_PRODUCT_CHANNELS = 12
+LARGE_PRODUCT_CHANNELS = 96  # From here on the shifted products outrun oneDNN's weight gradient.
 
 
 class GramAccumulator:
@@ -67,10 +69,14 @@ def autocorrelation_pays(geometry: LayerGeometry, height: int, width: int) -> bo
 def cross_product(geometry: LayerGeometry, x: Tensor, y: Tensor) -> Tensor:
     """Y X^T of one batch, layer input x and wanted output y, summed over positions, (G, R/G, D).
 
-    For convolutions this is the gradient of the weight for the output gradient y.
+    For convolutions this is the gradient of the weight for the output gradient y, which libraries have; large ones of
+    stride 1 take less time as shifted products.
     """
     if not geometry.kernel_size or (geometry.is_pointwise and all(s == 1 for s in geometry.stride)):
         return patch_cross(geometry, x, y)
+    large = min(geometry.in_channels, geometry.out_channels) >= LARGE_PRODUCT_CHANNELS
+    if large and applies(geometry) and not x.is_cuda:
+        return cross_correlation(geometry, x, y)
     x, padding = geometry.padded(x)
     dims = len(geometry.kernel_size)
     shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel_size)

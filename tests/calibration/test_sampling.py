@@ -25,6 +25,7 @@ GEOMETRY = LayerGeometry.of(nn.Conv2d(4, 8, 3, padding=1))  # 36 columns
 @pytest.fixture(autouse=True)
 def few_images_suffice(monkeypatch):
     monkeypatch.setattr(sampling, "LEAST_IMAGES", 4)
+    monkeypatch.setattr(sampling, "LEAST_PATCHES", 0)
 
 
 def sample(x: Tensor, number: int = 0, images: int = 64, patches: int = 8) -> PatchSample:
@@ -60,6 +61,7 @@ def test_steps_need_not_be_whole():
 
 def test_so_many_images_are_always_taken(monkeypatch):
     monkeypatch.setattr(sampling, "LEAST_IMAGES", 32)
+    monkeypatch.setattr(sampling, "LEAST_PATCHES", 0)
     assert sample(torch.randn(16, 4, 6, 6)).step == 2
 
 

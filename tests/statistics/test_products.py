@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fxprune.geometry import LayerGeometry
 from fxprune.statistics import CrossStatistics, HessianObserver, patches
 from fxprune.statistics.autocorrelation import applies, assemble, box_products
+from fxprune.statistics.cross_correlation import cross_correlation
 from fxprune.statistics.patches import patch_cross, patch_gram, patch_sum
 from fxprune.statistics.products import GramAccumulator, cross_product
 
@@ -107,7 +108,7 @@ def test_all_ways_equal_the_naive_reference(module):
     torch.testing.assert_close(geometry.patches(x), patches, rtol=0, atol=0)
     for way in (gram, patch_gram, *([autocorrelation_gram] if applies(geometry) else [])):
         torch.testing.assert_close(way(geometry, x), expected, rtol=1e-12, atol=1e-10)
-    for way in (cross_product, patch_cross):
+    for way in (cross_product, patch_cross, *([cross_correlation] if applies(geometry) else [])):
         torch.testing.assert_close(way(geometry, x, y), expected_cross, rtol=1e-12, atol=1e-10)
 
 
@@ -148,8 +149,9 @@ def test_images_smaller_than_the_kernel(module, size):
     module.double()
     x = torch.randn(2, 4, *size, dtype=torch.float64)
     geometry = LayerGeometry.of(module)
-    patches = naive_patches(module, x)
+    patches, y = naive_patches(module, x), torch.randn_like(module(x))
     torch.testing.assert_close(autocorrelation_gram(geometry, x), patches.mT @ patches)
+    torch.testing.assert_close(cross_correlation(geometry, x, y), geometry.output_matrix(y) @ patches)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (3, 4, 5), (2, 3, 2, 5)])
