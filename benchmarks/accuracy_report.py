@@ -36,8 +36,8 @@ BEFORE = {
     ),
     "; corrections from 64 patches, order from 128 images": (
         "†",
-        "the correction for a ReLU from twice as many patches and the order of channels chosen on twice as many images; p "
-        "compares with ours as it was then",
+        "statistics from 128 patches for each column, no least number of them, the correction for a ReLU at every pattern and "
+        "from half of the patches, the order of channels chosen on twice as many images; p compares with ours as it was then",
     ),
 }
 HEADING = """# Accuracy
@@ -55,7 +55,7 @@ the timings. {machines}
 flip=True)`. `sparsegpt` is as published, run on the pruned prefix; `exact_obs` likewise as published: statistics of the
 dense model, BatchNorm not folded. `modelopt` is NVIDIA modelopt 0.47's "sparsegpt" mode with its own settings. Rows
 from "admm with its own target" on add one ingredient each; "ours without permutation" adds rectified targets to the
-last of them, and "ours" the permutation; "ours + all patches" is `Options(patches=0)`.
+last of them (by default at patterns that keep less than half of the weights), and "ours" the permutation; "ours + all patches" is `Options(patches=0)`.
 
     python -m benchmarks.accuracy_table --data ../shared/data                               all rows, on a CPU: hours
     python -m benchmarks.accuracy_table --data ../shared/data --device cuda --workers 15    on a GPU: ten minutes

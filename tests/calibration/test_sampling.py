@@ -241,6 +241,15 @@ def test_the_reported_error_is_of_a_share_of_the_patches(name):
     assert pruned.report[name].relative_error == pytest.approx(float(error), rel=1e-4)
 
 
+def test_a_layer_of_few_columns_keeps_patches_enough(monkeypatch):
+    x = torch.randn(16, 4, 6, 6)  # 64 images of 36 patches; 8 * 36 of these are asked for.
+    monkeypatch.setattr(sampling, "LEAST_PATCHES", 16 * 36)
+    assert sample(x).step == 4
+    assert sample_patches(GEOMETRY, x, number=0, images=64, patches=8, share=0.5).step == 8
+    assert sample_patches(GEOMETRY, x, number=0, images=64, patches=32).step == 2  # Enough as it is.
+    assert sample_patches(GEOMETRY, x, number=0, images=64, patches=8, least=4).step == 8
+
+
 def test_so_many_images_may_be_asked_for_in_a_small_set():
     x = torch.randn(16, 4, 6, 6)
     assert sample_patches(GEOMETRY, x, number=0, images=64, patches=8, least=65).step == 1

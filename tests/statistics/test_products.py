@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from fxprune.geometry import LayerGeometry
 from fxprune.statistics import CrossStatistics, HessianObserver, patches
+from fxprune.statistics import cross_correlation as cross_correlation_module
 from fxprune.statistics.autocorrelation import applies, assemble, box_products
 from fxprune.statistics.cross_correlation import cross_correlation
 from fxprune.statistics.patches import patch_cross, patch_gram, patch_sum
-from fxprune.statistics.products import GramAccumulator, cross_product
+from fxprune.statistics.products import LARGE_PRODUCT_CHANNELS, GramAccumulator, cross_product
 
 
 def naive_patches(module: nn.Module, x: Tensor) -> Tensor:
@@ -110,6 +111,16 @@ def test_all_ways_equal_the_naive_reference(module):
         torch.testing.assert_close(way(geometry, x), expected, rtol=1e-12, atol=1e-10)
     for way in (cross_product, patch_cross, *([cross_correlation] if applies(geometry) else [])):
         torch.testing.assert_close(way(geometry, x, y), expected_cross, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_cross_terms_of_many_channels_are_shifted_products(padding, monkeypatch):
+    """From this many channels on no weight gradient is taken, and batches of several chunks add up."""
+    module, x = example(nn.Conv2d(LARGE_PRODUCT_CHANNELS, LARGE_PRODUCT_CHANNELS + 3, 3, padding=padding))
+    monkeypatch.setattr(cross_correlation_module, "CHUNK_ELEMENTS", 2 * x[0].numel())
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", None)
+    geometry, y = LayerGeometry.of(module), torch.randn_like(module(x))
+    torch.testing.assert_close(cross_product(geometry, x, y), geometry.output_matrix(y) @ naive_patches(module, x))
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 8])
