@@ -55,7 +55,8 @@ the timings. {machines}
 flip=True)`. `sparsegpt` is as published, run on the pruned prefix; `exact_obs` likewise as published: statistics of the
 dense model, BatchNorm not folded. `modelopt` is NVIDIA modelopt 0.47's "sparsegpt" mode with its own settings. Rows
 from "admm with its own target" on add one ingredient each; "ours without permutation" adds rectified targets to the
-last of them (by default at patterns that keep less than half of the weights), and "ours" the permutation; "ours + all patches" is `Options(patches=0)`.
+last of them (by default at patterns that keep less than half of the weights), and "ours" the permutation; "ours + all
+patches" is `Options(patches=0)`.
 
     python -m benchmarks.accuracy_table --data ../shared/data                               all rows, on a CPU: hours
     python -m benchmarks.accuracy_table --data ../shared/data --device cuda --workers 15    on a GPU: ten minutes

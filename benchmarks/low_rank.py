@@ -23,12 +23,13 @@ from torch.utils.data import Subset
 
 from benchmarks.low_rank_output import LAYERS, NETWORKS, append, read, write_page, write_plot
 from benchmarks.machine import machine
+from fxprune.calibration.observers import observer_of
 from fxprune.data import load_npz, make_loader
 from fxprune.experiments.checkpoints import load_weights
 from fxprune.experiments.evaluation import agreement, evaluate
 from fxprune.export.latency import Latency, measure_latency
 from fxprune.export.torch_export import to_onnx_program
-from fxprune.layer_solution import layer_of, observer_of, pose_problem
+from fxprune.layer_solution import layer_of, pose_problem
 from fxprune.models import create, model_info
 from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace
 from fxprune.passes.insert_observers import TASK

@@ -11,11 +11,11 @@ from torch.fx import Node
 
 from fxprune.errors import SolverError
 from fxprune.geometry import LayerGeometry, MatrixLayer, is_matrix_layer
-from fxprune.graph import input_of, module_of
+from fxprune.graph import module_of
 from fxprune.options import Options
 from fxprune.pattern import Pattern
 from fxprune.solvers import LayerProblem, Solver, refit
-from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics
+from fxprune.statistics import CrossStatistics, InputStatistics
 
 
 @dataclass(frozen=True)
@@ -146,13 +146,6 @@ def layer_of(node: Node) -> MatrixLayer:
     assert module is not None
     assert is_matrix_layer(module)
     return module
-
-
-def observer_of(node: Node) -> HessianObserver:
-    """The observer that such a layer reads through."""
-    observer = module_of(input_of(node))
-    assert isinstance(observer, HessianObserver)
-    return observer
 
 
 def install(module: MatrixLayer, layer: SolvedLayer) -> None:

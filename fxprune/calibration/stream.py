@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.batches import EMPTY, assign, channels_last
 from fxprune.calibration.lifetimes import last_uses, overwrite, reads_strides, spare_input
+from fxprune.calibration.observers import observer_of
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.calibration.sampling import PatchSample, sample_patches
 from fxprune.calibration.stopwatch import Stopwatch
@@ -221,9 +222,7 @@ class CalibrationStream:
     def _run_replaced(self, cut: Node, values: BatchValues, number: int, outputs: Pool) -> None:
         """Run a layer that has been replaced; a share of the patches it was solved on will tell its error."""
         values.pruned_values[cut] = self._execute(cut, values.pruned, number)
-        observer = module_of(input_of(cut))
-        assert isinstance(observer, HessianObserver)
-        sample = self.sample(observer.geometry, values.pruned(input_of(cut)), number, share=ERROR_SHARE)
+        sample = self.sample(observer_of(cut).geometry, values.pruned(input_of(cut)), number, share=ERROR_SHARE)
         geometry, of_both = sample.geometry, (values.dense(cut), values.pruned(cut))
         outputs.put(geometry, *(geometry.batched(sample.output(value)) for value in of_both))
         values.forget(self._dying[cut])

@@ -20,12 +20,13 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune import solvers
 from fxprune.calibration.batches import assign
+from fxprune.calibration.observers import observer_of
 from fxprune.calibration.output_error import OutputError
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import PatternError
 from fxprune.graph import device_of
-from fxprune.layer_solution import layer_of, observer_of, sparse_solution
+from fxprune.layer_solution import layer_of, sparse_solution
 from fxprune.options import Options
 from fxprune.passes.base import Pass
 from fxprune.passes.insert_observers import TASK, LayerTask

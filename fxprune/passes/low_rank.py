@@ -17,10 +17,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.calibration.batches import read_all
+from fxprune.calibration.observers import observer_of
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import FxPruneError, OptionsError, SolverError
 from fxprune.graph import module_of
-from fxprune.layer_solution import dead_inputs, fitted_bias, install, layer_of, observer_of, pose_problem, solve_layer
+from fxprune.layer_solution import dead_inputs, fitted_bias, install, layer_of, pose_problem, solve_layer
 from fxprune.options import Options
 from fxprune.passes.base import Pass
 from fxprune.passes.insert_observers import TASK, LayerTask

@@ -20,6 +20,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils._pytree import tree_leaves
 
 from fxprune.calibration.batches import assign, first_images, peek
+from fxprune.calibration.observers import observer_of
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.channels import Channels, analyse_channels, permute_channels, value_shapes
@@ -28,7 +29,7 @@ from fxprune.channels.layout import Classes
 from fxprune.errors import CalibrationError, GraphError
 from fxprune.geometry import is_matrix_layer
 from fxprune.graph import device_of, input_of, module_of
-from fxprune.layer_solution import layer_of, observer_of
+from fxprune.layer_solution import layer_of
 from fxprune.passes.base import Pass
 from fxprune.passes.insert_observers import TASK, InsertObservers, LayerTask
 from fxprune.pattern import NMPattern, Pattern

@@ -16,12 +16,13 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune import solvers
+from fxprune.calibration.observers import observer_of
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import FxPruneError, SolverError
 from fxprune.graph import input_of
 from fxprune.layer_checkpoint import LayerCheckpoint
-from fxprune.layer_solution import SolvedLayer, install, layer_of, observer_of, solve_layer
+from fxprune.layer_solution import SolvedLayer, install, layer_of, solve_layer
 from fxprune.options import Options
 from fxprune.passes.base import Pass
 from fxprune.passes.destination import destination, skip_operands

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxprune.calibration.batch_store import BatchValues
+from fxprune.calibration.observers import observer_of
 from fxprune.calibration.sampling import PatchSample
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import input_of
-from fxprune.layer_solution import SolvedLayer, observer_of
+from fxprune.layer_solution import SolvedLayer
 from fxprune.options import Options
 from fxprune.passes.destination import destination, skip_operands
 from fxprune.passes.insert_observers import LayerTask

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxprune.calibration.observers import observer_of
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, LayerGeometry
 from fxprune.graph import call_sites
-from fxprune.layer_solution import layer_of, observer_of, pose_problem
+from fxprune.layer_solution import layer_of, pose_problem
 from fxprune.options import Options
 from fxprune.passes.insert_observers import TASK, LayerTask
 from fxprune.ranks.choices import Choice, LayerRanks, Survey, pareto

@@ -151,8 +151,8 @@ def plan_for(geometry: LayerGeometry, height: int, width: int) -> Plan:
         for b, (by, bx) in enumerate(offsets[a:], start=a):
             lag = ((by - ay) * dilation_y, (bx - ax) * dilation_x)
             rows, columns = _both_inside(lag[0], height), _both_inside(lag[1], width)
-            window_rows = _clip(ay * dilation_y - above, out_y, rows)
-            window_columns = _clip(ax * dilation_x - before, out_x, columns)
+            window_rows = clip(ay * dilation_y - above, out_y, rows)
+            window_columns = clip(ax * dilation_x - before, out_x, columns)
             pieces = [(rows, columns, 1)]
             pieces += [(strip, columns, -1) for strip in _outside(window_rows, rows)]
             pieces += [(window_rows, strip, -1) for strip in _outside(window_columns, columns)]
@@ -167,7 +167,7 @@ def _both_inside(lag: int, size: int) -> tuple[int, int]:
     return max(0, -lag), max(max(0, -lag), min(size, size - lag))
 
 
-def _clip(start: int, length: int, bounds: tuple[int, int]) -> tuple[int, int]:
+def clip(start: int, length: int, bounds: tuple[int, int]) -> tuple[int, int]:
     """[start, start + length) inside the bounds, possibly empty."""
     first = min(max(start, bounds[0]), bounds[1])
     return first, max(first, min(start + length, bounds[1]))

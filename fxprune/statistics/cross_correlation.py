@@ -7,10 +7,12 @@ im2col (`autocorrelation`).
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor
 
 from fxprune.geometry import LayerGeometry
-from fxprune.statistics.autocorrelation import CHUNK_ELEMENTS, add_row_products, by_rows
+from fxprune.statistics.autocorrelation import CHUNK_ELEMENTS, add_row_products, by_rows, clip
 
 
 def cross_correlation(geometry: LayerGeometry, x: Tensor, y: Tensor) -> Tensor:
@@ -23,13 +25,10 @@ def cross_correlation(geometry: LayerGeometry, x: Tensor, y: Tensor) -> Tensor:
     images = max(1, CHUNK_ELEMENTS // max(x[0].numel(), y[0].numel()))
     for part, output in zip(x.split(images), y.split(images), strict=True):
         rows, wanted, n = by_rows(part), by_rows(output), len(part)
-        for i in range(kernel_y):
-            down = i * dilation_y - above
-            top, bottom = max(0, -down), min(y.shape[2], x.shape[2] - down)
-            for j in range(kernel_x):
-                along = j * dilation_x - before
-                left, right = max(0, -along), min(y.shape[3], x.shape[3] - along)
-                if top < bottom and left < right:  # Else this offset sees nothing but padding.
-                    seen = rows[top + down : bottom + down, (left + along) * n : (right + along) * n]
-                    add_row_products(total[i, j], wanted[top:bottom, left * n : right * n], seen)
+        for i, j in itertools.product(range(kernel_y), range(kernel_x)):
+            down, along = i * dilation_y - above, j * dilation_x - before
+            top, bottom = clip(down, y.shape[2], (0, x.shape[2]))
+            left, right = clip(along, y.shape[3], (0, x.shape[3]))
+            first = wanted[top - down : bottom - down, (left - along) * n : (right - along) * n]
+            add_row_products(total[i, j], first, rows[top:bottom, left * n : right * n])
     return total.permute(2, 0, 1, 3).reshape(1, geometry.rows, geometry.columns)

@@ -61,7 +61,6 @@ def test_steps_need_not_be_whole():
 
 def test_so_many_images_are_always_taken(monkeypatch):
     monkeypatch.setattr(sampling, "LEAST_IMAGES", 32)
-    monkeypatch.setattr(sampling, "LEAST_PATCHES", 0)
     assert sample(torch.randn(16, 4, 6, 6)).step == 2
 
 
