@@ -72,10 +72,11 @@ class PruneReport:
         method: solver name.
         pattern: the pattern asked for.
         images: calibration samples used.
+        images_read: samples that the loader gave; more than `images` where each layer has patches enough without some of them.
         seconds: wall time of the whole compilation.
         timings: seconds by stage, such as {"stream": ..., "statistics": ..., "solve": ...}.
         peak_memory: bytes of live calibration values held at most.
-        agreement: top-1 agreement of dense and pruned outputs on the calibration set in percent, None if the model's
+        agreement: top-1 agreement of dense and pruned outputs on these samples in percent, None if the model's
             output is not a single (N, classes) tensor.
         kl: mean KL(dense || pruned) of the softmax outputs there, in nats, or None likewise.
         multiply_adds: of all Conv and Linear modules for one sample, (before, after), where layers were factored.
@@ -85,6 +86,7 @@ class PruneReport:
     method: str
     pattern: str
     images: int = 0
+    images_read: int = 0
     seconds: float = 0.0
     timings: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
@@ -129,9 +131,12 @@ class PruneReport:
             what += f"{after / 1e6:.1f} M ({before / max(after, 1):.2f} times fewer)"
         else:
             what = f"pruned to {self.pattern} with {self.method}; {self.sparsity:.1%} of all weights are zero"
-        line = f"{done} of {len(self.layers)} layers {what}; {self.images} images, {self.seconds:.1f} s."
+        images, where = f"{self.images} images", "the calibration set"
+        if self.images_read > self.images:
+            images, where = f"{self.images} of {self.images_read} images", "these images"
+        line = f"{done} of {len(self.layers)} layers {what}; {images}, {self.seconds:.1f} s."
         if self.agreement is not None and self.kl is not None:
-            line += f"\nOn the calibration set: top-1 agreement with the dense model {self.agreement:.1f}%, KL {self.kl:.4f}."
+            line += f"\nOn {where}: top-1 agreement with the dense model {self.agreement:.1f}%, KL {self.kl:.4f}."
         return line
 
     def _table(self) -> Table:

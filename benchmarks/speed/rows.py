@@ -30,6 +30,7 @@ class Row:
         difference: largest |H - H64|_ij / sqrt(H64_ii H64_jj) from the float64 reference.
         stream: seconds of the stages of a compilation, like statistics and solve; other is the rest.
         error: mean relative output error of the layers pruned.
+        images_used: of the calibration images, those that a compilation ran.
         live_mib: most MiB of calibration values held.
         rss_mib: most MiB resident of the whole process (on CUDA: allocated on the GPU).
         load: of the machine as the section began; above its cores, the times are too long.
@@ -56,6 +57,7 @@ class Row:
     kl: float | None = None
     agreement: float | None = None
     images: int | None = None
+    images_used: int | None = None
     live_mib: float | None = None
     rss_mib: float | None = None
     load: float | None = None
@@ -70,7 +72,7 @@ class Row:
 
 
 TEXTS = ("section", "case", "method", "machine")
-INTEGERS = ("repeats", "images", "threads")
+INTEGERS = ("repeats", "images", "images_used", "threads")
 
 
 def read_rows(path: Path) -> list[Row]:

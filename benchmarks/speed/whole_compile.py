@@ -122,6 +122,7 @@ def split(reports: list[PruneReport], taken: Times) -> dict[str, Any]:
         "error": sum(errors) / len(errors) if errors else None,
         "kl": report.kl,
         "agreement": report.agreement,
+        "images_used": report.images,
         "live_mib": report.peak_memory / 2**20,
     }
 

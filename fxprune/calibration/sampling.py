@@ -83,11 +83,11 @@ class PatchSample:
             return value
         if self.step % 1 == 0:
             return value[int(self.start) :: int(self.step)]
-        return value[_images(self.images, self.step, self.start, value.device)]
+        return value[chosen_images(self.images, self.step, self.start, value.device)]
 
     def _banded(self, value: Tensor, distance: int, height: int, above: int) -> Tensor:
         """Of each image chosen the `height` rows from its band's number times `distance`, less `above`; zeros outside."""
-        images = _images(self.images, self.step, self.start, value.device)
+        images = chosen_images(self.images, self.step, self.start, value.device)
         rows, outside = _rows(
             len(images), self.bands, self.first_band, distance, height, above, value.shape[2], value.device
         )
@@ -98,8 +98,8 @@ class PatchSample:
 
 
 @lru_cache(maxsize=256)
-def _images(images: int, step: float, start: float, device: torch.device) -> Tensor:
-    """Numbers of the images chosen of a batch, (n,)."""
+def chosen_images(images: int, step: float, start: float, device: torch.device) -> Tensor:
+    """Numbers of every `step`-th image of a batch, rounded down, (n,)."""
     return torch.arange(start, images, step).long().to(device)
 
 
@@ -123,6 +123,7 @@ def sample_patches(
     patches: int,
     share: float = 1.0,
     least: int | None = None,
+    kept: float = 1.0,
 ) -> PatchSample:
     """What a layer of a given geometry with input x is to see of batch `number`.
 
@@ -135,6 +136,8 @@ def sample_patches(
         share: of so many patches.
         least: images that always take part, and of which there have to be so many for anything to be left out. None:
             LEAST_IMAGES, and LEAST_PATCHES of the layer's patches.
+        kept: of every how many images of a batch, from `number % kept` on, one is in x; a layer whose step is a multiple of
+            this is given the same images whether the others are there or not.
     """
     size, wanted = x.shape[0], share * patches * geometry.columns
     if least is None:
@@ -151,4 +154,4 @@ def sample_patches(
         step = 1.0
     if step >= WHOLE_STEP:
         step //= 1.0
-    return PatchSample(geometry, size, x.dim(), step, number % step, bands, rows, number % bands)
+    return PatchSample(geometry, size, x.dim(), step, number / kept % step, bands, rows, number % bands)

@@ -7,7 +7,6 @@ is replaced, and on every branch that no replaced layer feeds, the two models sh
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,10 +17,10 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
 from fxprune.calibration.batch_store import BatchStore, BatchValues
-from fxprune.calibration.batches import EMPTY, assign, channels_last
 from fxprune.calibration.lifetimes import last_uses, overwrite, reads_strides, spare_input
 from fxprune.calibration.observers import observer_of
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
+from fxprune.calibration.reading import Source, read_into
 from fxprune.calibration.sampling import PatchSample, sample_patches
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.errors import CalibrationError
@@ -64,8 +63,6 @@ class CalibrationStream:
         self.patches = patches
         self.least_images = least_images
         self.stopwatch = stopwatch
-        self.images = 0
-        self._digest = hashlib.sha256()
         self.errors: dict[Node, OutputError] = {}
         self._interpreter = Interpreter(graph_module)
         self._nodes = list(graph_module.graph.nodes)
@@ -75,7 +72,7 @@ class CalibrationStream:
         self._diverged: set[Node] = set()  # Nodes whose values differ between the two models.
         # On a CPU, convolutions then need not reorder every activation before and after.
         self._channels_last = device.type == "cpu" and not any(reads_strides(node) for node in self._nodes)
-        self._source = loader
+        self._loader = loader
         self._store = BatchStore(device, memory_limit)
         self._cut: Node | None = None
 
@@ -103,7 +100,7 @@ class CalibrationStream:
         Raises:
             CalibrationError: if the loader is empty, a batch cannot be used, or the model fails on one.
         """
-        self._read()
+        self.read()
         previous, self._cut, first = self._cut, cut, 0
         if previous is not None:
             first = self._position[previous] + 1
@@ -152,7 +149,14 @@ class CalibrationStream:
     def sample(self, geometry: LayerGeometry, x: Tensor, number: int, *, share: float = 1.0) -> PatchSample:
         """What the statistics of a layer with input x are taken from in batch `number`, or a share of so many patches."""
         return sample_patches(
-            geometry, x, number=number, images=self.images, patches=self.patches, share=share, least=self.least_images
+            geometry,
+            x,
+            number=number,
+            images=self.source.images,
+            patches=self.patches,
+            share=share,
+            least=self.least_images,
+            kept=self.source.step,
         )
 
     def finish(self) -> OutputAgreement:
@@ -167,32 +171,22 @@ class CalibrationStream:
         return agreement
 
     @property
-    def fingerprint(self) -> str:
-        """A hash of the shapes and sums of all batches read so far, to tell one calibration set from another."""
-        return self._digest.hexdigest()
-
-    @property
     def peak_bytes(self) -> int:
         """Most bytes of live values held in memory between two batches."""
         return self._store.peak_bytes
 
-    def _read(self) -> None:
-        """Read the loader, once."""
-        source, self._source = self._source, ()
-        for number, batch in enumerate(source):
-            self._store.put(number, BatchValues(self._inputs(number, batch)))
+    def read(self) -> None:
+        """Read the loader, where that has not been done yet, and keep the images that a layer needs."""
         if not len(self._store):
-            raise CalibrationError(EMPTY)
-
-    def _inputs(self, number: int, batch: Any) -> dict[Node, Any]:
-        """Assign one batch of the loader to the graph's placeholders."""
-        placeholders = self.graph_module.graph.find_nodes(op="placeholder")
-        values = assign(placeholders, batch, number, device=self.device)
-        if placeholders:
-            first = values[placeholders[0]]
-            self.images += len(first)
-            self._digest.update(str((tuple(first.shape), float(first.sum(dtype=torch.float64)))).encode())
-        return {node: channels_last(x) for node, x in values.items()} if self._channels_last else values
+            self.source = read_into(
+                self._store,
+                self._loader,
+                self.graph_module,
+                device=self.device,
+                last=self._channels_last,
+                patches=self.patches,
+                least=self.least_images,
+            )
 
     def _run(self, node: Node, values: BatchValues, number: int) -> None:
         """Run a node that is not a cut for the dense model and, where it differs, the pruned model."""

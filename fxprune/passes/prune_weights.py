@@ -117,7 +117,7 @@ class PruneWeights(Pass):
             observer = observer_of(node)
             if layer is None:
                 cross = cross_statistics(stream, node, tasks[node], self.options)
-                checkpoint.check_data(stream.fingerprint)
+                checkpoint.check_data(stream.source.fingerprint)
                 started = time.perf_counter()
                 with stream.stopwatch.measure("statistics"):
                     inputs = observer.statistics()
@@ -128,7 +128,7 @@ class PruneWeights(Pass):
             else:
                 observer.enabled = any(not checkpoint.has(str(user.target)) for user in input_of(node).users)
                 stream.run_to(node)
-                checkpoint.check_data(stream.fingerprint)
+                checkpoint.check_data(stream.source.fingerprint)
             solved[node] = self._install(graph_module, node, tasks[node], layer)
             if all(user in solved for user in input_of(node).users):
                 observer.reset()  # Its Hessian is not needed any more.
@@ -140,7 +140,8 @@ class PruneWeights(Pass):
             layers=(),
             method=self.method,
             pattern=str(self.pattern),
-            images=stream.images,
+            images=stream.source.images,
+            images_read=stream.source.images_read,
             timings=dict(stream.stopwatch.seconds),
             peak_memory=stream.peak_bytes,
             agreement=agreement.agreement,

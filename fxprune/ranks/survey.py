@@ -80,14 +80,15 @@ def _run(
         counts[module] = counts.get(module, 0) + moved.numel() * (module.weight.numel() // module.weight.shape[0])
 
     layers = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
-    handles = [m.register_forward_hook(note) for m in call_sites(graph_module) if isinstance(m, layers)]
     stream = CalibrationStream.by(options, graph_module, batches)
+    stream.read()
+    handles = [m.register_forward_hook(note) for m in call_sites(graph_module) if isinstance(m, layers)]
     try:
         stream.finish()
     finally:
         for handle in handles:
             handle.remove()
-    return shapes, sum(counts.values()) // stream.images
+    return shapes, sum(counts.values()) // stream.source.images
 
 
 def _problem(node: Node, geometry: LayerGeometry, options: Options) -> LayerProblem:

@@ -219,7 +219,7 @@ def test_every_layer_sees_what_a_run_of_the_whole_model_shows(kind, observe_dens
     else:
         assert agreement.agreement is None
         assert agreement.kl is None
-    assert stream.images == sum(len(next(iter(batch.values()))) for batch in batches)
+    assert stream.source.images == sum(len(next(iter(batch.values()))) for batch in batches)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -391,7 +391,7 @@ def test_the_fingerprint_tells_data_apart():
         graph_module, layers = observed(Chain())
         stream = stream_of(graph_module, batches)
         stream.run_to(layers[0])
-        return stream.fingerprint
+        return stream.source.fingerprint
 
     x = torch.randn(4, 3, 6, 6)
     assert fingerprint([x]) == fingerprint([x.clone()])

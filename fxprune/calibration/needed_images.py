@@ -1,0 +1,80 @@
+"""Which images of a calibration set the layers of a model need: what none of them would look at is not run.
+
+`sample_patches` leaves images out of a layer's statistics where there are patches enough without them. An image that is left
+out of every layer's would still be most of the work: it would run through both models to the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from fxprune.calibration import sampling
+from fxprune.geometry import LayerGeometry
+from fxprune.statistics import HessianObserver
+from fxprune.statistics.accumulators import patch_count
+
+DRY_RUN_IMAGES = 4
+ALONE_SHARE = 0.125
+
+
+def image_step(
+    graph_module: GraphModule, inputs: Mapping[Node, Any], *, images: int, patches: int, least: int | None = None
+) -> float:
+    """Every how many-th image is enough for the layer that needs most of them, at least 1.
+
+    A classifier behind global pooling sees one patch of an image. It would take every image there is, while each of its
+    patches, from an image of its own, says as much as several that are alike: beside layers that see many, it counts
+    ALONE_SHARE of the patches as enough.
+
+    Args:
+        graph_module: with observers in front of the layers that will be solved.
+        inputs: values of its placeholders in one batch; a few of the images run through the graph.
+        images, patches, least: see `sample_patches`.
+
+    Returns:
+        The step; 1 too for a model that does not run on a few images of a batch, as it may take batches of one size only.
+    """
+    dry_run = _DryRun(graph_module)
+    try:
+        dry_run.run(*first_dimension(inputs, slice(DRY_RUN_IMAGES)).values())
+    except Exception:  # Whatever it is: the run on the whole batch names the place, or succeeds.
+        return 1.0
+    alone = [patch_count(geometry, geometry.batched(x)) == len(x) for geometry, x in dry_run.observed]
+    size = len(next(iter(inputs.values())))
+    steps = []
+    for (geometry, few), one_patch in zip(dry_run.observed, alone, strict=True):
+        x = torch.empty(size, *few.shape[1:], device="meta")  # Only its shape matters.
+        share, least_images = (ALONE_SHARE, sampling.LEAST_IMAGES) if one_patch and not all(alone) else (1.0, least)
+        chosen = sampling.sample_patches(
+            geometry, x, number=0, images=images, patches=patches, share=share, least=least_images
+        )
+        steps.append(chosen.step)
+    return min(steps, default=1.0)
+
+
+def first_dimension(inputs: Mapping[Node, Any], chosen: slice | Tensor) -> dict[Node, Any]:
+    """What is chosen of a batch: of each tensor that has as many entries as the first input."""
+    size = len(next(iter(inputs.values())))
+    return {
+        node: x[chosen] if isinstance(x, Tensor) and x.dim() and len(x) == size else x for node, x in inputs.items()
+    }
+
+
+class _DryRun(Interpreter):
+    """Runs a graph and keeps what observers would have seen."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__(graph_module)
+        self.observed: list[tuple[LayerGeometry, Tensor]] = []
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        if not isinstance(module, HessianObserver):
+            return super().call_module(target, args, kwargs)
+        self.observed.append((module.geometry, args[0]))
+        return args[0]
