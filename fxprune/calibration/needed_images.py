@@ -34,7 +34,9 @@ def image_step(
     Args:
         graph_module: with observers in front of the layers that will be solved.
         inputs: values of its placeholders in one batch; a few of the images run through the graph.
-        images, patches, least: see `sample_patches`.
+        images: in the whole calibration set.
+        patches: for each column of a layer, see `sample_patches`.
+        least: images that always take part, see there.
 
     Returns:
         The step; 1 too for a model that does not run on a few images of a batch, as it may take batches of one size only.

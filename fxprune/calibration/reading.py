@@ -53,7 +53,8 @@ def read_into(
         graph_module: with observers, whose layers tell which images are needed.
         device: of the values.
         last: whether images are to have their channels last in memory.
-        patches, least: see `sample_patches`.
+        patches: for each column of a layer, see `sample_patches`; 0 keeps all images.
+        least: images that always take part, see there.
 
     Raises:
         CalibrationError: if the loader is empty, or a batch cannot be used.

@@ -20,7 +20,7 @@ from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.lifetimes import last_uses, overwrite, reads_strides, spare_input
 from fxprune.calibration.observers import observer_of
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
-from fxprune.calibration.reading import Source, read_into
+from fxprune.calibration.reading import read_into
 from fxprune.calibration.sampling import PatchSample, sample_patches
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.errors import CalibrationError
