@@ -37,8 +37,8 @@ BEFORE = {
     "; corrections from 64 patches, order from 128 images": (
         "†",
         "statistics from 128 patches for each column, no least number of them, the correction for a ReLU at every pattern and "
-        "from half of the patches, the order of channels chosen on twice as many images, and ADMM's rho from 0.1 on; p compares "
-        "with ours as it was then",
+        "from half of the patches, the order of channels chosen on twice as many images, and ADMM's rho from 0.1 on; p "
+        "compares with ours as it was then",
     ),
 }
 HEADING = """# Accuracy
