@@ -29,8 +29,8 @@ class Options:
         reconstruct: re-fit layers that are not pruned (first conv, depthwise, ...) to the same target.
         fold_batchnorm: fold BatchNorm into the layer before it.
         patches: how many patches for each column of a layer (each input of an output channel) its statistics are taken from.
-            Where a set of at least 128 images has more than these, and than 49,152, rows and images are left out evenly; 0 for
-            all there are.
+            Where a set of at least 128 images has more than these, and than 49,152, rows and images are left out evenly, and
+            what every layer leaves out is not run; 0 for all there are.
         permute: choose which input channels share an N:M group, on the first 64 images.
         global_budget: for unstructured patterns: spread the zeros over the layers by what each costs.
         polish: epochs afterwards in which the activations learn the dense model's, masks fixed; 0 for none.

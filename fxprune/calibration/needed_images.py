@@ -19,7 +19,7 @@ from fxprune.statistics import HessianObserver
 from fxprune.statistics.accumulators import patch_count
 
 DRY_RUN_IMAGES = 4
-ALONE_SHARE = 0.125
+ALONE_SHARE = 0.125  # 8 for each column by default.
 
 
 def image_step(
@@ -43,7 +43,7 @@ def image_step(
     """
     dry_run = _DryRun(graph_module)
     try:
-        dry_run.run(*first_dimension(inputs, slice(DRY_RUN_IMAGES)).values())
+        dry_run.run(*select_images(inputs, slice(DRY_RUN_IMAGES)).values())
     except Exception:  # Whatever it is: the run on the whole batch names the place, or succeeds.
         return 1.0
     alone = [patch_count(geometry, geometry.batched(x)) == len(x) for geometry, x in dry_run.observed]
@@ -59,8 +59,8 @@ def image_step(
     return min(steps, default=1.0)
 
 
-def first_dimension(inputs: Mapping[Node, Any], chosen: slice | Tensor) -> dict[Node, Any]:
-    """What is chosen of a batch: of each tensor that has as many entries as the first input."""
+def select_images(inputs: Mapping[Node, Any], chosen: slice | Tensor) -> dict[Node, Any]:
+    """The images chosen of a batch: of every tensor that has as many entries as the first input."""
     size = len(next(iter(inputs.values())))
     return {
         node: x[chosen] if isinstance(x, Tensor) and x.dim() and len(x) == size else x for node, x in inputs.items()

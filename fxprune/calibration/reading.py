@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.batches import EMPTY, assign, channels_last
-from fxprune.calibration.needed_images import first_dimension, image_step
+from fxprune.calibration.needed_images import image_step, select_images
 from fxprune.calibration.sampling import chosen_images
 from fxprune.errors import CalibrationError
 
@@ -77,7 +77,9 @@ def read_into(
         images = 0
         for number in range(len(store)):
             values = store.take(number).dense_values
-            chosen = chosen_images(len(values[placeholders[0]]), step, number % step, device)
+            size = len(values[placeholders[0]])
+            of_batch = min(step, size)  # One at least: the last batch may be a short one.
+            chosen = chosen_images(size, of_batch, number % of_batch, device)
             images += len(chosen)
-            store.put(number, BatchValues(first_dimension(values, chosen)))
+            store.put(number, BatchValues(select_images(values, chosen)))
     return Source(read, images, step, digest.hexdigest())
