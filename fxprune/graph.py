@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
-from torch.fx import GraphModule, Node
+from torch import Size, Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
 
 from fxprune.errors import GraphError
+
+Shape: TypeAlias = "Size | tuple[Any, ...] | None"  # Of a tensor, of a tuple or list, of all else.
 
 
 def module_of(node: Node) -> nn.Module | None:
@@ -47,3 +49,27 @@ def is_tied(graph_module: GraphModule, parameter: torch.Tensor) -> bool:
     names = [name for name, p in graph_module.named_parameters(remove_duplicate=False) if p is parameter]
     reads = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     return len(names) > 1 or any(name in reads for name in names)
+
+
+def value_shapes(graph_module: GraphModule, *inputs: Any) -> dict[Node, Shape]:
+    """Run the graph once on example inputs; the shape of every node's value."""
+    recorder = _ShapeRecorder(graph_module)
+    recorder.run(*inputs)
+    return recorder.shapes
+
+
+class _ShapeRecorder(Interpreter):
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__(graph_module)
+        self.shapes: dict[Node, Shape] = {}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        self.shapes[n] = _shape(value)
+        return value
+
+
+def _shape(value: Any) -> Shape:
+    if isinstance(value, Tensor):
+        return value.shape
+    return tuple(map(_shape, value)) if isinstance(value, (tuple, list)) else None

@@ -7,14 +7,15 @@ out of every layer's would still be most of the work: it would run through both 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch import Size, Tensor
+from torch.fx import GraphModule, Node
 
 from fxprune.calibration import sampling
-from fxprune.geometry import LayerGeometry
+from fxprune.graph import Shape, module_of, value_shapes
 from fxprune.statistics import HessianObserver
 from fxprune.statistics.accumulators import patch_count
 
@@ -41,16 +42,19 @@ def image_step(
     Returns:
         The step; 1 too for a model that does not run on a few images of a batch, as it may take batches of one size only.
     """
-    dry_run = _DryRun(graph_module)
+    observers = {n: m for n in graph_module.graph.nodes if isinstance(m := module_of(n), HessianObserver)}
     try:
-        dry_run.run(*select_images(inputs, slice(DRY_RUN_IMAGES)).values())
+        with ExitStack() as dry_run:
+            for observer in observers.values():
+                dry_run.enter_context(observer.paused())
+            shapes = value_shapes(graph_module, *select_images(inputs, slice(DRY_RUN_IMAGES)).values())
     except Exception:  # Whatever it is: the run on the whole batch names the place, or succeeds.
         return 1.0
-    alone = [patch_count(geometry, geometry.batched(x)) == len(x) for geometry, x in dry_run.observed]
     size = len(next(iter(inputs.values())))
+    seen = [(observer.geometry, _of_shape(shapes[node], size)) for node, observer in observers.items()]
+    alone = [patch_count(geometry, geometry.batched(x)) == len(x) for geometry, x in seen]
     steps = []
-    for (geometry, few), one_patch in zip(dry_run.observed, alone, strict=True):
-        x = torch.empty(size, *few.shape[1:], device="meta")  # Only its shape matters.
+    for (geometry, x), one_patch in zip(seen, alone, strict=True):
         share, least_images = (ALONE_SHARE, sampling.LEAST_IMAGES) if one_patch and not all(alone) else (1.0, least)
         chosen = sampling.sample_patches(
             geometry, x, number=0, images=images, patches=patches, share=share, least=least_images
@@ -59,24 +63,15 @@ def image_step(
     return min(steps, default=1.0)
 
 
+def _of_shape(shape: Shape, size: int) -> Tensor:
+    """What a layer reads of a whole batch, without its values."""
+    assert isinstance(shape, Size)
+    return torch.empty(size, *shape[1:], device="meta")
+
+
 def select_images(inputs: Mapping[Node, Any], chosen: slice | Tensor) -> dict[Node, Any]:
     """The images chosen of a batch: of every tensor that has as many entries as the first input."""
     size = len(next(iter(inputs.values())))
     return {
         node: x[chosen] if isinstance(x, Tensor) and x.dim() and len(x) == size else x for node, x in inputs.items()
     }
-
-
-class _DryRun(Interpreter):
-    """Runs a graph and keeps what observers would have seen."""
-
-    def __init__(self, graph_module: GraphModule) -> None:
-        super().__init__(graph_module)
-        self.observed: list[tuple[LayerGeometry, Tensor]] = []
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.fetch_attr(target)
-        if not isinstance(module, HessianObserver):
-            return super().call_module(target, args, kwargs)
-        self.observed.append((module.geometry, args[0]))
-        return args[0]

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from torch import Size, Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch import Size
+from torch.fx import Node
 
 from fxprune.channels.layout import Layout, Relations
 from fxprune.channels.operations import describe
+from fxprune.graph import Shape
 
-Shape: TypeAlias = "Size | tuple[Any, ...] | None"
 Value: TypeAlias = "Layout | tuple[Layout | None, ...] | None"
 
 
@@ -75,30 +75,6 @@ class Context:
         for layout in value if isinstance(value, tuple) else (value,):
             if layout is not None:
                 self.relations.fix(layout.classes, reason)
-
-
-def value_shapes(graph_module: GraphModule, *inputs: Any) -> dict[Node, Shape]:
-    """Run the graph once on example inputs; the shape of every node's value, as `Context.shapes`."""
-    recorder = _ShapeRecorder(graph_module)
-    recorder.run(*inputs)
-    return recorder.shapes
-
-
-class _ShapeRecorder(Interpreter):
-    def __init__(self, graph_module: GraphModule) -> None:
-        super().__init__(graph_module)
-        self.shapes: dict[Node, Shape] = {}
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        self.shapes[n] = _shape(value)
-        return value
-
-
-def _shape(value: Any) -> Shape:
-    if isinstance(value, Tensor):
-        return value.shape
-    return tuple(map(_shape, value)) if isinstance(value, (tuple, list)) else None
 
 
 def holds_tensor(shape: Shape) -> bool:

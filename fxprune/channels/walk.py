@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxprune.channels.context import Context, Shape, Value, holds_tensor
+from fxprune.channels.context import Context, Value, holds_tensor
 from fxprune.channels.functions import function_rule
 from fxprune.channels.layout import Channels, Layout
 from fxprune.channels.modules import module_rule
 from fxprune.channels.operations import METADATA, called_name, describe
-from fxprune.graph import call_sites, module_of
+from fxprune.graph import Shape, call_sites, module_of
 from fxprune.tracing import matches
 
 

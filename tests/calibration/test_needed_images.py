@@ -90,10 +90,8 @@ def test_each_layer_sees_the_images_that_it_would_have_seen(monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_short_last_batch_keeps_an_image(size):
-    batches = [
-        *batches_of(images=60, size=12),
-        torch.randn(size, 4, 12, 12),
-    ]  # Every 3rd image, and of batch 5 from 2 on.
+    # Every 3rd image is needed, and of batch 5 from number 2 on.
+    batches = [*batches_of(images=60, size=12), torch.randn(size, 4, 12, 12)]
     stream, observers = stream_of(Net(), batches, patches=8)
     agreement = stream.finish()
     assert stream.source.images == 5 * 4 + 1
