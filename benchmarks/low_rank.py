@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from fxprune.layer_solution import layer_of, pose_problem
+from fxprune.ranks.splits import dense_multiply_adds, full_rank, multiply_adds
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -29,13 +31,11 @@ from fxprune.experiments.checkpoints import load_weights
 from fxprune.experiments.evaluation import agreement, evaluate
 from fxprune.export.latency import Latency, measure_latency
 from fxprune.export.torch_export import to_onnx_program
-from fxprune.layer_solution import layer_of, pose_problem
 from fxprune.models import create, model_info
 from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace
 from fxprune.passes.insert_observers import TASK
 from fxprune.rank_reduction import low_rank
 from fxprune.ranks import SPLITS, Factorable, low_rank_options
-from fxprune.ranks.splits import dense_multiply_adds, full_rank, multiply_adds
 from fxprune.solvers.low_rank import data_aware_factors, plain_factors
 from fxprune.solvers.spatial_split import data_aware_spatial_factors, plain_spatial_factors
 from fxprune.tracing import trace

@@ -1,62 +1,77 @@
-"""compile(): trace the model, fold BatchNorm, insert observers, prune layer by layer, take the observers out again."""
+"""compile(): trace the model, fold BatchNorm, insert observers, solve layer after layer, take the observers out again."""
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from fxprune import solvers
-from fxprune.calibration.batches import peek, read_all
-from fxprune.calibration.stopwatch import Stopwatch
+from fxprune.calibration.calibration import Calibration
 from fxprune.compiled import CompiledModule
+from fxprune.errors import OptionsError
 from fxprune.graph import device_of
+from fxprune.method import Method
 from fxprune.options import Options
 from fxprune.passes import (
-    AllocateSparsity,
+    Allocate,
+    CheckImages,
     FoldBatchNorm,
     InsertObservers,
+    KeepDense,
+    Pass,
     PermuteChannels,
     Polish,
-    PruneWeights,
     RemoveInplace,
     RemoveObservers,
+    SolveLayers,
     verify,
 )
 from fxprune.pattern import Pattern
 from fxprune.progress import layer_progress
+from fxprune.recipe import Recipe
+from fxprune.solvers import Solver
 from fxprune.tracing import trace
 
-PERMUTATION_IMAGES = 64
+DEFAULT_RECIPE = "2:4"
 
 
 def compile(
     model: nn.Module,
     calib_loader: Iterable[Any],
-    pattern: str | Pattern = "2:4",
+    pattern: str | Pattern | Mapping[str, Any] | Recipe = DEFAULT_RECIPE,
     *,
-    method: str = "admm",
+    method: str | Solver = "admm",
     exclude: Sequence[str] = (),
+    options: Options | None = None,
+    passes: Sequence[Pass] | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-    options: Options | None = None,
+    memory_limit: int | None = None,
+    checkpoint_dir: str | None = None,
 ) -> CompiledModule:
-    """Prune a trained CNN in one shot: no retraining, no labels.
+    """Compress a trained CNN in one shot: no retraining, no labels.
 
     Args:
         model: trained model; it is copied, never modified.
         calib_loader: iterable of batches, read once: tensors, or tuples, lists or dicts whose first item is the input.
             A few hundred to a few thousand images, preprocessed as for inference.
-        pattern: "2:4", "1:4", ... (N kept of M consecutive input channels), or a sparsity such as "0.9".
-        method: "admm" (ours), or as published "sparsegpt", "exact_obs" (slow), "magnitude".
+        pattern: the recipe. "2:4", "1:4", ... (N kept of M consecutive input channels), a sparsity such as "0.9",
+            "mixed:0.6", "rank:0.7" (low rank), a chain such as "rank:0.7+2:4"; or a mapping from layer names or fnmatch
+            patterns to such, {"layer4.*": "1:4", "fc": "dense", "*": "2:4"}, first match wins.
+        method: "admm" (ours), as published "sparsegpt", "exact_obs" (slow) or "magnitude", or a solver with settings of its
+            own, `fxprune.solvers.ADMM(rho=0.03)`.
         exclude: module names or fnmatch patterns of layers to leave exactly as they are.
+        options: everything else that concerns the method.
+        passes: to run in place of `default_passes(pattern, ...)`, from which such a list is best made.
         device: where to compute; None takes CUDA if there is one. The result is where the model was.
         progress: show a progress bar.
-        options: everything else.
+        memory_limit: bytes of live calibration values to hold on the device (on the CPU: in memory); the rest waits in host
+            memory or in a scratch file. None: a share of what is free.
+        checkpoint_dir: folder in which finished layers are kept; a run that was interrupted goes on from there.
 
     Returns:
         A GraphModule in eval mode, with `.report`.
@@ -65,46 +80,71 @@ def compile(
         FxPruneError: a subclass that names what is wrong, and the remedy.
     """
     started = time.perf_counter()
-    pattern = Pattern.parse(pattern)
-    options = (options or Options()).resolved(method, pattern)
-    device = default_device(device)
-    stopwatch = Stopwatch(device)
-    solvers.get(method)  # A misspelt name is told before anything is read.
-
-    with layer_progress(progress) as on_layer:
-        # What looks at the whole set besides pruning needs it in memory; otherwise batches are read as they come.
-        batches = read_all(calib_loader) if options.global_budget or options.polish else calib_loader
-        head, batches = peek(batches, PERMUTATION_IMAGES if options.permute else 1)
-        graph_module = trace(model, exclude=exclude, example=head[0])
+    options = options or Options()
+    if passes is None:
+        passes = default_passes(pattern, method=method, exclude=exclude, options=options)
+    elif pattern != DEFAULT_RECIPE or method != "admm":
+        raise OptionsError("passes hold a recipe and a method already; give these to default_passes alone")
+    calibration = Calibration(
+        calib_loader,
+        device=default_device(device),
+        holdout=options.holdout,
+        seed=options.seed,
+        memory_limit=checked_memory(memory_limit),
+        checkpoint_dir=checkpoint_dir,
+    )
+    with layer_progress(progress) as calibration.on_layer:
+        graph_module = trace(model, exclude=exclude, example=calibration.first)
         home = device_of(graph_module)
-        graph_module.to(device)
-
-        RemoveInplace()(graph_module)
-        if options.fold_batchnorm:
-            FoldBatchNorm(exclude=exclude)(graph_module)
-        if options.permute:
-            PermuteChannels(
-                pattern,
-                head,
-                images=PERMUTATION_IMAGES,
-                exclude=exclude,
-                damping=options.damping,
-                seed=options.seed,
-                stopwatch=stopwatch,
-            )(graph_module)
-        dense = copy.deepcopy(graph_module) if options.polish else None
-        InsertObservers(pattern, exclude=exclude, reconstruct=bool(options.reconstruct))(graph_module)
-        if options.global_budget:
-            AllocateSparsity(pattern, method, read_all(batches), options, stopwatch=stopwatch)(graph_module)
-        PruneWeights(pattern, method, batches, options, on_layer=on_layer, stopwatch=stopwatch)(graph_module)
-        RemoveObservers()(graph_module)
-        if dense is not None:
-            Polish(dense, read_all(batches), epochs=options.polish, flip=options.flip, seed=options.seed)(graph_module)
+        graph_module.to(calibration.device)
+        for step in passes:
+            step(graph_module, calibration)
         verify(graph_module)
+    return CompiledModule.of(graph_module.to(home), time.perf_counter() - started, calibration.warnings)
 
-    return CompiledModule.of(graph_module.to(home), seconds=time.perf_counter() - started)
+
+def default_passes(
+    pattern: str | Pattern | Mapping[str, Any] | Recipe = DEFAULT_RECIPE,
+    *,
+    method: str | Solver = "admm",
+    exclude: Sequence[str] = (),
+    options: Options | None = None,
+) -> list[Pass]:
+    """The passes that `compile` runs, to insert others into; arguments as there."""
+    recipe, solver = Recipe.parse(pattern), solvers.get(method)
+    return solving_passes(recipe, Method(solver, (options or Options()).resolved(solver, recipe)), exclude=exclude)
+
+
+def solving_passes(recipe: Recipe, method: Method, *, exclude: Sequence[str] = ()) -> list[Pass]:
+    """The passes for a recipe and a method, whose options are resolved."""
+    options = method.options
+    passes: list[Pass] = [CheckImages(), RemoveInplace()]
+    if options.fold_batchnorm:
+        passes.append(FoldBatchNorm(exclude=exclude))
+    if options.permute:
+        passes.append(PermuteChannels(recipe, exclude=exclude, damping=options.damping, seed=options.seed))
+    if options.polish:
+        passes.append(KeepDense())
+    observing = InsertObservers(
+        recipe, exclude=exclude, reconstruct=bool(options.reconstruct), observe=method.needs_statistics
+    )
+    passes += [observing, Allocate(method), SolveLayers(recipe, method), RemoveObservers()]
+    if options.polish:
+        passes.append(Polish(epochs=options.polish, flip=options.flip, seed=options.seed))
+    return passes
 
 
 def default_device(device: torch.device | str | None) -> torch.device:
     """The device asked for; CUDA where there is one, else the CPU, for None."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def checked_memory(limit: int | None) -> int | None:
+    """A memory limit in bytes, or None.
+
+    Raises:
+        OptionsError: it is no positive number.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit <= 0):
+        raise OptionsError(f"memory_limit is {limit!r}; it is a number of bytes, or None to have it chosen")
+    return limit

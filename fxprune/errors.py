@@ -19,6 +19,10 @@ class CalibrationError(FxPruneError):
     """The calibration set is empty, has the wrong form, or holds NaN or infinite values."""
 
 
+class CalibrationWarning(UserWarning):
+    """The calibration images do not look right: few, constant, or unlike those that the model was trained on."""
+
+
 class SolverError(FxPruneError):
     """A layer's least-squares problem could not be solved."""
 

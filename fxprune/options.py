@@ -1,12 +1,16 @@
-"""Every knob of `fxprune.compile` beyond pattern and method, and what each method takes for its own."""
+"""What concerns the method beyond recipe and solver, and what each solver takes for its own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fxprune.errors import OptionsError
-from fxprune.pattern import MixedPattern, NMPattern, Pattern
+from fxprune.pattern import MixedPattern, NMPattern
+
+if TYPE_CHECKING:
+    from fxprune.recipe import Recipe
+    from fxprune.solvers.solver import Solver
 
 Target = Literal["weights", "dense", "skip", "rectified"]
 Inputs = Literal["pruned", "dense"]
@@ -35,10 +39,9 @@ class Options:
         global_budget: for unstructured patterns: spread the zeros over the layers by what each costs.
         polish: epochs afterwards in which the activations learn the dense model's, masks fixed; 0 for none.
         flip: polish on mirrored images too; right for photographs, wrong for digits.
+        holdout: share of the images, at most 0.5, that takes no part in the statistics; agreement, KL and layer errors in
+            the report are measured there. None: a tenth, at least 16, of 64 images or more, and none of fewer.
         seed: seed for everything random.
-        memory_limit: bytes of live calibration values to hold on the device (on the CPU: in memory); the rest waits in host
-            memory or in a scratch file. None: a share of what is free.
-        checkpoint_dir: folder in which finished layers are kept; a run that was interrupted goes on from there.
     """
 
     damping: float = 0.01
@@ -53,12 +56,11 @@ class Options:
     global_budget: bool = False
     polish: int = 0
     flip: bool = False
+    holdout: float | None = None
     seed: int = 0
-    memory_limit: int | None = None
-    checkpoint_dir: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("damping", "patches", "polish", "seed", "memory_limit"):
+        for name in ("damping", "patches", "polish", "seed", "holdout"):
             value = getattr(self, name)
             if not isinstance(value, (int, float, type(None))) or isinstance(value, bool):
                 raise OptionsError(f"{name} is {value!r}; it should be a number")
@@ -72,29 +74,27 @@ class Options:
             raise OptionsError(f"patches is {self.patches}; it is a number for each column, 0 for all there are")
         if self.polish < 0:
             raise OptionsError(f"polish is {self.polish}; it is a number of epochs, 0 for none")
-        if self.memory_limit is not None and self.memory_limit <= 0:
-            raise OptionsError(
-                f"memory_limit is {self.memory_limit}; it is a number of bytes, or None to have it chosen"
-            )
+        if self.holdout is not None and not 0 <= self.holdout <= 0.5:
+            raise OptionsError(f"holdout is {self.holdout}; it is a share of the images, from 0 to 0.5")
 
-    def resolved(self, method: str, pattern: Pattern) -> Options:
-        """The same options with every None replaced by the method's own choice, for a pattern.
+    def resolved(self, solver: Solver, recipe: Recipe) -> Options:
+        """The same options with every None replaced by the method's own choice, for a recipe; `holdout` keeps its None.
 
         Raises:
-            OptionsError: if the options ask for what the pattern cannot do.
+            OptionsError: if the options ask for what the recipe cannot do.
         """
-        grouped = isinstance(pattern, (NMPattern, MixedPattern))
+        patterns = recipe.patterns
+        grouped = any(isinstance(pattern, (NMPattern, MixedPattern)) for pattern in patterns)
         if self.permute and not grouped:
-            raise OptionsError(f"permute chooses which channels share an N:M group; pattern {pattern} has none")
-        if self.global_budget and isinstance(pattern, NMPattern):
-            raise OptionsError(f"global_budget: {pattern} is the same in every layer; use a sparsity, or 'mixed:0.6'")
-        own = PUBLISHED if method in ("magnitude", "sparsegpt", "exact_obs") else OURS
+            raise OptionsError(f"permute chooses which channels share an N:M group; {recipe} has none")
+        if self.global_budget and all(isinstance(pattern, NMPattern) for pattern in patterns):
+            raise OptionsError(f"global_budget: {recipe} says what each layer gets; use a sparsity, or 'mixed:0.6'")
+        own = PUBLISHED if solver.published else OURS
         missing = {f.name: getattr(own, f.name) for f in fields(self) if getattr(self, f.name) is None}
-        budget = self.global_budget or isinstance(pattern, MixedPattern)
-        if missing.get("target") == "rectified" and pattern.sparsity <= LIGHT_SPARSITY:
+        if missing.get("target") == "rectified" and recipe.sparsity <= LIGHT_SPARSITY:
             missing["target"] = "skip"
         missing["permute"] = grouped and bool(own.permute if self.permute is None else self.permute)
-        return replace(self, **(missing | {"global_budget": budget}))
+        return replace(self, **missing)
 
 
 PUBLISHED = Options(

@@ -72,6 +72,11 @@ class Pattern(ABC):
             )
         return UnstructuredPattern(sparsity)
 
+    @staticmethod
+    def is_pattern(text: str) -> bool:
+        """Whether a text is in the notation of patterns, be its figures in range or not."""
+        return re.fullmatch(r"\d+:\d+|mixed:.*|[-+]?[\d.]+(e[-+]?\d+)?", text.strip()) is not None
+
     @property
     @abstractmethod
     def sparsity(self) -> float:

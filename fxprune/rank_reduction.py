@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from dataclasses import fields, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from fxprune.calibration.batches import first_item, read_all
 from fxprune.compiled import CompiledModule
-from fxprune.compiler import default_device
-from fxprune.graph import device_of
-from fxprune.options import Options
-from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace, RemoveObservers, verify
-from fxprune.passes.low_rank import LowRank
-from fxprune.progress import layer_progress
-from fxprune.ranks import Factorable, Method, RankPlan, RankRule, Split, low_rank_options, splits_of, survey
-from fxprune.ranks.speedup import plan_for_speedup
-from fxprune.tracing import trace
+from fxprune.compiler import compile, solving_passes
+from fxprune.constraints.rank import Rank
+from fxprune.errors import OptionsError
+from fxprune.layers.splits import Split, splits_of
+from fxprune.method import Factorisation, Method
+from fxprune.options import OURS, PUBLISHED, Options
+from fxprune.ranks.choices import RankPlan
+from fxprune.ranks.rule import RankRule
+from fxprune.recipe import Recipe
+from fxprune.solvers import ADMM, Magnitude
+
+UNUSED = ("permute", "global_budget", "polish")
 
 
 def low_rank(
@@ -27,17 +29,20 @@ def low_rank(
     calib_loader: Iterable[Any],
     rank: str | RankRule | RankPlan = "multiply_adds:0.7",
     *,
-    method: Method = "data_aware",
+    method: Factorisation = "data_aware",
     split: Split | Literal["auto"] = "auto",
     multiple: int | None = None,
     exclude: Sequence[str] = (),
+    options: Options | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-    options: Options | None = None,
+    memory_limit: int | None = None,
+    checkpoint_dir: str | None = None,
 ) -> CompiledModule:
     """Replace convolutions and linear layers by two smaller ones each: fewer multiply-adds, no retraining, no labels.
 
-    The result can be pruned in turn: `fxprune.compile(fxprune.low_rank(model, loader), loader, "2:4")`.
+    The same as `compile` with the recipe "rank:0.7", with more to choose. To prune the factors too, use the recipe
+    "rank:0.7+2:4": their targets are then the dense model's.
 
     Args:
         model: trained model; it is copied, never modified.
@@ -53,9 +58,11 @@ def low_rank(
         multiple: ranks are multiples of it; None takes 16 for "speedup", which suits the kernels of most CPUs, else 4,
             with which the new layers can be pruned 2:4.
         exclude: module names or fnmatch patterns of layers to leave exactly as they are.
+        options: damping, target, bias correction, ...; those of pruning only are errors.
         device: where to compute; None takes CUDA if there is one. The result is where the model was.
         progress: show a progress bar.
-        options: damping, target, bias correction, ...; those of pruning only are errors.
+        memory_limit: as for `compile`.
+        checkpoint_dir: as for `compile`.
 
     Returns:
         A GraphModule in eval mode, with `.report`. Layer `conv` has become `conv.0` and `conv.1`.
@@ -63,27 +70,36 @@ def low_rank(
     Raises:
         FxPruneError: a subclass that names what is wrong, and the remedy.
     """
-    started = time.perf_counter()
-    options = low_rank_options(options, method)
     rule = rank if isinstance(rank, RankPlan) else RankRule.parse(rank)
-    by_time = isinstance(rule, RankRule) and rule.kind == "speedup"
-    multiple = (16 if by_time else 4) if multiple is None else multiple
-    splits = splits_of(split)
-    with layer_progress(progress) as on_layer:
-        batches = read_all(calib_loader)
-        graph_module = trace(model, exclude=exclude, example=batches[0])
-        home = device_of(graph_module)
-        graph_module.to(default_device(device))
-        RemoveInplace()(graph_module)
-        if options.fold_batchnorm:
-            FoldBatchNorm(exclude=exclude)(graph_module)
-        InsertObservers(Factorable(splits), exclude=exclude, reconstruct=bool(options.reconstruct))(graph_module)
-        if isinstance(rule, RankRule) and by_time:
-            on_layer("measuring", 0)
-            found = survey(graph_module, batches, method=method, splits=splits, multiple=multiple, options=options)
-            rule = plan_for_speedup(graph_module, found, rule.value, first_item(batches[0])[:1])
-        factor = LowRank(batches, options, rank=rule, method=method, split=split, multiple=multiple, on_layer=on_layer)
-        factor(graph_module)
-        RemoveObservers()(graph_module)
-        verify(graph_module)
-    return CompiledModule.of(graph_module.to(home), seconds=time.perf_counter() - started)
+    if multiple is None:
+        multiple = 16 if isinstance(rule, RankRule) and rule.kind == "speedup" else 4
+    recipe = Recipe((("*", (Rank(rule, splits_of(split), multiple),)),))
+    solver = Magnitude() if method == "svd" else ADMM()
+    options = low_rank_options(options, method)
+    return compile(
+        model,
+        calib_loader,
+        exclude=exclude,
+        options=options,
+        passes=solving_passes(recipe, Method(solver, options, label=method), exclude=exclude),
+        device=device,
+        progress=progress,
+        memory_limit=memory_limit,
+        checkpoint_dir=checkpoint_dir,
+    )
+
+
+def low_rank_options(options: Options | None, method: Factorisation) -> Options:
+    """Options with every None replaced: "data_aware" fits to the dense model's output, "svd" leaves weights as published.
+
+    Raises:
+        OptionsError: an unknown method, or an option that is asked for and has no part in rank reduction.
+    """
+    if method not in get_args(Factorisation):
+        raise OptionsError(f"unknown method {method!r}; choose one of {', '.join(map(repr, get_args(Factorisation)))}")
+    given = options or Options()
+    if unused := [name for name in UNUSED if getattr(given, name, None)]:
+        raise OptionsError(f"{', '.join(unused)}: low_rank has no such step; use fxprune.compile with 'rank:0.7+2:4'")
+    own = replace(OURS if method == "data_aware" else PUBLISHED, permute=False)
+    missing = {f.name: getattr(own, f.name) for f in fields(given) if getattr(given, f.name) is None}
+    return replace(given, **missing)

@@ -32,8 +32,8 @@ class LayerReport:
             output) or "kept" (as it was).
         reason: why the layer was not pruned, or how it was factored; "" for pruned layers.
         sparsity: share of zeros in the weight.
-        relative_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on the calibration set, or None if not measured; where
-            statistics are taken from some patches (`Options.patches`), on a quarter of as many.
+        relative_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on the held-out images, or None if not measured; without
+            such images on those that were fitted, a quarter of the patches whose statistics were taken.
         damping: the damping that the factorisation needed, relative to the mean of the Hessian's diagonal.
         dead_inputs: columns whose input was zero throughout the calibration set.
         seconds: time spent in the solver.
@@ -71,15 +71,19 @@ class PruneReport:
         layers: one LayerReport per Conv or Linear call, in graph order.
         method: solver name.
         pattern: the pattern asked for.
-        images: calibration samples used.
-        images_read: samples that the loader gave; more than `images` where each layer has patches enough without some of them.
+        images: calibration samples whose statistics were taken.
+        images_read: samples that the loader gave; more where some are held out, and where each layer has patches enough
+            without some of them.
+        images_held_out: samples that took no part in the statistics. Errors, agreement and KL are measured on them; if there
+            are none, errors are those of the samples that were fitted.
         seconds: wall time of the whole compilation.
         timings: seconds by stage, such as {"stream": ..., "statistics": ..., "solve": ...}.
         peak_memory: bytes of live calibration values held at most.
-        agreement: top-1 agreement of dense and pruned outputs on these samples in percent, None if the model's
-            output is not a single (N, classes) tensor.
+        agreement: share of the held-out samples on which dense and pruned outputs have the same top class; None without such
+            samples, or if the model's output is not a single (N, classes) tensor.
         kl: mean KL(dense || pruned) of the softmax outputs there, in nats, or None likewise.
         multiply_adds: of all Conv and Linear modules for one sample, (before, after), where layers were factored.
+        warnings: what is wrong with the images, in sentences.
     """
 
     layers: tuple[LayerReport, ...]
@@ -87,12 +91,14 @@ class PruneReport:
     pattern: str
     images: int = 0
     images_read: int = 0
+    images_held_out: int = 0
     seconds: float = 0.0
     timings: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     agreement: float | None = None
     kl: float | None = None
     multiply_adds: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -131,13 +137,18 @@ class PruneReport:
             what += f"{after / 1e6:.1f} M ({before / max(after, 1):.2f} times fewer)"
         else:
             what = f"pruned to {self.pattern} with {self.method}; {self.sparsity:.1%} of all weights are zero"
-        images, where = f"{self.images} images", "the calibration set"
-        if self.images_read > self.images:
-            images, where = f"{self.images} of {self.images_read} images", "these images"
-        line = f"{done} of {len(self.layers)} layers {what}; {images}, {self.seconds:.1f} s."
+        images = f"{self.images} images" + (f" of {self.images_read}" if self.images_read > self.images else "")
+        lines = [f"{done} of {len(self.layers)} layers {what}; {images}, {self.seconds:.1f} s."]
         if self.agreement is not None and self.kl is not None:
-            line += f"\nOn {where}: top-1 agreement with the dense model {self.agreement:.1f}%, KL {self.kl:.4f}."
-        return line
+            lines.append(
+                f"On {self.images_held_out} images that were held out: top-1 agreement with the dense model "
+                f"{self.agreement:.1%}, KL {self.kl:.4f}."
+            )
+        elif self.images and not self.images_held_out:
+            lines.append(
+                "No image was held out: the errors are of images that were fitted, too few or none to tell a score."
+            )
+        return "\n".join([*lines, *(f"Warning: {warning}." for warning in self.warnings)])
 
     def _table(self) -> Table:
         table = Table(title=f"fxprune {self.pattern} ({self.method})", title_justify="left", pad_edge=False)

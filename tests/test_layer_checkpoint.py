@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from fxprune.layer_checkpoint import LayerCheckpoint
 from torch import nn
 
 import fxprune
 from fxprune import FxPruneError, Options
-from fxprune.layer_checkpoint import LayerCheckpoint
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def channels_last(x: Any) -> Any:
     return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x
 
 
-def _images(batch: Any) -> int:
+def count_images(batch: Any) -> int:
     """How many images a batch holds, by its first tensor; what is wrong with a batch is said where it is used."""
     return next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 1)
 
@@ -115,7 +115,7 @@ def peek(loader: Iterable[Any], images: int = 1) -> tuple[list[Any], Iterable[An
     rest, head, seen = iter(loader), [], 0
     for batch in rest:
         head.append(batch)
-        seen += _images(batch)
+        seen += count_images(batch)
         if seen >= images:
             break
     if not head:
@@ -126,7 +126,7 @@ def peek(loader: Iterable[Any], images: int = 1) -> tuple[list[Any], Iterable[An
 def first_images(loader: Iterable[Any], images: int) -> list[Any]:
     """Batches of together so many images, if there are so many: of the last one, the first images only."""
     head, _ = peek(loader, images)
-    surplus, count = sum(map(_images, head)) - images, _images(head[-1])
+    surplus, count = sum(map(count_images, head)) - images, count_images(head[-1])
     if surplus > 0:
         head[-1] = tree_map_only(Tensor, lambda x: x[:-surplus] if x.dim() and len(x) == count else x, head[-1])
     return head

@@ -92,9 +92,9 @@ class OutputAgreement:
         self.count += len(dense)
 
     @property
-    def agreement(self) -> float | None:
-        """Percent, or None."""
-        return 100 * self.same / self.count if self.count else None
+    def share(self) -> float | None:
+        """On which both have the same top class, or None."""
+        return self.same / self.count if self.count else None
 
     @property
     def kl(self) -> float | None:

@@ -1,4 +1,7 @@
-"""Streams the calibration set through a graph, node by node, for the dense and for the pruned model side by side.
+"""Streams the calibration set through a graph, layer by layer, for the dense and for the pruned model side by side.
+
+    for layer in stream.layers(nodes):
+        layer.replace(solve(layer))
 
 The graph is cut at the layers that will be solved. Between two cuts every batch runs once through the dense model and
 once through the pruned one; at a cut only the values that later nodes still read are held. Until the first layer
@@ -7,7 +10,9 @@ is replaced, and on every branch that no replaced layer feeds, the two models sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,53 +22,127 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
 from fxprune.calibration.batch_store import BatchStore, BatchValues
+from fxprune.calibration.calibration import Calibration, observers_off
 from fxprune.calibration.lifetimes import last_uses, overwrite, reads_strides, spare_input
 from fxprune.calibration.observers import observer_of
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
-from fxprune.calibration.reading import read_into
+from fxprune.calibration.reading import Source, read_into
 from fxprune.calibration.sampling import PatchSample, sample_patches
-from fxprune.calibration.stopwatch import Stopwatch
-from fxprune.errors import CalibrationError
+from fxprune.calibration.targets import cross_statistics, relu_aware_statistics
+from fxprune.consumers import consumers
+from fxprune.errors import CalibrationError, GraphError
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import device_of, input_of, module_of
+from fxprune.layers.install import install
+from fxprune.layers.problem import layer_of
+from fxprune.layers.solve import SolvedLayer
 from fxprune.options import Options
-from fxprune.statistics import HessianObserver, Pool
+from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics, Pool
 
-ERROR_SHARE = 0.25  # Of the patches: thousands, whatever the layer.
+ERROR_SHARE = 0.25  # Of the patches: thousands, whatever the layer. Of held-out images all are taken.
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a whole run of the stream has measured.
+
+    Attributes:
+        source: the images.
+        errors: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 of every layer that was replaced; on the held-out images if
+            there are any, else on those whose statistics were taken.
+        agreement: share of the held-out images on which both models' outputs have the same top class; None without such
+            images, and where the output is not one (N, classes) tensor.
+        kl: mean KL(dense || pruned) there, in nats, or None likewise.
+        peak_bytes: most bytes of live values held in memory between two batches.
+    """
+
+    source: Source
+    errors: dict[Node, float]
+    agreement: float | None
+    kl: float | None
+    peak_bytes: int
+
+
+class StreamedLayer:
+    """The layer at which a stream stands, with its statistics; it has to be replaced before the stream goes on.
+
+    Attributes:
+        node: its call.
+        geometry: how it reads its input.
+        cross: cross moment of its target with its input; None where the target is its own output.
+    """
+
+    def __init__(self, stream: CalibrationStream, node: Node, geometry: LayerGeometry) -> None:
+        self.node = node
+        self.geometry = geometry
+        self.cross: CrossStatistics | None = None
+        self.is_replaced = False
+        self._stream = stream
+
+    @property
+    def inputs(self) -> InputStatistics:
+        """Moments of its patches."""
+        self._check()
+        with self._stream.stopwatch.measure("statistics"):
+            return observer_of(self.node).statistics()
+
+    @property
+    def relu_aware(self) -> Callable[[SolvedLayer], CrossStatistics] | None:
+        """The cross term of its target once its weights are known, where a rectifier follows; else None."""
+        if self._stream.target != "rectified" or self.cross is None or not consumers(self.node).rectifier:
+            return None
+        cross = self.cross
+
+        def gather(layer: SolvedLayer) -> CrossStatistics:
+            self._check()
+            return relu_aware_statistics(self._stream, self.node, self.geometry, cross, layer)
+
+        return gather
+
+    def replace(self, layer: SolvedLayer) -> None:
+        """Give the layer its new weights: the pruned model runs with them from here on."""
+        self._check()
+        install(self._stream.graph_module, self.node, layer)
+        self.is_replaced = True
+
+    def _check(self) -> None:
+        if self.is_replaced or self._stream.current is not self:
+            raise GraphError(f"layer {self.node.target!r}: the calibration stream has left it")
 
 
 class CalibrationStream:
-    """Runs a graph from cut to cut over all calibration batches.
+    """Runs a graph from layer to layer over all calibration batches, once.
 
     Args:
-        graph_module: the graph; its layers are replaced by the caller between two cuts.
-        loader: iterable of batches, read once: tensors, or tuples, lists or dicts whose first item is the input.
-        device: where the graph runs.
-        stopwatch: takes the time of "stream" and "statistics".
-        memory_limit: bytes of live values to hold; see `BatchStore`.
+        graph_module: the graph, with observers.
+        calibration: the images, and where they run.
+        target: what layers regress, as in `Options`.
         observe_dense: let observers see the dense model's values in place of the pruned model's.
         patches, least_images: those that a layer's statistics are taken from, see `sample_patches`.
+        fit: whether statistics are taken at all; if not, only held-out images run, where there are any.
     """
 
     def __init__(
         self,
         graph_module: GraphModule,
-        loader: Iterable[Any],
+        calibration: Calibration,
         *,
-        device: torch.device,
-        stopwatch: Stopwatch,
-        memory_limit: int | None = None,
+        target: str = "weights",
         observe_dense: bool = False,
         patches: int = 0,
         least_images: int | None = None,
+        fit: bool = True,
     ) -> None:
         self.graph_module = graph_module
-        self.device = device
+        self.device = device_of(graph_module)
+        self.target = target
         self.observe_dense = observe_dense
         self.patches = patches
         self.least_images = least_images
-        self.stopwatch = stopwatch
-        self.errors: dict[Node, OutputError] = {}
+        self.stopwatch = calibration.stopwatch
+        self.current: StreamedLayer | None = None
+        self._calibration = calibration
+        self._fit = fit
         self._interpreter = Interpreter(graph_module)
         self._nodes = list(graph_module.graph.nodes)
         self._position = {node: i for i, node in enumerate(self._nodes)}
@@ -71,70 +150,136 @@ class CalibrationStream:
         self._spare = {node: spare_input(node) for node in self._nodes}
         self._diverged: set[Node] = set()  # Nodes whose values differ between the two models.
         # On a CPU, convolutions then need not reorder every activation before and after.
-        self._channels_last = device.type == "cpu" and not any(reads_strides(node) for node in self._nodes)
-        self._loader = loader
-        self._store = BatchStore(device, memory_limit)
+        self._channels_last = self.device.type == "cpu" and not any(reads_strides(node) for node in self._nodes)
+        self._store = BatchStore(self.device, calibration.memory_limit)
+        self._source: Source | None = None
         self._cut: Node | None = None
+        self._replaced = False  # Whether the layer at the cut has new weights.
+        self._errors: dict[Node, OutputError] = {}
+        self._outcome: Outcome | None = None
 
     @classmethod
-    def by(
-        cls, options: Options, graph_module: GraphModule, loader: Iterable[Any], stopwatch: Stopwatch | None = None
+    def of(
+        cls, graph_module: GraphModule, calibration: Calibration, options: Options, *, fit: bool = True
     ) -> CalibrationStream:
-        """A stream as resolved options ask for it, on the device of the graph's parameters."""
-        device = device_of(graph_module)
+        """A stream as resolved options ask for it."""
         return cls(
             graph_module,
-            loader,
-            device=device,
-            stopwatch=stopwatch or Stopwatch(device),
-            memory_limit=options.memory_limit,
+            calibration,
+            target=options.target or "weights",
             observe_dense=options.inputs == "dense",
             patches=options.patches or 0,
+            fit=fit,
         )
 
-    def run_to(self, cut: Node, visit: Callable[[int, BatchValues], None] = lambda number, values: None) -> None:
-        """Run all batches up to and including the dense output of `cut`, and show each one's values to `visit`.
+    @property
+    def source(self) -> Source:
+        """What the loader gave; it is read now if it has not been."""
+        if self._source is None:
+            self._source = read_into(
+                self._store,
+                self._calibration,
+                self.graph_module,
+                device=self.device,
+                last=self._channels_last,
+                patches=self.patches,
+                least=self.least_images,
+                fit=self._fit,
+            )
+        return self._source
 
-        The layer at the cut before this one counts as replaced from now on.
+    def layers(
+        self, nodes: Sequence[Node], gather: Callable[[Node], bool] = lambda node: True
+    ) -> Iterator[StreamedLayer]:
+        """Stop at each of the layers, in graph order, with its statistics; then run to the output.
+
+        Args:
+            nodes: calls of observed layers.
+            gather: whether a layer's statistics are taken; a layer that is known already needs none.
 
         Raises:
+            GraphError: the stream has been used before, or a layer was not replaced.
             CalibrationError: if the loader is empty, a batch cannot be used, or the model fails on one.
         """
-        self.read()
-        previous, self._cut, first = self._cut, cut, 0
+        if self._cut is not None:
+            raise GraphError("a calibration stream runs once; make another one")
+        readers: dict[HessianObserver, list[Node]] = {}
+        for node in nodes:
+            readers.setdefault(observer_of(node), []).append(node)
+        with observers_off(self.graph_module):
+            for observer, of in readers.items():
+                observer.enabled = self._fit and any(map(gather, of))
+            for node in nodes:
+                self.current = layer = StreamedLayer(self, node, LayerGeometry.of(layer_of(node)))
+                if gather(node) and self._fit and self.target != "weights":
+                    skip = self.target in ("skip", "rectified")
+                    layer.cross = cross_statistics(self, node, layer.geometry, skip=skip)
+                else:
+                    self.advance(node)
+                yield layer
+                if not layer.is_replaced:
+                    raise GraphError(f"layer {node.target!r} was not replaced before the stream was to go on")
+                self.current, self._replaced = None, True
+                of = readers[observer_of(node)]
+                of.remove(node)
+                if not of:
+                    observer_of(node).reset()  # Its Hessian is not needed any more.
+            self._finish()
+
+    @property
+    def outcome(self) -> Outcome:
+        """What was measured, once the iteration is over.
+
+        Raises:
+            GraphError: it is not.
+        """
+        if self._outcome is None:
+            raise GraphError("the calibration stream has not reached the output: its outcome is not known yet")
+        return self._outcome
+
+    def advance(self, cut: Node, visit: Callable[[int, BatchValues], None] = lambda number, values: None) -> None:
+        """Run all batches up to and including the dense output of `cut`; show those that are fitted to `visit`."""
+        source = self.source
+        previous, self._cut, first = self._cut if self._replaced else None, cut, 0
         if previous is not None:
             first = self._position[previous] + 1
             self._diverged.add(previous)
-            error = self.errors[previous] = OutputError(channel_dim(previous))
+            error = self._errors[previous] = OutputError(channel_dim(previous))
             outputs = Pool(lambda _, dense, pruned: error.update(dense, pruned))
+        self._replaced = False
         between = self._nodes[first : self._position[cut]]
         for node in between:
             if not self._diverged.isdisjoint(node.all_input_nodes):
                 self._diverged.add(node)
-        for number in range(len(self._store)):
-            values = self._store.take(number)
+        for slot in source.slots:
+            values, number = self._store.take(slot.key), slot.batch
             with torch.inference_mode(), self.stopwatch.measure("stream"):
                 if previous is not None:
-                    self._run_replaced(previous, values, number, outputs)
+                    values.pruned_values[previous] = self._execute(previous, values.pruned, number)
+                    if slot.held_out or not source.held_out:
+                        self._compare(previous, values, number, outputs, whole=slot.held_out)
+                    values.forget(self._dying[previous])
                 for node in between:
-                    self._run(node, values, number)
+                    self._run(node, values, number, observe=not slot.held_out)
                 if cut.op != "output":
                     values.dense_values[cut] = self._execute(cut, values.dense, number)
-            with torch.inference_mode(), self.stopwatch.measure("statistics"):
-                visit(number, values)
+            if slot.held_out == (cut.op == "output"):  # A score is of images that nothing was fitted to.
+                with torch.inference_mode(), self.stopwatch.measure("statistics"):
+                    visit(number, values)
             # Of the layer's inputs only the pruned one is still needed, to run the layer once it is replaced.
             for dead in self._dying[cut]:
                 if dead in values.pruned_values:
                     values.dense_values.pop(dead, None)
-            self._store.put(number, values)
+            self._store.put(slot.key, values)
         if previous is not None:
             self.gather(outputs)
 
     def revisit(self, visit: Callable[[int, BatchValues], None]) -> None:
-        """Show every batch's values at the cut again: its dense output, its pruned inputs, all that later nodes read."""
-        for number in range(len(self._store)):
-            with torch.inference_mode(), self.stopwatch.measure("statistics"):
-                visit(number, self._store.look(number))
+        """Show every fitted batch's values at the cut again: its dense output, its pruned inputs, all that later nodes read."""
+        for slot in self.source.slots:
+            if not slot.held_out:
+                with torch.inference_mode(), self.stopwatch.measure("statistics"):
+                    visit(slot.batch, self._store.look(slot.key))
 
     def gather(self, pool: Pool) -> None:
         """Hand on what waits in a pool that visits have filled."""
@@ -159,7 +304,7 @@ class CalibrationStream:
             kept=self.source.step,
         )
 
-    def finish(self) -> OutputAgreement:
+    def _finish(self) -> None:
         """Run all batches to the graph's output, and compare the two models there."""
         agreement, result = OutputAgreement(), self._nodes[-1].args[0]
 
@@ -167,28 +312,11 @@ class CalibrationStream:
             if isinstance(result, Node):
                 agreement.update(values.dense(result), values.pruned(result))
 
-        self.run_to(self._nodes[-1], compare)
-        return agreement
+        self.advance(self._nodes[-1], compare)
+        errors = {node: error.relative for node, error in self._errors.items()}
+        self._outcome = Outcome(self.source, errors, agreement.share, agreement.kl, self._store.peak_bytes)
 
-    @property
-    def peak_bytes(self) -> int:
-        """Most bytes of live values held in memory between two batches."""
-        return self._store.peak_bytes
-
-    def read(self) -> None:
-        """Read the loader, where that has not been done yet, and keep the images that a layer needs."""
-        if not len(self._store):
-            self.source = read_into(
-                self._store,
-                self._loader,
-                self.graph_module,
-                device=self.device,
-                last=self._channels_last,
-                patches=self.patches,
-                least=self.least_images,
-            )
-
-    def _run(self, node: Node, values: BatchValues, number: int) -> None:
+    def _run(self, node: Node, values: BatchValues, number: int, *, observe: bool) -> None:
         """Run a node that is not a cut for the dense model and, where it differs, the pruned model."""
         if node.op == "placeholder":
             pass  # Given with the batch.
@@ -198,7 +326,7 @@ class CalibrationStream:
             if node in self._diverged:
                 values.pruned_values[node] = values.pruned(source)
             try:
-                if observer.enabled:
+                if observe and observer.enabled:
                     with self.stopwatch.measure("statistics"):
                         x = self.observed(values, source)
                         sample = self.sample(observer.geometry, x, number)
@@ -213,13 +341,16 @@ class CalibrationStream:
                 values.pruned_values[node] = self._execute(node, values.pruned, number)
         values.forget(self._dying[node])
 
-    def _run_replaced(self, cut: Node, values: BatchValues, number: int, outputs: Pool) -> None:
-        """Run a layer that has been replaced; a share of the patches it was solved on will tell its error."""
-        values.pruned_values[cut] = self._execute(cut, values.pruned, number)
+    def _compare(self, cut: Node, values: BatchValues, number: int, outputs: Pool, *, whole: bool) -> None:
+        """Add to the error of a layer that has been replaced: all of a batch, or a share of the patches it was solved on."""
+        of_both = (values.dense(cut), values.pruned(cut))
+        if whole:
+            geometry = observer_of(cut).geometry
+            outputs.put(geometry, *map(geometry.batched, of_both))
+            return
         sample = self.sample(observer_of(cut).geometry, values.pruned(input_of(cut)), number, share=ERROR_SHARE)
-        geometry, of_both = sample.geometry, (values.dense(cut), values.pruned(cut))
+        geometry = sample.geometry
         outputs.put(geometry, *(geometry.batched(sample.output(value)) for value in of_both))
-        values.forget(self._dying[cut])
 
     def _execute(self, node: Node, value_of: Callable[[Node], Any], number: int) -> Any:
         """Run one node on the values of its inputs; a failure names the node, the batch and the shapes."""
@@ -243,3 +374,32 @@ class CalibrationStream:
                 f"the model failed on calibration batch {number} at node {node.name!r} ({node.target}), "
                 f"input shapes {shapes}: {error}"
             ) from error
+
+
+@contextmanager
+def dense_statistics(
+    graph_module: GraphModule, calibration: Calibration, options: Options, nodes: Sequence[Node]
+) -> Iterator[dict[Node, InputStatistics]]:
+    """Inside, the moments of the given layers' inputs in the dense model; every observer is empty before and after.
+
+    Args:
+        graph_module: with observers.
+        calibration: the images; held-out ones are left out.
+        options: resolved.
+        nodes: calls of observed layers.
+    """
+    if not nodes:
+        yield {}
+        return
+    stream = CalibrationStream.of(graph_module, calibration, options)
+    observers = {observer_of(node) for node in nodes}
+    try:
+        with observers_off(graph_module):
+            for observer in observers:
+                observer.reset()
+                observer.enabled = True
+            stream.advance(stream._nodes[-1])
+        yield {node: observer_of(node).statistics() for node in nodes}
+    finally:
+        for observer in observers:
+            observer.reset()

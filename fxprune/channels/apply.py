@@ -8,12 +8,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from fxprune.annotations import annotate, annotation
 from fxprune.channels.layout import Channels, Classes, Layout, new_places
 from fxprune.channels.operations import MATRIX_MODULES, VECTOR_MODULES, VECTORS
 from fxprune.graph import input_of, module_of
-
-# node.meta[ORDER] is (inputs, outputs): index tensors that say which of the layer's first channels stands where, or None.
-ORDER = "fxprune_order"
 
 
 @torch.no_grad()
@@ -38,8 +36,8 @@ def permute_channels(graph_module: GraphModule, channels: Channels, source: Clas
             _permute_vectors(module, outputs)
         else:
             _permute_matrix(module, inputs, outputs)
-        before = node.meta.get(ORDER, (None, None))
-        node.meta[ORDER] = (_after(before[0], inputs), _after(before[1], outputs))
+        before = annotation(node).order
+        annotate(node, order=(_after(before[0], inputs), _after(before[1], outputs)))
 
 
 def _after(before: Tensor | None, places: Classes | None) -> Tensor | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fxprune.annotations import report_of
 from fxprune.errors import ValidationError
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.report import PruneReport
@@ -38,8 +39,7 @@ class ModelLayer:
 
 def prune_report(model: nn.Module) -> PruneReport | None:
     """The report that `compile` left with a model, if any."""
-    report = getattr(model, "meta", {}).get("fxprune_report")
-    return report if isinstance(report, PruneReport) else None
+    return report_of(model)
 
 
 @contextmanager

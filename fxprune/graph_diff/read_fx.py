@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxprune.annotations import annotation, changes, report_of
 from fxprune.graph_diff.fx_operation import is_inplace, operation_arguments, operation_name, read_nodes
 from fxprune.graph_diff.fx_shapes import output_shapes
 from fxprune.graph_diff.fx_weights import PRODUCTS, node_parameters, node_weights
 from fxprune.graph_diff.model_graph import GraphNode, ModelGraph, Weights, weight_multiply_adds
-from fxprune.passes.base import changes
-from fxprune.report import LayerReport, PruneReport
-
-ORDER = "fxprune_order"
 
 
 def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph:
@@ -66,15 +63,14 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
 
 
 def _title(graph_module: GraphModule) -> str:
-    report = graph_module.meta.get("fxprune_report")
-    pruned = f" pruned to {report.pattern} with {report.method}" if isinstance(report, PruneReport) else ""
+    report = report_of(graph_module)
+    pruned = f" pruned to {report.pattern} with {report.method}" if report is not None else ""
     return f"{graph_module._get_name()}{pruned}"
 
 
 def _read_node(graph_module: GraphModule, node: Node, call: int, shapes: Mapping[Node, tuple[int, ...]]) -> GraphNode:
     """One node that is not get_attr; `call` counts the calls of a module that has several, and is 0 otherwise."""
-    report = node.meta.get("fxprune")
-    report = report if isinstance(report, LayerReport) else None
+    report = annotation(node).report
     weights = node_weights(graph_module, node)
     name, key = node.name, ""
     if node.op == "call_module":
@@ -105,7 +101,7 @@ def _read_node(graph_module: GraphModule, node: Node, call: int, shapes: Mapping
 
 def _order(node: Node) -> tuple[Tensor | None, Tensor | None]:
     """What a permutation of channels wrote down: the former places of the input's and of the output's channels."""
-    inputs, outputs = node.meta.get(ORDER, (None, None))
+    inputs, outputs = annotation(node).order
     return (
         None if inputs is None else torch.as_tensor(inputs, dtype=torch.long),
         None if outputs is None else torch.as_tensor(outputs, dtype=torch.long),

@@ -1,4 +1,4 @@
-"""What a pass is: requires(input), call, lint and recompile, ensures(output); and what passes write down.
+"""What a pass is: requires(input), call, lint and recompile, ensures(output).
 
 torch.fx's own `PassBase` runs `ensures` on the input graph, so this small base class stands in for it, with torch's
 `PassResult`.
@@ -7,51 +7,36 @@ torch.fx's own `PassBase` runs `ensures` on the input graph, so this small base 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
-from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.graph import call_sites, input_of, is_tied, module_of
+from fxprune.annotations import Change, annotate_graph, changes
+from fxprune.calibration.calibration import Calibration
+from fxprune.errors import GraphError
 
-__all__ = ["Change", "Pass", "PassResult", "call_sites", "changes", "input_of", "is_tied", "module_of"]
-
-_CHANGES = "fxprune_changes"
-
-
-@dataclass(frozen=True)
-class Change:
-    """One thing that a pass did, or declined to do, to one node.
-
-    Attributes:
-        pass_name: class name of the pass.
-        action: "folded", "inserted", "removed", "replaced", "pruned", "reconstructed", "permuted" or "kept".
-        node: name of the node that the pass looked at (it may be gone from the graph afterwards).
-        target: name of the module behind the node, or "".
-        into: name of the node that took over its work, or "".
-        reason: why, in words; always given when the action is "kept".
-    """
-
-    pass_name: str
-    action: str
-    node: str
-    target: str = ""
-    into: str = ""
-    reason: str = ""
+__all__ = ["CalibratedPass", "Change", "Pass", "PassResult", "changes"]
 
 
 class Pass(ABC):
     """A graph transformation. Subclasses write `call`; `requires` and `ensures` may check the graph around it."""
 
-    def __call__(self, graph_module: GraphModule) -> PassResult:
-        """Run the pass in place: requires(input), call, lint and recompile, ensures(output)."""
+    def __call__(self, graph_module: GraphModule, calibration: Calibration | None = None) -> PassResult:
+        """Run the pass in place: requires(input), call, lint and recompile, ensures(output).
+
+        Args:
+            graph_module: changed in place.
+            calibration: the images, for passes that look at them.
+        """
         self.requires(graph_module)
-        result = self.call(graph_module)
+        result = self._run(graph_module, calibration)
         result.graph_module.graph.lint()
         result.graph_module.recompile()
         self.ensures(result.graph_module)
         return result
+
+    def _run(self, graph_module: GraphModule, calibration: Calibration | None) -> PassResult:
+        return self.call(graph_module)
 
     @abstractmethod
     def call(self, graph_module: GraphModule) -> PassResult:
@@ -67,11 +52,22 @@ class Pass(ABC):
         """Write down a `Change`, once: a pass that is run twice does not repeat itself."""
         target = str(node.target) if node.op == "call_module" else ""
         change = Change(type(self).__name__, action, node.name, target, into, reason)
-        recorded = graph_module.meta.setdefault(_CHANGES, [])
+        recorded = changes(graph_module)
         if change not in recorded:
-            recorded.append(change)
+            annotate_graph(graph_module, changes=(*recorded, change))
 
 
-def changes(graph_module: nn.Module) -> tuple[Change, ...]:
-    """Everything that passes wrote down about a graph module, in order."""
-    return tuple(getattr(graph_module, "meta", {}).get(_CHANGES, ()))
+class CalibratedPass(Pass):
+    """A pass that looks at the calibration images. Subclasses write `calibrate` in place of `call`."""
+
+    def _run(self, graph_module: GraphModule, calibration: Calibration | None) -> PassResult:
+        if calibration is None:
+            raise GraphError(f"{type(self).__name__} looks at images: call it with a Calibration(batches)")
+        return self.calibrate(graph_module, calibration)
+
+    def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - `calibrate` stands in for it
+        raise GraphError(f"{type(self).__name__} looks at images: call it with a Calibration(batches)")
+
+    @abstractmethod
+    def calibrate(self, graph_module: GraphModule, calibration: Calibration) -> PassResult:
+        """Transform the graph module in place by what the images show, and say whether anything changed."""

@@ -1,11 +1,10 @@
-"""InsertObservers: decides each layer's role, and puts an observer in front of every layer that will be solved."""
+"""InsertObservers: decides each layer's role and constraints, and puts an observer before every layer to be solved."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +13,17 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.utils.parametrize import is_parametrized
 
+from fxprune.annotations import Annotation, annotate, annotation
+from fxprune.constraints import Chain, Constraint
 from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
 from fxprune.graph import call_sites, input_of, is_tied, module_of
+from fxprune.layers.kept import LAYERS, layers_inside, matrices_read
 from fxprune.passes.base import Pass
-from fxprune.passes.kept_layers import LAYERS, layers_inside, matrices_read
-from fxprune.pattern import Pattern
+from fxprune.recipe import Recipe
 from fxprune.statistics import HessianObserver
 from fxprune.tracing import matches
 
 OBSERVERS = "fxprune_observers"
-TASK = "fxprune_task"
 MAX_COLUMNS = 16_384  # A float64 Hessian of 2 GiB, of which solving needs several copies.
 WEIGHT_FUNCTIONS = (
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.bilinear, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
@@ -33,79 +33,67 @@ PRODUCTS = (operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, tor
 PRODUCT_METHODS = ("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm")
 
 
-@dataclass(frozen=True)
-class LayerTask:
-    """What is to become of one Conv or Linear call; kept in `node.meta["fxprune_task"]`.
-
-    Attributes:
-        role: "prune", "reconstruct" (re-fit, dense), or "keep".
-        reason: why the layer is not pruned; "" for role "prune".
-        geometry: how the layer reads its input; None for layers that are kept.
-        pattern: the layer's own pattern where layers share a budget; None: the pattern of the whole run.
-    """
-
-    role: Literal["prune", "reconstruct", "keep"]
-    reason: str = ""
-    geometry: LayerGeometry | None = None
-    pattern: Pattern | None = None
-
-
-class Eligibility(Protocol):
-    """Decides which layers can be compressed: a `Pattern`, for one."""
-
-    def decline(self, geometry: LayerGeometry) -> str | None:
-        """Why a layer of this geometry cannot be, or None if it can."""
-
-
 class InsertObservers(Pass):
-    """Annotates Conv and Linear calls with a `LayerTask` and inserts `HessianObserver` modules.
+    """Annotates Conv and Linear calls with role and constraints, and inserts `HessianObserver` modules.
 
     Layers that read the same value in the same geometry share one observer, and so one Hessian.
 
     Args:
-        pattern: decides which layers can be pruned, or factored.
+        recipe: under which constraints each layer is solved.
         exclude: module names or fnmatch patterns of layers to leave exactly as they are.
-        reconstruct: observe layers that the pattern declines, so that they can be re-fitted.
+        reconstruct: observe layers that stay dense, so that they can be re-fitted.
+        observe: whether layers are solved from statistics, whose size sets a limit to their columns.
+
+    Raises:
+        PatternError: a name in the recipe matches no layer.
     """
 
-    def __init__(self, pattern: Eligibility, *, exclude: Sequence[str] = (), reconstruct: bool = True) -> None:
-        self.pattern = pattern
+    def __init__(
+        self, recipe: Recipe, *, exclude: Sequence[str] = (), reconstruct: bool = True, observe: bool = True
+    ) -> None:
+        self.recipe = recipe
         self.exclude = tuple(exclude)
         self.reconstruct = reconstruct
+        self.observe = observe
 
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
+        layers = [node for node in graph_module.graph.nodes if reads_weights(node)]
+        self.recipe.check([str(node.target) for node in layers if module_of(node) is not None])
         sites = call_sites(graph_module)
         observers: dict[tuple[Node, LayerGeometry], Node] = {}
         modified = False
         for node in list(graph_module.graph.nodes):
             for layer in layers_inside(node):
                 self.record(graph_module, "kept", node, reason=f"{layer.name}: {layer.reason}")
-            if TASK in node.meta or not reads_weights(node):
+            if annotation(node).role or not reads_weights(node):
                 continue
-            task = self._task(graph_module, node, sites)
-            node.meta[TASK] = task
-            if task.reason:
-                self.record(graph_module, "kept", node, reason=task.reason)
-            if task.geometry is not None:
+            decided = self._decide(graph_module, node, sites)
+            annotate(node, role=decided.role, reason=decided.reason, geometry=decided.geometry, chain=decided.chain)
+            if decided.reason:
+                self.record(graph_module, "kept", node, reason=decided.reason)
+            if decided.geometry is not None:
                 source = input_of(node)
-                key = (source, replace(task.geometry, out_channels=task.geometry.groups))
+                key = (source, replace(decided.geometry, out_channels=decided.geometry.groups))
                 if key not in observers:
                     observers[key] = _insert_observer(graph_module, node, source, key[1])
                 node.replace_input_with(source, observers[key])
             modified = True
         return PassResult(graph_module, modified)
 
-    def _task(self, graph_module: GraphModule, node: Node, sites: dict[nn.Module, list[Node]]) -> LayerTask:
+    def _decide(self, graph_module: GraphModule, node: Node, sites: dict[nn.Module, list[Node]]) -> Annotation:
         reason = self._reason_to_keep(graph_module, node, sites)
         if reason is not None:
-            return LayerTask("keep", reason)
+            return Annotation("keep", reason)
         module = module_of(node)
         assert module is not None
         geometry = LayerGeometry.of(module)
-        declined = self.pattern.decline(geometry)
-        if declined is None:
-            return LayerTask("prune", "", geometry)
-        return LayerTask("reconstruct", declined, geometry) if self.reconstruct else LayerTask("keep", declined)
+        wanted = self.recipe.chain(str(node.target))
+        chain, declined = _kept_constraints(wanted or (), geometry)
+        if chain:
+            return Annotation("compress", "", geometry, chain)
+        if not declined:
+            declined = "dense in the recipe" if wanted is not None else "named by no entry of the recipe"
+        return Annotation("reconstruct", declined, geometry) if self.reconstruct else Annotation("keep", declined)
 
     def _reason_to_keep(self, graph_module: GraphModule, node: Node, sites: dict[nn.Module, list[Node]]) -> str | None:
         """Why a layer's weights must not be touched at all, or None."""
@@ -129,9 +117,25 @@ class InsertObservers(Pass):
         if module.weight.dtype not in (torch.float32, torch.float64):
             return f"its weight is {module.weight.dtype}; statistics need float32 or float64"
         columns = LayerGeometry.of(module).columns
-        if columns > MAX_COLUMNS:
+        if columns > MAX_COLUMNS and self.observe:
             return f"{columns:,} inputs to an output: the Hessian alone would take {8 * columns**2 / 2**30:.1f} GiB"
         return None
+
+
+def _kept_constraints(chain: Chain, geometry: LayerGeometry) -> tuple[Chain, str]:
+    """The constraints that a layer can keep, and why it cannot keep the others.
+
+    What follows a constraint that changes the layer's geometry is asked again when the layer is solved.
+    """
+    kept: list[Constraint] = []
+    reasons = []
+    for constraint in chain:
+        reason = None if any(accepted.changes_geometry for accepted in kept) else constraint.decline(geometry)
+        if reason is None:
+            kept.append(constraint)
+        else:
+            reasons.append(reason)
+    return tuple(kept), "; ".join(reasons)
 
 
 def reads_weights(node: Node) -> bool:

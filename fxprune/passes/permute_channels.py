@@ -9,7 +9,7 @@ with H the centred, damped Hessian of the dense model's inputs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,30 +19,33 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.utils._pytree import tree_leaves
 
-from fxprune.calibration.batches import assign, first_images, peek
+from fxprune.annotations import annotation
+from fxprune.calibration.batches import assign
+from fxprune.calibration.calibration import Calibration, observers_off
 from fxprune.calibration.observers import observer_of
-from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.channels import Channels, analyse_channels, permute_channels, value_shapes
 from fxprune.channels.grouping import Reader, search_grouping
 from fxprune.channels.layout import Classes
+from fxprune.constraints.mask import Mask
 from fxprune.errors import CalibrationError, GraphError
 from fxprune.geometry import is_matrix_layer
 from fxprune.graph import device_of, input_of, module_of
-from fxprune.layer_solution import layer_of
-from fxprune.passes.base import Pass
-from fxprune.passes.insert_observers import TASK, InsertObservers, LayerTask
-from fxprune.pattern import NMPattern, Pattern
+from fxprune.layers.problem import layer_of
+from fxprune.passes.base import CalibratedPass
+from fxprune.passes.insert_observers import InsertObservers
+from fxprune.pattern import MixedPattern, NMPattern, Pattern
 from fxprune.precision import full_precision
+from fxprune.recipe import Recipe
 from fxprune.solvers import LayerProblem
-from fxprune.statistics import HessianObserver
 
 TOLERANCE = 1e-4
+IMAGES = 64
 PATCHES = 32  # For each column: an order of channels needs fewer than the weights do.
 EXAMPLE_IMAGES = 4
 
 
-class PermuteChannels(Pass):
+class PermuteChannels(CalibratedPass):
     """Permutes channels so that an N:M pattern costs less; to be run before InsertObservers.
 
     1. Every channel of every tensor gets a class; residual streams share theirs, concatenations keep those of their parts,
@@ -54,20 +57,18 @@ class PermuteChannels(Pass):
        on the first batch before and after.
 
     Layers that read channels which cannot move, or every channel several times (a flatten of several positions), are left
-    out, with the reason on record. For a choice of patterns ("mixed:...") the groups are chosen for the first N:M in it.
+    out, with the reason on record. The groups are chosen for the N:M pattern that most weights are to hold, for a choice of
+    patterns ("mixed:...") for the first in it; layers with groups of another size are left out.
 
     The search is bounded as `fxprune.solvers.permutation` says. The statistics of all layers that take part are held at
     once: D x D numbers for a layer of D columns.
 
     Args:
-        pattern: the pattern that the network is to be pruned to.
-        batches: calibration batches, read once per call: tensors, or tuples, lists or dicts whose first item is the input.
-            A hundred images are enough.
-        images: take the first so many only, where the model accepts less than a batch; None for all.
+        recipe: the patterns that layers are to be pruned to.
         exclude: module names or fnmatch patterns of layers to leave exactly as they are.
         damping: lambda / mean(diag H).
+        images: statistics are taken from the first so many, held-out ones left out.
         seed: of the search.
-        stopwatch: takes the time of "stream", "statistics", and "solve", the search.
 
     Raises:
         CalibrationError: if there are no batches, or one cannot be used.
@@ -76,45 +77,41 @@ class PermuteChannels(Pass):
 
     def __init__(
         self,
-        pattern: Pattern,
-        batches: Iterable[Any],
+        recipe: Recipe,
         *,
-        images: int | None = None,
         exclude: Sequence[str] = (),
         damping: float = 0.01,
+        images: int = IMAGES,
         seed: int = 0,
-        stopwatch: Stopwatch | None = None,
     ) -> None:
-        self.pattern = pattern
-        self.batches = batches
+        self.recipe = recipe
         self.images = images
         self.exclude = tuple(exclude)
         self.damping = damping
         self.seed = seed
-        self.stopwatch = stopwatch or Stopwatch(torch.device("cpu"))
         self._example: tuple[list[Any], list[Tensor]] | None = None  # Some images, and the output on them.
 
     def requires(self, graph_module: GraphModule) -> None:  # noqa: D102 - documented on Pass
-        if any(TASK in node.meta for node in graph_module.graph.nodes):
+        if any(annotation(node).role for node in graph_module.graph.nodes):
             raise GraphError("PermuteChannels has to run before InsertObservers")
         for node in graph_module.graph.nodes:
             module = module_of(node)
             if module is not None and any(part.training for part in module.modules()):
                 raise GraphError(f"module {node.target!r} is in training mode; call eval() before PermuteChannels")
 
-    def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
+    def calibrate(self, graph_module: GraphModule, calibration: Calibration) -> PassResult:  # noqa: D102
         self._example = None
-        levels = (self.pattern,) if isinstance(self.pattern, NMPattern) else self.pattern.levels
-        pattern = next((level for level in levels if isinstance(level, NMPattern)), None)
-        if pattern is None:
+        if not any(_nm_pattern(pattern) for pattern in self.recipe.patterns):
             for node in graph_module.graph.nodes:
                 module = module_of(node)
                 if module is not None and is_matrix_layer(module):
-                    self.record(graph_module, "kept", node, reason=f"pattern {self.pattern} has no groups of channels")
+                    self.record(graph_module, "kept", node, reason=f"{self.recipe} has no groups of channels")
             return PassResult(graph_module, False)
         with torch.inference_mode(), full_precision():
-            channels, readers = self._observe(graph_module, pattern)
-        with self.stopwatch.measure("solve"):
+            channels, readers, pattern = self._observe(graph_module, calibration)
+        if pattern is None:
+            return PassResult(graph_module, False)
+        with calibration.stopwatch.measure("solve"):
             grouping = search_grouping([r for of in readers.values() for r in of], channels, pattern, seed=self.seed)
         if np.array_equal(grouping.source, np.arange(channels.count)):
             return PassResult(graph_module, False)
@@ -143,49 +140,67 @@ class PermuteChannels(Pass):
                     f"{scale:.3g}; the channel analysis is wrong for this model: compile without permutation, and report it"
                 )
 
-    def _observe(self, graph_module: GraphModule, pattern: NMPattern) -> tuple[Channels, dict[Node, list[Reader]]]:
+    def _observe(
+        self, graph_module: GraphModule, calibration: Calibration
+    ) -> tuple[Channels, dict[Node, list[Reader]], NMPattern | None]:
         """Analyse the channels, and score the weights of every layer whose input channels can be permuted."""
         device = device_of(graph_module)
-        head, batches = peek(self.batches)
         placeholders = graph_module.graph.find_nodes(op="placeholder")
-        inputs = list(assign(placeholders, head[0], device=device).values())
+        inputs = list(assign(placeholders, calibration.first, device=device).values())
         self._example = _example(graph_module, inputs)
         channels = analyse_channels(graph_module, value_shapes(graph_module, *self._example[0]), exclude=self.exclude)
         observed = copy.deepcopy(graph_module)  # The observers go into a copy.
         twins = dict(zip(graph_module.graph.nodes, list(observed.graph.nodes), strict=True))
-        InsertObservers(pattern, exclude=self.exclude, reconstruct=False)(observed)
+        InsertObservers(self.recipe, exclude=self.exclude, reconstruct=False)(observed)
         movable = {c for atom in channels.atoms for c in atom.tolist()}
+        patterns = {node: p for node, twin in twins.items() if (p := _pattern_of(twin)) is not None}
+        pattern = _most_held(patterns)
         layers: dict[Node, Node] = {}
-        for node, twin in twins.items():
-            task: LayerTask | None = twin.meta.get(TASK)
-            if task is None or task.role != "prune":
-                continue
+        for node, own in patterns.items():
             reason = _reason_to_keep(channels, input_of(node), movable)
+            if reason is None and pattern is not None and own.m != pattern.m:
+                reason = f"{own} has groups of {own.m}, and channels are grouped for {pattern}"
             if reason is None:
-                layers[node] = twin
+                layers[node] = twins[node]
             else:
                 self.record(graph_module, "kept", node, reason=reason)
+        if not layers or pattern is None:
+            return channels, {}, None
+        few = calibration.fitted_head(self.images) if self._example[0] is not inputs else list(calibration)
+        images = Calibration(few, device=device, holdout=0.0, stopwatch=calibration.stopwatch)
         wanted = {observer_of(twin) for twin in layers.values()}
-        for module in observed.modules():
-            if isinstance(module, HessianObserver):
-                module.enabled = module in wanted
-        if layers:
-            if self.images and self._example[0] is not inputs:
-                batches = first_images(batches, self.images)
-            CalibrationStream(
-                observed,
-                batches,
-                device=device,
-                stopwatch=self.stopwatch,
-                patches=PATCHES,
-                least_images=self.images,
-            ).finish()
-        with self.stopwatch.measure("solve"):
+        with observers_off(observed):
+            for observer in wanted:
+                observer.enabled = True
+            stream = CalibrationStream(observed, images, patches=PATCHES, least_images=self.images)
+            stream.advance(list(observed.graph.nodes)[-1])
+        with calibration.stopwatch.measure("solve"):
             readers = {
                 node: list(_readers(twin, channels.layouts[input_of(node)].classes, self.damping))
                 for node, twin in layers.items()
             }
-        return channels, readers
+        return channels, readers, pattern
+
+
+def _nm_pattern(pattern: Pattern) -> NMPattern | None:
+    """The pattern itself, or the first N:M of a choice of them; None if it has none."""
+    if isinstance(pattern, MixedPattern):
+        return next((level for level in pattern.levels if isinstance(level, NMPattern)), None)
+    return pattern if isinstance(pattern, NMPattern) else None
+
+
+def _pattern_of(node: Node) -> NMPattern | None:
+    """The N:M pattern that a layer's own weight is to hold: the layer's, not that of factors that take its place."""
+    chain = annotation(node).chain
+    return _nm_pattern(chain[0].pattern) if chain and isinstance(chain[0], Mask) else None
+
+
+def _most_held(patterns: Mapping[Node, NMPattern]) -> NMPattern | None:
+    """The pattern that most weights are to hold."""
+    weights: dict[NMPattern, int] = {}
+    for node, pattern in patterns.items():
+        weights[pattern] = weights.get(pattern, 0) + layer_of(node).weight.numel()
+    return max(weights, key=lambda pattern: weights[pattern], default=None)
 
 
 def _example(graph_module: GraphModule, inputs: list[Any]) -> tuple[list[Any], list[Tensor]]:
@@ -222,7 +237,8 @@ def _reason_to_keep(channels: Channels, source: Node, movable: set[int]) -> str 
 
 def _readers(node: Node, classes: Classes, damping: float) -> Iterator[Reader]:
     """The scores of an observed layer's weights, relative to the variance of its output; one reader a group."""
-    geometry = node.meta[TASK].geometry
+    geometry = annotation(node).geometry
+    assert geometry is not None
     weight = geometry.to_matrix(layer_of(node).weight.detach()).double()
     hessian = observer_of(node).statistics().hessian(centred=True)
     variance = (weight @ hessian * weight).sum()

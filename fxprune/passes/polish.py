@@ -9,7 +9,7 @@ images overfit far less on activations than on logits, of which they have only a
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from fxprune.annotations import annotate, annotate_graph, annotation, report_of
 from fxprune.calibration.batches import assign
+from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
-from fxprune.errors import OptionsError
+from fxprune.consumers import consumers
+from fxprune.errors import GraphError, OptionsError
 from fxprune.graph import device_of
-from fxprune.layer_solution import layer_of
-from fxprune.passes.base import Pass
-from fxprune.passes.destination import destination
-from fxprune.passes.prune_weights import LAYER, REPORT
-from fxprune.report import PruneReport
+from fxprune.layers.problem import layer_of
+from fxprune.passes.base import CalibratedPass
 
 LEARNING_RATE = 5e-4
 WARM_UP = 0.1
@@ -37,37 +37,48 @@ HOLD_OUT_EVERY = 8
 Inputs = list[Any]
 
 
-class Polish(Pass):
+class KeepDense(CalibratedPass):
+    """Keeps a copy of the graph as it is now, before its layers are solved, for `Polish` to learn from."""
+
+    def calibrate(self, graph_module: GraphModule, calibration: Calibration) -> PassResult:  # noqa: D102
+        calibration.dense = copy.deepcopy(graph_module)
+        calibration.hold()
+        return PassResult(graph_module, False)
+
+
+class Polish(CalibratedPass):
     """Trains the weights that pruning kept, and the biases, of all layers that were pruned or re-fitted.
 
-    Every eighth step's images are held out (if there are several steps), and the epoch that is best on those is kept; it
-    may be none.
+    The epoch that is best on the images that are held out is kept; it may be none. Where none are held out, every eighth
+    step's images take their place, which the layers have been fitted to.
 
     Args:
-        dense: the graph module as it was before pruning, with the same node names.
-        batches: calibration batches.
-        epochs: passes over them.
+        epochs: passes over the images.
         flip: mirror half of the images, others in each epoch: right for photographs, wrong for digits.
         seed: of the order and the flips.
     """
 
-    def __init__(
-        self, dense: GraphModule, batches: Sequence[Any], *, epochs: int, flip: bool = False, seed: int = 0
-    ) -> None:
-        self.dense = dense
-        self.batches = batches
+    def __init__(self, *, epochs: int, flip: bool = False, seed: int = 0) -> None:
         self.epochs = epochs
         self.flip = flip
         self.seed = seed
 
-    def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
-        layers = [n for n in graph_module.graph.nodes if LAYER in n.meta and n.meta[LAYER].relative_error is not None]
+    def calibrate(self, graph_module: GraphModule, calibration: Calibration) -> PassResult:  # noqa: D102
+        if calibration.dense is None:
+            raise GraphError("Polish needs the dense graph: run KeepDense before the layers are solved")
+        layers = [
+            node
+            for node in graph_module.graph.nodes
+            if (report := annotation(node).report) is not None and report.relative_error is not None
+        ]
         if not layers:
             return PassResult(graph_module, False)
-        steps = list(_steps(graph_module, self.batches))
-        held_out = steps[::HOLD_OUT_EVERY]
-        training = [x for number, x in enumerate(steps) if number % HOLD_OUT_EVERY] or steps
-        distance = _Distance(self.dense, graph_module, layers)
+        training, held_out = _steps(graph_module, calibration)
+        is_score = bool(held_out)
+        if not held_out:
+            held_out = training[::HOLD_OUT_EVERY]
+            training = [x for number, x in enumerate(training) if number % HOLD_OUT_EVERY] or training
+        distance = _Distance(calibration.dense, graph_module, layers)
         before = best = copy.deepcopy(graph_module.state_dict())
         least = distance.mean(held_out)
         for _ in self._epochs(layers, distance, training):
@@ -76,9 +87,13 @@ class Polish(Pass):
                 least, best = found, copy.deepcopy(graph_module.state_dict())
         graph_module.load_state_dict(best)
         if best is before:
+            calibration.warn(
+                f"polish={self.epochs} gained nothing on the images held out: the weights stay as they were"
+            )
             return PassResult(graph_module, False)
         with torch.no_grad():
-            _update_report(self.dense, graph_module, layers, steps)
+            of_all = held_out if is_score else [*training, *held_out]
+            _update_report(calibration.dense, graph_module, layers, of_all, is_score=is_score)
         return PassResult(graph_module, True)
 
     def _epochs(self, layers: list[Node], distance: _Distance, steps: list[Inputs]) -> Iterator[int]:
@@ -151,22 +166,26 @@ class _Recorder(Interpreter):
 
 def _fed(layer: Node) -> Node:
     """The node to match for a layer: the rectifier that it feeds, or the sum of its output and what is added to it."""
-    reached = destination(layer)
+    reached = consumers(layer)
     return next(iter(reached.value.users)) if reached.rectifier else reached.value
 
 
-def _steps(graph_module: GraphModule, batches: Iterable[Any]) -> Iterator[Inputs]:
-    """The model's arguments, for at most STEP_IMAGES images at a time."""
+def _steps(graph_module: GraphModule, calibration: Calibration) -> tuple[list[Inputs], list[Inputs]]:
+    """The model's arguments, for at most STEP_IMAGES images at a time: of images that were fitted, and of held-out ones."""
     device = device_of(graph_module)
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    for number, batch in enumerate(batches):
-        values = assign(placeholders, batch, number, device=device)
-        inputs = [values[node] for node in placeholders]
-        count = len(inputs[0])
-        for at in range(0, count, STEP_IMAGES):
-            yield [
-                x[at : at + STEP_IMAGES] if isinstance(x, Tensor) and x.dim() and len(x) == count else x for x in inputs
-            ]
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    batches = calibration.hold()
+    values = [list(assign(placeholders, batch, n, device=device).values()) for n, batch in enumerate(batches)]
+    masks = calibration.held_out(sum(len(inputs[0]) for inputs in values)).split([len(inputs[0]) for inputs in values])
+    steps: tuple[list[Inputs], list[Inputs]] = ([], [])
+    for inputs, mask in zip(values, masks, strict=True):
+        for of, chosen in zip(steps, (~mask, mask), strict=True):
+            for part in chosen.nonzero()[:, 0].to(device).split(STEP_IMAGES):
+                if len(part):
+                    of.append(
+                        [x[part] if isinstance(x, Tensor) and x.dim() and len(x) == len(mask) else x for x in inputs]
+                    )
+    return steps
 
 
 def _mirrored(inputs: Inputs, generator: torch.Generator) -> Inputs:
@@ -178,7 +197,9 @@ def _mirrored(inputs: Inputs, generator: torch.Generator) -> Inputs:
     return [torch.where(chosen[:, None, None, None], images.flip(-1), images), *others]
 
 
-def _update_report(dense: GraphModule, graph_module: GraphModule, layers: list[Node], steps: list[Inputs]) -> None:
+def _update_report(
+    dense: GraphModule, graph_module: GraphModule, layers: list[Node], steps: list[Inputs], *, is_score: bool
+) -> None:
     """Measure every layer's error, and the agreement at the output, again: the weights are others now."""
     names = {node.name for node in layers}
     errors = {node.name: OutputError(channel_dim(node)) for node in layers}
@@ -189,10 +210,15 @@ def _update_report(dense: GraphModule, graph_module: GraphModule, layers: list[N
         found.outputs(inputs)
         for name, error in errors.items():
             error.update(wanted.kept[name], found.kept[name])
-        agreement.update(wanted.result, found.result)
+        if is_score:
+            agreement.update(wanted.result, found.result)
+    measured = {}
     for node in layers:
-        node.meta[LAYER] = replace(node.meta[LAYER], relative_error=errors[node.name].relative)
-    report: PruneReport = graph_module.meta[REPORT]
-    measured = {node.meta[LAYER].name: node.meta[LAYER] for node in layers}
+        row = annotation(node).report
+        assert row is not None
+        measured[row.name] = replace(row, relative_error=errors[node.name].relative)
+        annotate(node, report=measured[row.name])
+    report = report_of(graph_module)
+    assert report is not None
     every_layer = tuple(measured.get(layer.name, layer) for layer in report.layers)
-    graph_module.meta[REPORT] = replace(report, layers=every_layer, agreement=agreement.agreement, kl=agreement.kl)
+    annotate_graph(graph_module, report=replace(report, layers=every_layer, agreement=agreement.share, kl=agreement.kl))

@@ -11,9 +11,9 @@ import operator
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxprune.consumers import is_identity
 from fxprune.errors import GraphError
 from fxprune.graph import module_of
-from fxprune.passes.destination import is_identity
 
 REMEDY = "Rewrite this line without the side effect, or keep the module that holds it as a leaf (exclude)."
 # Tensor methods and torch functions that give a tuple of views of their first input.

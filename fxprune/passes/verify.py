@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxprune.annotations import annotation
 from fxprune.errors import GraphError
 from fxprune.graph import module_of
-from fxprune.passes.prune_weights import LAYER
 from fxprune.pattern import Pattern
-from fxprune.report import LayerReport
 
 
 def verify(graph_module: GraphModule) -> None:
@@ -24,8 +23,8 @@ def verify(graph_module: GraphModule) -> None:
         if not torch.isfinite(parameter).all():
             raise GraphError(f"parameter {name!r} holds NaN or infinite values")
     for node in graph_module.graph.nodes:
-        report = node.meta.get(LAYER)
-        if not isinstance(report, LayerReport) or not report.pattern:
+        report = annotation(node).report
+        if report is None or not report.pattern:
             continue
         weight = getattr(module_of(node), "weight", None)
         if not isinstance(weight, Tensor):

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fxprune.ranks.splits import Split
+from torch.fx import GraphModule
+
+from fxprune.annotations import annotation
+from fxprune.errors import OptionsError
+from fxprune.layers.splits import Split, full_rank
 
 
 @dataclass(frozen=True)
@@ -117,3 +121,29 @@ class RankPlan:
     def reason(self, name: str) -> str:
         """Why a layer that could be factored stays whole."""
         return self.layers[name].reason if name in self.layers else f"not in the plan ({self.rule})"
+
+    def check(self, graph_module: GraphModule) -> None:
+        """Make sure that the plan fits a graph, before any layer is touched.
+
+        Raises:
+            OptionsError: it factors a layer that is not there, or in a way that the layer does not have.
+        """
+        layers = {
+            str(node.target): geometry
+            for node in graph_module.graph.nodes
+            if (geometry := annotation(node).geometry) is not None
+        }
+        for name in self.layers:
+            choice = self.choice(name)
+            if choice is None:
+                continue
+            if name not in layers:
+                raise OptionsError(
+                    f"the plan factors {name!r}, which is no layer that can be; there are: {', '.join(layers)}"
+                )
+            highest = full_rank(layers[name], choice.split)
+            if not 1 <= choice.rank <= highest:
+                ranks = f"ranks from 1 to {highest}" if highest else "no such split"
+                raise OptionsError(
+                    f"the plan gives {name!r} rank {choice.rank} by a {choice.split} split; it has {ranks}"
+                )

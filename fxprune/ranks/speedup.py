@@ -11,22 +11,27 @@ from pathlib import Path
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxprune.annotations import annotation
 from fxprune.errors import OptionsError
 from fxprune.export.latency import Latency, measure_latency
 from fxprune.export.torch_export import to_onnx_program
-from fxprune.layer_solution import layer_of
-from fxprune.passes.insert_observers import TASK
+from fxprune.layers.problem import layer_of
+from fxprune.layers.splits import split_call, two_layers
 from fxprune.passes.remove_observers import RemoveObservers
 from fxprune.ranks.choices import RankPlan, Survey
 from fxprune.ranks.rule import within_budget
-from fxprune.ranks.splits import split_call, two_layers
 
 TRIALS = 5
 Measure = Callable[[Sequence[Path], Sequence[Tensor]], Sequence[Latency]]
 
 
 def plan_for_speedup(
-    graph_module: GraphModule, survey: Survey, factor: float, image: Tensor, *, measure: Measure = measure_latency
+    graph_module: GraphModule,
+    survey: Survey,
+    factor: float,
+    inputs: Sequence[Tensor],
+    *,
+    measure: Measure = measure_latency,
 ) -> RankPlan:
     """The plan with the most multiply-adds found that runs `factor` times faster than dense, by bisection over budgets.
 
@@ -36,20 +41,20 @@ def plan_for_speedup(
         graph_module: traced, with observers.
         survey: of that graph.
         factor: wanted ratio of the medians, dense / factored.
-        image: one input, (1, C, H, W).
+        inputs: the model's arguments for one image.
         measure: how to time files.
 
     Raises:
         OptionsError: not reached even with the fewest multiply-adds.
     """
-    image = image.cpu()
+    inputs = [x.cpu() for x in inputs]
     with tempfile.TemporaryDirectory() as folder:
         dense, candidate = Path(folder) / "dense.onnx", Path(folder) / "candidate.onnx"
-        write_shape(graph_module, None, image, dense)
+        write_shape(graph_module, None, inputs, dense)
 
         def speed(plan: RankPlan) -> float:
-            write_shape(graph_module, plan, image, candidate)
-            slow, fast = measure([dense, candidate], [image])
+            write_shape(graph_module, plan, inputs, candidate)
+            slow, fast = measure([dense, candidate], inputs)
             return slow.median / fast.median
 
         return search(survey, factor, speed)
@@ -93,11 +98,11 @@ def search(survey: Survey, factor: float, speed: Callable[[RankPlan], float]) ->
     return replace(plan, rule=f"{plan.rule}, measured {reached:.2f}")
 
 
-def write_shape(graph_module: GraphModule, plan: RankPlan | None, image: Tensor, path: Path) -> None:
+def write_shape(graph_module: GraphModule, plan: RankPlan | None, inputs: Sequence[Tensor], path: Path) -> None:
     """Write the dense graph, or one of the shape that the plan would give it."""
     graph_module = copy.deepcopy(graph_module).cpu()
     for node in list(graph_module.graph.nodes):
-        choice = plan.choice(str(node.target)) if plan is not None and TASK in node.meta else None
+        choice = plan.choice(str(node.target)) if plan is not None and annotation(node).role else None
         if choice is not None:
             module = layer_of(node)
             pair = two_layers(module, choice.split, choice.rank, bias=module.bias is not None)
@@ -105,5 +110,5 @@ def write_shape(graph_module: GraphModule, plan: RankPlan | None, image: Tensor,
             split_call(node)
             graph_module.graph.erase_node(node)
     RemoveObservers()(graph_module)
-    program = to_onnx_program(graph_module.eval(), (image,), opset=None, dynamic_batch=False, precision="fp32")
+    program = to_onnx_program(graph_module.eval(), tuple(inputs), opset=None, dynamic_batch=False, precision="fp32")
     program.save(str(path))

@@ -1,110 +1,84 @@
-"""survey(): one run of the dense model over the calibration set, from which the error of every rank follows."""
+"""survey(): what every rank of every layer costs, from one run of the dense model over the calibration set."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size
 from torch.fx import GraphModule, Node
 
-from fxprune.calibration.observers import observer_of
-from fxprune.calibration.stream import CalibrationStream
-from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, LayerGeometry
-from fxprune.graph import call_sites
-from fxprune.layer_solution import layer_of, pose_problem
-from fxprune.options import Options
-from fxprune.passes.insert_observers import TASK, LayerTask
+from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.stream import dense_statistics
+from fxprune.geometry import LayerGeometry
+from fxprune.layers.macs import layer_shapes, macs_per_sample
+from fxprune.layers.problem import layer_of, pose_problem
+from fxprune.layers.splits import Split, dense_multiply_adds, full_rank, multiply_adds
+from fxprune.precision import full_precision
 from fxprune.ranks.choices import Choice, LayerRanks, Survey, pareto
-from fxprune.ranks.splits import Split, dense_multiply_adds, full_rank, multiply_adds
-from fxprune.solvers import LayerProblem
 from fxprune.solvers.low_rank import tail_energy, whitened_target
+from fxprune.solvers.problem import LayerProblem
 from fxprune.solvers.spatial_split import arranged, spatial_errors, whitened_arrangement
+from fxprune.statistics import InputStatistics
 
-Method = Literal["svd", "data_aware"]
-METHODS: tuple[Method, ...] = ("svd", "data_aware")
+if TYPE_CHECKING:
+    from fxprune.method import Method
+
 RANKS_TRIED = 48  # of each split, spread evenly where there are more
 
 
 def survey(
     graph_module: GraphModule,
-    batches: Sequence[Any],
-    *,
+    layers: Sequence[Node],
+    calibration: Calibration,
     method: Method,
+    *,
     splits: Sequence[Split],
     multiple: int,
-    options: Options,
 ) -> Survey:
-    """Price every rank of every layer that `InsertObservers(Factorable(...))` observes.
+    """Price every rank of every layer.
 
     Args:
-        graph_module: with observers, which are empty before and after.
-        batches: calibration batches.
+        graph_module: with observers in front of the layers, which are empty before and after.
+        layers: their calls.
+        calibration: the images.
         method: "svd" judges a rank by the weight's singular values, "data_aware" by the output error.
         splits: those to consider.
         multiple: ranks considered are multiples of it.
-        options: resolved options.
     """
-    observed = {
-        node: node.meta[TASK].geometry
-        for node in graph_module.graph.nodes
-        if isinstance(node.meta.get(TASK), LayerTask) and node.meta[TASK].role == "prune"
-    }
-    observers = {observer_of(node) for node in observed}
-    for observer in observers:
-        observer.enabled = method == "data_aware"
-    shapes, total = _run(graph_module, batches if method == "data_aware" else batches[:1], options)
-    layers = {}
-    with torch.no_grad():
-        for node, geometry in observed.items():
-            problem = _problem(node, geometry, options) if method == "data_aware" else None
-            shape = shapes[layer_of(node)]
-            layers[str(node.target)] = _layer_ranks(node, geometry, shape, problem, splits, multiple)
-    for observer in observers:
-        observer.enabled = True
-        observer.reset()
-    return Survey(layers, total)
+    data_aware = method.factorisation == "data_aware"
+    if data_aware:
+        calibration.hold()
+    example = calibration.example(graph_module)
+    shapes = {node: read for node, (read, _) in layer_shapes(graph_module, example).items()}
+    seen = layers if data_aware else ()
+    found = {}
+    with (
+        torch.no_grad(),
+        full_precision(),
+        dense_statistics(graph_module, calibration, method.options, seen) as statistics,
+    ):
+        for node in layers:
+            problem = _problem(node, statistics[node], method) if data_aware else None
+            found[str(node.target)] = _layer_ranks(node, shapes[node], problem, splits, multiple)
+    return Survey(found, sum(macs_per_sample(graph_module, example).values()))
 
 
-def _run(
-    graph_module: GraphModule, batches: Sequence[Any], options: Options
-) -> tuple[dict[nn.Module, torch.Size], int]:
-    """Run the dense model; the input shape of every Conv and Linear module, and their multiply-adds for one sample."""
-    shapes: dict[nn.Module, torch.Size] = {}
-    counts: dict[nn.Module, int] = {}
-
-    def note(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        shapes[module] = inputs[0].shape
-        moved = inputs[0] if isinstance(module, TRANSPOSED_CONVOLUTIONS) else output
-        counts[module] = counts.get(module, 0) + moved.numel() * (module.weight.numel() // module.weight.shape[0])
-
-    layers = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
-    stream = CalibrationStream.by(options, graph_module, batches)
-    stream.read()
-    handles = [m.register_forward_hook(note) for m in call_sites(graph_module) if isinstance(m, layers)]
-    try:
-        stream.finish()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shapes, sum(counts.values()) // stream.source.images
-
-
-def _problem(node: Node, geometry: LayerGeometry, options: Options) -> LayerProblem:
+def _problem(node: Node, inputs: InputStatistics, method: Method) -> LayerProblem:
     """What the layer's own dense output asks of it."""
-    module, inputs = layer_of(node), observer_of(node).statistics()
-    return next(pose_problem(module, geometry, inputs, None, options).groups())
+    module = layer_of(node)
+    return next(pose_problem(module, LayerGeometry.of(module), inputs, None, method.options).groups())
 
 
 def _layer_ranks(
     node: Node,
-    geometry: LayerGeometry,
-    shape: torch.Size,
+    shape: Size,
     problem: LayerProblem | None,
     splits: Sequence[Split],
     multiple: int,
 ) -> LayerRanks:
+    geometry = LayerGeometry.of(layer_of(node))
     weight = geometry.to_matrix(layer_of(node).weight.detach()).double()[0]
     whole = dense_multiply_adds(geometry, shape)
     choices: list[Choice] = []

@@ -197,3 +197,15 @@ def _balanced(factors: SpatialFactors) -> SpatialFactors:
     norms = [torch.linalg.vector_norm(factors.first, dim=(1, 2)), torch.linalg.vector_norm(factors.second, dim=(0, 1))]
     size = torch.where((norms[0] > 0) & (norms[1] > 0), (norms[0] / norms[1]).sqrt(), 1.0)
     return replace(factors, first=factors.first / size[:, None, None], second=factors.second * size)
+
+
+def first_hessian(problem: LayerProblem, kernel: tuple[int, int]) -> Tensor:
+    """H of the ky x 1 kernel's inputs, (ky C, ky C): the mean over the kx places at which the second kernel reads it."""
+    blocks = problem.hessian.unflatten(0, (*kernel, -1)).transpose(0, 1).flatten(1, 2)
+    return torch.stack([_columns_at(block, kernel, x) for x, block in enumerate(blocks)]).mean(0)
+
+
+def second_equations(problem: LayerProblem, first: Tensor, kernel: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """H (kx r, kx r) and T (R, kx r) of the 1 x kx kernel, U (r, ky, C) given."""
+    system, wanted = _normal_equations(problem, _metric(problem, kernel)[0], first, kernel)
+    return system.flatten(2).flatten(0, 1), wanted.flatten(0, 1).mT

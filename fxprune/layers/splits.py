@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
 from fxprune.errors import OptionsError
@@ -22,24 +22,6 @@ from fxprune.graph import input_of
 
 Split = Literal["channel", "spatial"]
 SPLITS: tuple[Split, ...] = ("channel", "spatial")
-
-
-@dataclass(frozen=True)
-class Factorable:
-    """Accepts the layers that have one of some splits; `InsertObservers` asks it about each layer."""
-
-    splits: tuple[Split, ...] = SPLITS
-
-    def decline(self, geometry: LayerGeometry) -> str | None:
-        """Why a layer of this geometry cannot be factored, or None if it can."""
-        if geometry.groups > 1:
-            return f"{geometry.groups} groups, each small already"
-        if any(full_rank(geometry, split) > 1 for split in self.splits):
-            return None
-        if min(geometry.rows, geometry.columns) < 2:
-            return f"a weight of {geometry.rows} x {geometry.columns} has rank 1 as it is"
-        kernel = " x ".join(map(str, geometry.kernel_size)) or "Linear"
-        return f"{kernel} has no spatial split, which takes a 2-D kernel of several rows and columns"
 
 
 def splits_of(split: Split | Literal["auto"]) -> tuple[Split, ...]:
@@ -82,24 +64,32 @@ def multiply_adds(geometry: LayerGeometry, input_shape: Sequence[int], split: Sp
     return rank * (out_height * width * ky * geometry.in_channels + positions * kx * geometry.out_channels)
 
 
-def factored(module: MatrixLayer, split: Split, first: Tensor, second: Tensor, bias: Tensor | None) -> nn.Sequential:
-    """The two layers, in the module's own dtype, on its device.
+def geometries(geometry: LayerGeometry, split: Split, rank: int) -> tuple[LayerGeometry, LayerGeometry]:
+    """How the two layers read their inputs."""
+    if not geometry.kernel_size:
+        return LayerGeometry(geometry.in_channels, rank), LayerGeometry(rank, geometry.out_channels)
+    if split == "channel":
+        dims = len(geometry.kernel_size)
+        ones, nothing = (1,) * dims, ((0, 0),) * dims
+        second = LayerGeometry(rank, geometry.out_channels, ones, ones, nothing, ones, 1, geometry.padding_mode)
+        return replace(geometry, out_channels=rank), second
+    down = _on_axis(replace(geometry, out_channels=rank), 0)
+    return down, _on_axis(replace(geometry, in_channels=rank), 1)
 
-    Args:
-        module: a layer without groups.
-        split: how.
-        first: (r, D) of a channel split, (r, ky, C) of a spatial one.
-        second: (R, r), or (R, kx, r).
-        bias: (R,) or None.
-    """
-    pair = two_layers(module, split, len(first), bias=bias is not None)
-    trained = module.weight.requires_grad
-    for layer, kernel in zip(pair, (first, second), strict=True):
-        weight = LayerGeometry.of(layer).to_weight(kernel.flatten(1)[None])
-        layer.weight = nn.Parameter(weight.to(module.weight), requires_grad=trained)
-    if bias is not None:
-        pair[1].bias = nn.Parameter(bias.to(module.weight), requires_grad=trained)
-    return pair.train(module.training)
+
+def _on_axis(geometry: LayerGeometry, axis: int) -> LayerGeometry:
+    """Kernel, stride, padding and dilation of a 2-D geometry on one axis only."""
+
+    def only(values: tuple[Any, ...], neutral: Any) -> tuple[Any, ...]:
+        return tuple(value if i == axis else neutral for i, value in enumerate(values))
+
+    return replace(
+        geometry,
+        kernel_size=only(geometry.kernel_size, 1),
+        stride=only(geometry.stride, 1),
+        padding=only(geometry.padding, (0, 0)),
+        dilation=only(geometry.dilation, 1),
+    )
 
 
 def two_layers(module: MatrixLayer, split: Split, rank: int, *, bias: bool) -> nn.Sequential:

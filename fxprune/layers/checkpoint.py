@@ -7,17 +7,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
+from fxprune.annotations import annotation
+from fxprune.constraints.base import chain_text
 from fxprune.errors import OptionsError
 from fxprune.files import save_tensors
-from fxprune.layer_solution import SolvedLayer
-from fxprune.options import Options
-from fxprune.pattern import Pattern
-
-NOT_PART_OF_THE_RESULT = ("checkpoint_dir", "memory_limit")
+from fxprune.geometry import LayerGeometry
+from fxprune.layers.solve import SolvedLayer, SolvedPart
+from fxprune.method import Method
 
 
 class LayerCheckpoint:
@@ -30,19 +31,26 @@ class LayerCheckpoint:
         self.folder = folder
 
     @classmethod
-    def open(cls, graph_module: GraphModule, pattern: Pattern, method: str, options: Options) -> LayerCheckpoint:
-        """Open `options.checkpoint_dir`, made if need be.
+    def open(cls, folder: str | None, graph_module: GraphModule, method: Method) -> LayerCheckpoint:
+        """Open a folder, made if need be.
 
         Raises:
-            OptionsError: if the folder holds the layers of another model, pattern, method or other options.
+            OptionsError: if it holds the layers of another model, of other constraints, another method or other options.
         """
-        if options.checkpoint_dir is None:
+        if folder is None:
             return cls(None)
-        folder = Path(options.checkpoint_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        chosen = {k: v for k, v in dataclasses.asdict(options).items() if k not in NOT_PART_OF_THE_RESULT}
-        run = {"model": _fingerprint(graph_module), "pattern": str(pattern), "method": method, "options": chosen}
-        checkpoint = cls(folder)
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        chains = {
+            str(n.target): chain_text(annotation(n).chain) for n in graph_module.graph.nodes if annotation(n).role
+        }
+        run = {
+            "model": _fingerprint(graph_module),
+            "constraints": chains,
+            "method": method.name,
+            "options": dataclasses.asdict(method.options),
+        }
+        checkpoint = cls(path)
         checkpoint._agree("run.json", run)
         return checkpoint
 
@@ -61,7 +69,11 @@ class LayerCheckpoint:
 
     def load(self, name: str) -> SolvedLayer | None:
         """A finished layer, or None."""
-        return SolvedLayer(**torch.load(self._file(name), weights_only=True)) if self.has(name) else None
+        if not self.has(name):
+            return None
+        kept = torch.load(self._file(name), weights_only=True)
+        parts = tuple(SolvedPart(LayerGeometry(**part.pop("geometry")), **part) for part in kept.pop("parts"))
+        return SolvedLayer(parts, **kept)
 
     def save(self, name: str, layer: SolvedLayer) -> None:
         """Keep a finished layer.
@@ -69,10 +81,9 @@ class LayerCheckpoint:
         Raises:
             CheckpointError: if its file cannot be written.
         """
-        if self.folder is None:
-            return
-        fields = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)}
-        save_tensors(fields, self._file(name))
+        if self.folder is not None:
+            parts = [_fields(part) | {"geometry": _fields(part.geometry)} for part in layer.parts]
+            save_tensors(_fields(layer) | {"parts": parts}, self._file(name))
 
     def _file(self, name: str) -> Path:
         assert self.folder is not None
@@ -92,6 +103,11 @@ class LayerCheckpoint:
                 f"checkpoint_dir {str(self.folder)!r} holds layers of a run with another {', another '.join(differing)}; "
                 "give an empty folder, or the same model, data and settings"
             )
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass, as they are."""
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
 
 
 def _fingerprint(graph_module: GraphModule) -> str:

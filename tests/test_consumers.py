@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torchvision.ops import StochasticDepth, stochastic_depth
 
-from fxprune.passes.destination import destination, is_identity, skip_operands
+from fxprune.consumers import consumers, is_identity, skip_operands
 from fxprune.tracing import trace
 
 INF = math.inf
@@ -46,7 +46,7 @@ def operands(forward) -> list[str]:
 
 
 def rectifier(forward) -> tuple[float, float] | None:
-    return destination(layer_in(forward)).rectifier
+    return consumers(layer_in(forward)).rectifier
 
 
 REACHED = {
@@ -193,7 +193,7 @@ def test_outside_the_bounds_the_value_does_not_matter(forward, bounds):
 )  # fmt: skip
 def test_rectifier_modules(module, bounds):
     graph_module = trace(nn.Sequential(nn.Conv2d(4, 4, 1), module))
-    assert destination(next(n for n in graph_module.graph.nodes if n.target == "0")).rectifier == bounds
+    assert consumers(next(n for n in graph_module.graph.nodes if n.target == "0")).rectifier == bounds
 
 
 NOT_RECTIFIED = {

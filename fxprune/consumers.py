@@ -1,8 +1,8 @@
-"""Where a layer's output goes first-hand: skip connections and rectifiers. Graph analysis, no rewriting.
+"""Which operations consume a layer's output first: skip connections and rectifiers. Graph analysis, no rewriting.
 
 Where a layer's output goes straight into an add whose other operand has been computed already, the layer can absorb that
-operand's error too: its wanted output becomes y + (other_dense - other_pruned). Where the sum is rectified next, what
-lies below the threshold need only stay there.
+operand's error too: its target becomes y + (other_dense - other_pruned). Where the sum is rectified next, what lies
+below the threshold need only stay there.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _BOUNDS: dict[Any, tuple[float, float]] = {
 
 
 @dataclass(frozen=True)
-class Destination:
-    """Where a layer's output goes first-hand.
+class Consumers:
+    """What consumes a layer's output first.
 
     Attributes:
         added: the other operands of the adds that it goes through, nodes or numbers.
@@ -61,7 +61,7 @@ class Destination:
         return _clamp_bounds(next(iter(self.value.users))) if len(self.value.users) == 1 else None
 
 
-def destination(layer: Node) -> Destination:
+def consumers(layer: Node) -> Consumers:
     """Follow a layer's output through adds whose other operand has been computed before the layer.
 
     The walk goes through adds (nested ones too) and through what is the identity in eval mode, and stops where the
@@ -79,12 +79,12 @@ def destination(layer: Node) -> Destination:
                 break
             added.append(other)
         value = user
-    return Destination(tuple(added), value)
+    return Consumers(tuple(added), value)
 
 
 def skip_operands(layer: Node) -> tuple[Node, ...]:
     """The other operands of the adds that a layer's output reaches first-hand, as far as they are computed before it."""
-    return destination(layer).skips
+    return consumers(layer).skips
 
 
 def _clamp_bounds(node: Node) -> tuple[float, float] | None:

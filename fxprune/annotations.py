@@ -1,0 +1,107 @@
+"""What passes note down on a graph: one typed annotation a node, and one for the graph, each under one key of `meta`.
+
+Nobody else names the key. Annotations are frozen: to change one is to put another in its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fxprune.geometry import LayerGeometry
+from fxprune.report import LayerReport, PruneReport
+
+if TYPE_CHECKING:
+    from fxprune.constraints import Chain
+
+KEY = "fxprune"
+Role = Literal["compress", "reconstruct", "keep"]
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What is known of one node.
+
+    Attributes:
+        role: what is to become of a Conv or Linear call: "compress" (solved under its constraints), "reconstruct" (dense,
+            re-fitted) or "keep"; "" for any other node, and before roles are given.
+        reason: why the layer is not compressed; "" for role "compress".
+        geometry: how the layer reads its input; None for layers that are kept.
+        chain: the constraints under which the layer is solved, in order.
+        report: what was done to the layer, once it is done.
+        order: (inputs, outputs): which of the layer's first channels stands where after a permutation, or None each.
+    """
+
+    role: Role | Literal[""] = ""
+    reason: str = ""
+    geometry: LayerGeometry | None = None
+    chain: Chain = ()
+    report: LayerReport | None = None
+    order: tuple[Tensor | None, Tensor | None] = (None, None)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that a pass did, or declined to do, to one node.
+
+    Attributes:
+        pass_name: class name of the pass.
+        action: "folded", "inserted", "removed", "replaced", "pruned", "factored", "reconstructed", "permuted" or "kept".
+        node: name of the node that the pass looked at (it may be gone from the graph afterwards).
+        target: name of the module behind the node, or "".
+        into: name of the node that took over its work, or "".
+        reason: why, in words; always given when the action is "kept".
+    """
+
+    pass_name: str
+    action: str
+    node: str
+    target: str = ""
+    into: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class GraphAnnotation:
+    """What is known of a whole graph: the changes that passes wrote down, in order, and the report of the run."""
+
+    changes: tuple[Change, ...] = ()
+    report: PruneReport | None = None
+
+
+def annotation(node: Node) -> Annotation:
+    """What is known of a node; an empty annotation if nothing is."""
+    found = node.meta.get(KEY)
+    return found if isinstance(found, Annotation) else Annotation()
+
+
+def annotate(node: Node, **changes: Any) -> Annotation:
+    """Change fields of a node's annotation, and return it."""
+    node.meta[KEY] = changed = replace(annotation(node), **changes)
+    return changed
+
+
+def graph_annotation(model: nn.Module) -> GraphAnnotation:
+    """What is known of a graph module; an empty annotation for any other model."""
+    found = getattr(model, "meta", {}).get(KEY) if isinstance(getattr(model, "meta", None), dict) else None
+    return found if isinstance(found, GraphAnnotation) else GraphAnnotation()
+
+
+def annotate_graph(graph_module: nn.Module, **changes: Any) -> GraphAnnotation:
+    """Change fields of a graph's annotation, and return it."""
+    meta: dict[str, Any] = graph_module.meta  # type: ignore[assignment]
+    meta[KEY] = changed = replace(graph_annotation(graph_module), **changes)
+    return changed
+
+
+def changes(model: nn.Module) -> tuple[Change, ...]:
+    """Everything that passes wrote down about a graph module, in order."""
+    return graph_annotation(model).changes
+
+
+def report_of(model: nn.Module) -> PruneReport | None:
+    """The report that a compilation left with a model, if any."""
+    return graph_annotation(model).report

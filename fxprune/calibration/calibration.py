@@ -1,0 +1,144 @@
+"""The calibration set of one run: its loader, read as it is needed, and where and how the run takes place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_map_only
+
+from fxprune.calibration.batches import assign, count_images, peek, read_all
+from fxprune.calibration.holdout import drawn, held_out_count
+from fxprune.calibration.stopwatch import Stopwatch
+from fxprune.errors import CalibrationWarning
+from fxprune.graph import device_of, module_of
+from fxprune.statistics import HessianObserver
+
+HEAD_IMAGES = 160  # In a set of as many, the first FITTED_HEAD are never held out: some passes look at no more of it.
+FITTED_HEAD = 64
+OnLayer = Callable[[str, int], None]
+
+
+@dataclass
+class Calibration:
+    """A calibration set, and what every pass that reads it has to know of the run.
+
+    Attributes:
+        loader: iterable of batches, started once only. What is looked at more than once is kept.
+        device: where to compute.
+        holdout: share of the images that take no part in the statistics; None: a tenth, see `held_out`.
+        seed: of which images these are.
+        memory_limit: bytes of live values to hold on the device (on the CPU: in memory); None: a share of what is free.
+        checkpoint_dir: folder for finished layers, or None.
+        on_layer: called with a layer's name and the number of stages, for progress bars.
+        stopwatch: takes the time of "stream", "statistics" and "solve".
+        warnings: what is wrong with the images, in sentences.
+        dense: the graph before its layers were solved, where a later pass needs it.
+    """
+
+    loader: Iterable[Any]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    holdout: float | None = None
+    seed: int = 0
+    memory_limit: int | None = None
+    checkpoint_dir: str | None = None
+    on_layer: OnLayer = lambda name, stages: None
+    stopwatch: Stopwatch = None  # type: ignore[assignment]  # Of the device, by default.
+    warnings: list[str] = field(default_factory=list)
+    dense: GraphModule | None = None
+
+    def __post_init__(self) -> None:
+        self.stopwatch = self.stopwatch or Stopwatch(self.device)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    @property
+    def first(self) -> Any:
+        """The first batch."""
+        return self.head()[0]
+
+    def head(self, images: int = 1) -> list[Any]:
+        """The first batches, with so many images if there are.
+
+        Raises:
+            CalibrationError: if there are none, one cannot be used, or this is not a loader.
+        """
+        batches, self.loader = peek(self.loader, images)
+        return batches
+
+    def fitted_head(self, images: int) -> list[Any]:
+        """The first batches without the images that are held out, with so many images together if there are.
+
+        Of the last batch only as many as are asked for.
+        """
+        batches = self.head(max(images, HEAD_IMAGES))
+        masks = self.held_out(sum(map(count_images, batches))).split([count_images(batch) for batch in batches])
+        fitted: list[Any] = []
+        for batch, mask in zip(batches, masks, strict=True):
+            left = (~mask).nonzero()[:images, 0]
+            if len(left) == len(mask):
+                fitted.append(batch)
+            elif len(left):
+                fitted.append(_of_images(batch, left, len(mask)))
+            images -= len(left)
+            if images <= 0:
+                break
+        return fitted
+
+    def held_out(self, images: int) -> Tensor:
+        """Which of the set's images are held out, (images,) bool; of a set's first HEAD_IMAGES it gives the same alone."""
+        head = FITTED_HEAD if images >= HEAD_IMAGES else 0
+        count = held_out_count(images, self.holdout)
+        return torch.cat([torch.zeros(head, dtype=torch.bool), drawn(images - head, count, self.seed)])
+
+    def hold(self) -> Sequence[Any]:
+        """All batches, kept from now on, for what reads them more than once."""
+        self.loader = batches = read_all(self.loader)
+        return batches
+
+    def example(self, graph_module: GraphModule, images: int = 4) -> list[Any]:
+        """Values of the graph's inputs: the first images of the first batch, or all where the graph takes no other number."""
+        placeholders = graph_module.graph.find_nodes(op="placeholder")
+        whole = list(assign(placeholders, self.first, device=device_of(graph_module)).values())
+        if not whole:
+            return []
+        size = len(whole[0])
+        few = [x[:images] if isinstance(x, Tensor) and x.dim() and len(x) == size else x for x in whole]
+        try:
+            with torch.no_grad(), observers_off(graph_module):
+                graph_module(*few)
+        except Exception:  # Whatever it is: the run on the whole batch names the place, or succeeds.
+            return whole
+        return few
+
+    def warn(self, message: str) -> None:
+        """Say that something is wrong with the images, here and in the report."""
+        self.warnings.append(message)
+        warnings.warn(message, CalibrationWarning, stacklevel=2)
+
+
+def _of_images(batch: Any, chosen: Tensor, images: int) -> Any:
+    """The chosen images of a batch: of every tensor in it that has as many entries."""
+    return tree_map_only(Tensor, lambda x: x[chosen.to(x.device)] if x.dim() and len(x) == images else x, batch)
+
+
+class observers_off:  # noqa: N801 - a context manager
+    """Inside, the observers of a graph see nothing; what they were is put back afterwards."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.observers = [m for n in graph_module.graph.nodes if isinstance(m := module_of(n), HessianObserver)]
+
+    def __enter__(self) -> None:
+        self.enabled = [observer.enabled for observer in self.observers]
+        for observer in self.observers:
+            observer.enabled = False
+
+    def __exit__(self, *error: object) -> None:
+        for observer, enabled in zip(self.observers, self.enabled, strict=True):
+            observer.enabled = enabled

@@ -1,0 +1,7 @@
+"""Constraints under which layers are solved; one file each, read from a recipe by its `parse`."""
+
+from __future__ import annotations
+
+from fxprune.constraints.base import CONSTRAINTS, Chain, Constraint, Part, Rest, chain_text, parse_chain, register
+
+__all__ = ["CONSTRAINTS", "Chain", "Constraint", "Part", "Rest", "chain_text", "parse_chain", "register"]

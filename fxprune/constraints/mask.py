@@ -1,0 +1,97 @@
+"""Mask: "2:4", "0.9", "mixed:0.6". Decides which weights are zero; leaves the values of the others free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxprune.calibration.calibration import Calibration
+from fxprune.constraints.base import Constraint, Part, Rest, register
+from fxprune.errors import PatternError
+from fxprune.geometry import LayerGeometry
+from fxprune.layers.sensitivity import sensitivities
+from fxprune.method import Method
+from fxprune.pattern import MixedPattern, NMPattern, Pattern
+from fxprune.solvers.allocation import allocate
+from fxprune.solvers.problem import LayerProblem
+from fxprune.solvers.refit import refit
+
+
+@register
+@dataclass(frozen=True)
+class Mask(Constraint):
+    """Weights are zero as a `Pattern` asks.
+
+    Attributes:
+        pattern: which.
+        allocated: whether it is a layer's own share of a budget.
+    """
+
+    pattern: Pattern
+    allocated: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Mask | None:  # noqa: D102 - documented on Constraint
+        return cls(Pattern.parse(text)) if Pattern.is_pattern(text) else None
+
+    def __str__(self) -> str:
+        return str(self.pattern)
+
+    @property
+    def sparsity(self) -> float:  # noqa: D102
+        return self.pattern.sparsity
+
+    def decline(self, geometry: LayerGeometry) -> str | None:  # noqa: D102
+        return self.pattern.decline(geometry)
+
+    def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:
+        """The solver chooses the weights that stay; with `Options.refit` they are then fitted by least squares."""
+        if (
+            self.decline(part.geometry) is not None
+        ):  # A factor may be too narrow for a pattern that the layer could hold.
+            return rest(part)
+        matrix = sparse_matrix(part.problem, self.pattern, method)
+        return rest(replace(part, matrix=matrix, mask=matrix != 0, pattern=str(self.pattern)))
+
+    def is_shared(self, method: Method) -> bool:  # noqa: D102
+        budget = method.options.global_budget and not isinstance(self.pattern, NMPattern)
+        return not self.allocated and (budget or isinstance(self.pattern, MixedPattern))
+
+    def allocate(
+        self, graph_module: GraphModule, layers: Sequence[Node], calibration: Calibration, method: Method
+    ) -> Mapping[Node, Constraint | str]:
+        """Each layer gets a level, such that what all cost together at the output is least and the budget is kept.
+
+        Dynamic programming over the costs that `sensitivities` measures, after SPDY (Frantar & Alistarh 2022).
+
+        Raises:
+            PatternError: the model puts out no floating point tensor, so that nothing can be measured there.
+        """
+        levels = self.pattern.levels
+        chains = [() if level is None else (Mask(level),) for level in levels]
+        found = sensitivities(graph_module, layers, chains, calibration, method)
+        sizes = [found[node].weights for node in layers]
+        kept = [[size if level is None else level.kept(size) for level in levels] for size in sizes]
+        chosen = allocate([list(found[node].costs) for node in layers], kept, self.pattern.kept(sum(sizes)))
+        dense = f"dense within the budget of {self.pattern}"
+        return {
+            node: dense if (level := levels[index]) is None else Mask(level, allocated=True)
+            for node, index in zip(layers, chosen, strict=True)
+        }
+
+
+def sparse_matrix(problem: LayerProblem, pattern: Pattern, method: Method) -> Tensor:
+    """What the solver makes of all groups of a layer, (G, R/G, D), re-fitted on its mask if the options say so."""
+    if isinstance(pattern, MixedPattern):
+        raise PatternError(f"pattern {pattern} is a choice over layers: a budget has to be allocated first")
+    matrix = torch.stack([method.solver(group, pattern) for group in problem.groups()])
+    return refitted(problem, matrix != 0, matrix) if method.options.refit else matrix
+
+
+def refitted(problem: LayerProblem, mask: Tensor, start: Tensor) -> Tensor:
+    """Least squares on a mask (G, R/G, D), for every group."""
+    return torch.stack([refit(p, m, start=s) for p, m, s in zip(problem.groups(), mask, start, strict=True)])

@@ -1,0 +1,154 @@
+"""What it costs at the network's output to solve one layer alone under a chain of constraints.
+
+Every layer is solved under each chain against the dense model's statistics. What a solution costs is measured at the output,
+with only that layer replaced: the squared change of the outputs relative to their variance. It is measured for every
+second chain, and scaled from the nearest measured one to the others by the layer error (both are quadratic in a small
+change of the weights).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from fxprune.calibration.batches import assign
+from fxprune.calibration.calibration import Calibration, observers_off
+from fxprune.calibration.output_error import OutputError
+from fxprune.calibration.stream import dense_statistics
+from fxprune.constraints.base import Chain, Part
+from fxprune.errors import PatternError
+from fxprune.geometry import LayerGeometry
+from fxprune.graph import device_of
+from fxprune.layers.problem import layer_of
+from fxprune.layers.solve import product, solve_chain
+from fxprune.method import Method
+from fxprune.precision import full_precision
+from fxprune.solvers.problem import LayerProblem
+from fxprune.statistics import InputStatistics
+
+PROBE_IMAGES = 128
+PROBE_EVERY = 2  # Chains apart.
+
+Inputs = list[object]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one layer's chains cost.
+
+    Attributes:
+        costs: one for each chain: ||y_dense - y||^2 / ||y_dense - mean||^2 of the model's outputs.
+        errors: the same of the layer's own output.
+        weights: number of weights of the layer.
+    """
+
+    costs: tuple[float, ...]
+    errors: tuple[float, ...]
+    weights: int
+
+
+def sensitivities(
+    graph_module: GraphModule,
+    layers: Sequence[Node],
+    chains: Sequence[Chain],
+    calibration: Calibration,
+    method: Method,
+    *,
+    probe_every: int = PROBE_EVERY,
+) -> dict[Node, Sensitivity]:
+    """Measure every chain on every layer; the graph is as it was afterwards.
+
+    Args:
+        graph_module: with observers in front of the layers.
+        layers: their calls.
+        chains: an empty one leaves the layer dense and costs nothing.
+        calibration: all of it is read once; the output is measured on the first images.
+        method: solver and options.
+        probe_every: measure every so many-th chain at the output; 1 for all.
+
+    Raises:
+        PatternError: the model puts out no floating point tensor.
+    """
+    calibration.hold()
+    with torch.inference_mode(), full_precision():
+        with dense_statistics(graph_module, calibration, method.options, layers) as statistics:
+            with observers_off(graph_module):
+                probe = _probe(graph_module, calibration)
+                dense = _outputs(graph_module, probe)
+                found = {}
+                for number, node in enumerate(layers):
+                    calibration.on_layer(f"scanning {node.target}", len(layers) if number == 0 else 0)
+                    found[node] = _of_layer(
+                        graph_module, node, statistics[node], chains, method, probe, dense, probe_every
+                    )
+    return found
+
+
+def _of_layer(
+    graph_module: GraphModule,
+    node: Node,
+    inputs: InputStatistics,
+    chains: Sequence[Chain],
+    method: Method,
+    probe: list[Inputs],
+    dense: list[Tensor],
+    probe_every: int,
+) -> Sensitivity:
+    module, options = layer_of(node), method.options
+    geometry = LayerGeometry.of(module)
+    weight = geometry.to_matrix(module.weight.detach()).double()
+    hessian = inputs.hessian(centred=bool(options.bias_correction))
+    problem = LayerProblem(hessian, weight @ hessian, weight).damped(options.damping)
+    whole = Part(geometry, problem, weight)
+    solutions = [product(geometry, solve_chain(whole, chain, method)) if chain else None for chain in chains]
+    none_lost, energy = problem.loss(weight).sum(), float((weight @ hessian * weight).sum())
+    errors = [0.0 if s is None else max(0.0, float(problem.loss(s).sum() - none_lost)) for s in solutions]
+    original, bias = module.weight.data, module.bias
+    cost_per_error: dict[int, float] = {}
+    for i, solution in list(enumerate(solutions))[::probe_every]:
+        if solution is not None and errors[i] > 0:
+            module.weight.data = geometry.to_weight(solution).to(original)
+            if options.bias_correction:
+                shift = torch.einsum("grd,gd->gr", weight - solution, inputs.mean).flatten().to(original)
+                module.bias = nn.Parameter(shift if bias is None else bias + shift)
+            change = OutputError(channel_dim=1)
+            for wanted, output in zip(dense, _outputs(graph_module, probe), strict=True):
+                change.update(wanted, output)
+            cost_per_error[i] = change.relative / errors[i]
+            module.weight.data, module.bias = original, bias
+    costs = errors
+    if cost_per_error:
+        nearest = [min(cost_per_error, key=lambda i: abs(i - level)) for level in range(len(errors))]
+        costs = [error * cost_per_error[i] for error, i in zip(errors, nearest, strict=True)]
+    relative = tuple(error / energy if energy > 0 else 0.0 for error in errors)
+    return Sensitivity(tuple(costs), relative, module.weight.numel())
+
+
+def _probe(graph_module: GraphModule, calibration: Calibration) -> list[Inputs]:
+    """The model's arguments in the first batches, PROBE_IMAGES together."""
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    probe: list[Inputs] = []
+    device = device_of(graph_module)
+    for number, batch in enumerate(calibration.fitted_head(PROBE_IMAGES)):
+        probe.append(list(assign(placeholders, batch, number, device=device).values()))
+    return probe
+
+
+def _outputs(graph_module: GraphModule, probe: list[Inputs]) -> list[Tensor]:
+    """All floating point tensors, (N, ...) each, that the model puts out for a batch, as one (N, K); for each batch."""
+    outputs = []
+    for inputs in probe:
+        leaves = [x for x in tree_leaves(graph_module(*inputs)) if isinstance(x, Tensor)]
+        tensors = [x.flatten(1) for x in leaves if x.is_floating_point() and x.dim()]
+        if not tensors:
+            raise PatternError(
+                "what a layer costs is measured at the model's output, which holds no floating point tensor; "
+                "use a pattern that is the same for every layer"
+            )
+        outputs.append(torch.cat(tensors, 1))
+    return outputs

@@ -1,0 +1,57 @@
+"""Allocate: where layers share a budget, says what each of them gets."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxprune.annotations import annotate, annotation
+from fxprune.calibration.calibration import Calibration
+from fxprune.constraints import Chain, Constraint
+from fxprune.method import Method
+from fxprune.passes.base import CalibratedPass
+
+
+class Allocate(CalibratedPass):
+    """Puts a constraint of the layer's own in the place of every shared one; to be run after InsertObservers.
+
+    Layers with equal shared constraints share one budget. A layer to which it gives nothing stays dense and is re-fitted.
+
+    Args:
+        method: solver and options.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def calibrate(self, graph_module: GraphModule, calibration: Calibration) -> PassResult:  # noqa: D102
+        modified = False
+        while (found := _first_shared(graph_module, self.method)) is not None:
+            shared, layers = found
+            given = shared.allocate(graph_module, layers, calibration, self.method)
+            for node in layers:
+                self._give(graph_module, node, shared, given[node])
+            modified = True
+        return PassResult(graph_module, modified)
+
+    def _give(self, graph_module: GraphModule, node: Node, shared: Constraint, own: Constraint | str) -> None:
+        chain: Chain = annotation(node).chain
+        if not isinstance(own, str):
+            annotate(node, chain=tuple(own if constraint == shared else constraint for constraint in chain))
+            return
+        others = tuple(constraint for constraint in chain if constraint != shared)
+        if others:
+            annotate(node, chain=others)
+        else:
+            annotate(node, chain=(), role="reconstruct" if self.method.options.reconstruct else "keep", reason=own)
+        self.record(graph_module, "kept", node, reason=own)
+
+
+def _first_shared(graph_module: GraphModule, method: Method) -> tuple[Constraint, list[Node]] | None:
+    """A constraint whose layers share a budget that is still to be spent, and these layers."""
+    chains = {node: annotation(node).chain for node in graph_module.graph.nodes if annotation(node).role == "compress"}
+    for chain in chains.values():
+        for constraint in chain:
+            if constraint.is_shared(method):
+                return constraint, [node for node, of in chains.items() if constraint in of]
+    return None

@@ -1,0 +1,212 @@
+"""SolveLayers: walks the observed layers in graph order, gathers each one's statistics and replaces its weights.
+
+The statistics of a layer come from the prefix that is already compressed, so every layer makes up for the ones before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxprune.annotations import Annotation, annotate, annotate_graph, annotation, report_of
+from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.stream import CalibrationStream, Outcome, StreamedLayer
+from fxprune.constraints.rank import Rank
+from fxprune.consumers import skip_operands
+from fxprune.errors import FxPruneError, SolverError
+from fxprune.geometry import LayerGeometry
+from fxprune.graph import module_of
+from fxprune.layers.checkpoint import LayerCheckpoint
+from fxprune.layers.kept import kept_layer, layers_inside, zeros
+from fxprune.layers.macs import macs_per_sample
+from fxprune.layers.problem import layer_of
+from fxprune.layers.solve import SolvedLayer, SolvedPart, solve_layer
+from fxprune.layers.splits import split_call
+from fxprune.method import Method
+from fxprune.passes.base import CalibratedPass
+from fxprune.precision import full_precision
+from fxprune.recipe import Recipe
+from fxprune.report import LayerReport, PruneReport
+
+
+class SolveLayers(CalibratedPass):
+    """Solves every layer with an observer under its constraints; leaves a LayerReport on every layer.
+
+    1. In graph order each layer is solved against its target and replaced, as the calibration set streams by.
+    2. Layers to be re-fitted that nothing compressed feeds keep their weights: these are the answer.
+    3. A layer that became two is called as `name.0` and `name.1`.
+
+    Args:
+        recipe: what was asked for, for the report.
+        method: solver and options.
+    """
+
+    def __init__(self, recipe: Recipe, method: Method) -> None:
+        self.recipe = recipe
+        self.method = method
+
+    def calibrate(self, graph_module: GraphModule, calibration: Calibration) -> PassResult:  # noqa: D102
+        roles = {n: a for n in graph_module.graph.nodes if (a := annotation(n)).role and a.report is None}
+        if not roles and report_of(graph_module) is not None:
+            return PassResult(graph_module, False)
+        before = _macs(graph_module, calibration) if _has_ranks(roles) else 0
+        with torch.no_grad(), full_precision():
+            found, outcome = self._solve_all(graph_module, roles, calibration)
+        for node, decided in roles.items():
+            annotate(node, report=found.get(node) or kept_layer(node, decided.reason))
+        for node in roles:
+            if isinstance(module_of(node), nn.Sequential):
+                self._split(graph_module, node)
+        layers: list[LayerReport] = []
+        for node in graph_module.graph.nodes:
+            done = annotation(node).report
+            layers += [done] if done is not None else layers_inside(node)
+        report = PruneReport(
+            layers=tuple(layers),
+            method=self.method.name,
+            pattern=str(self.recipe),
+            images=outcome.source.images,
+            images_read=outcome.source.images_read,
+            images_held_out=outcome.source.held_out,
+            timings=dict(calibration.stopwatch.seconds),
+            peak_memory=outcome.peak_bytes,
+            agreement=outcome.agreement,
+            kl=outcome.kl,
+            multiply_adds=(before, _macs(graph_module, calibration)) if before else (),
+        )
+        annotate_graph(graph_module, report=report)
+        return PassResult(graph_module, any(layer.status != "kept" for layer in layers))
+
+    def _solve_all(
+        self, graph_module: GraphModule, roles: Mapping[Node, Annotation], calibration: Calibration
+    ) -> tuple[dict[Node, LayerReport], Outcome]:
+        """Solve layer after layer as the calibration set streams by."""
+        exact = unaffected(graph_module, roles)
+        to_solve = [n for n, a in roles.items() if a.role in ("compress", "reconstruct") and n not in exact]
+        checkpoint = LayerCheckpoint.open(calibration.checkpoint_dir, graph_module, self.method)
+        fit = self.method.needs_statistics
+        stream = CalibrationStream.of(graph_module, calibration, self.method.options, fit=fit)
+        found = {node: self._report(graph_module, node, roles[node], SolvedLayer((_as_it_is(node),))) for node in exact}
+        for layer in stream.layers(to_solve, gather=lambda node: not checkpoint.has(str(node.target))):
+            name = str(layer.node.target)
+            calibration.on_layer(name, len(to_solve) + 1)
+            checkpoint.check_data(stream.source.fingerprint)
+            solved = checkpoint.load(name)
+            if solved is None:
+                started = time.perf_counter()
+                solved = self._solve(layer, roles[layer.node], stream)
+                solved = replace(solved, seconds=time.perf_counter() - started)
+                checkpoint.save(name, solved)
+            found[layer.node] = self._report(graph_module, layer.node, roles[layer.node], solved)
+            layer.replace(solved)
+            if layer.node is to_solve[-1]:
+                calibration.on_layer("output", len(to_solve) + 1)
+        for node, report in found.items():
+            error = 0.0 if node in exact else stream.outcome.errors[node]
+            found[node] = replace(report, relative_error=error)
+        return found, stream.outcome
+
+    def _solve(self, layer: StreamedLayer, decided: Annotation, stream: CalibrationStream) -> SolvedLayer:
+        inputs = layer.inputs if self.method.needs_statistics else None
+        module = layer_of(layer.node)
+        try:
+            with stream.stopwatch.measure("solve"):
+                return solve_layer(
+                    module, layer.geometry, decided.chain, self.method, inputs, layer.cross, layer.relu_aware
+                )
+        except FxPruneError as error:
+            raise SolverError(f"layer {layer.node.target!r}: {error}") from error
+
+    def _report(self, graph_module: GraphModule, node: Node, decided: Annotation, layer: SolvedLayer) -> LayerReport:
+        """What is being done to a layer, written down and as the layer's row."""
+        module, parts = layer_of(node), layer.parts
+        rank = next((c for c in decided.chain if isinstance(c, Rank)), None)
+        pattern = next((part.pattern for part in parts if part.pattern), "")
+        factored = len(parts) > 1
+        status = "factored" if factored else "pruned" if decided.role == "compress" else "reconstructed"
+        reason = decided.reason
+        if rank is not None and rank.choice is not None and factored:
+            reason = f"{rank.choice.split} split"
+        else:
+            self.record(graph_module, status, node, reason=reason)
+        numel = sum(part.weight.numel() for part in parts)
+        return LayerReport(
+            name=str(node.target),
+            op=type(module).__name__,
+            shape=tuple(module.weight.shape),
+            pattern=pattern,
+            status=status,
+            reason=reason,
+            sparsity=sum(zeros(part.weight) * part.weight.numel() for part in parts) / numel,
+            damping=layer.damping,
+            dead_inputs=layer.dead_inputs,
+            seconds=layer.seconds,
+            rank=rank.choice.rank if rank is not None and rank.choice is not None and factored else 0,
+            multiply_adds=rank.multiply_adds if rank is not None and factored else (),
+        )
+
+    def _split(self, graph_module: GraphModule, node: Node) -> None:
+        """Turn the call of an nn.Sequential of two layers into two calls, each with its own row where it is masked."""
+        layer = annotation(node).report
+        assert layer is not None
+        self.record(graph_module, "replaced", node, into=f"{node.name}.1", reason=f"rank {layer.rank}, {layer.reason}")
+        second = split_call(node)
+        first = second.all_input_nodes[0]
+        graph_module.graph.erase_node(node)
+        if not layer.pattern:
+            annotate(second, report=layer)
+            return
+        for call, whole in ((first, False), (second, True)):
+            module = layer_of(call)
+            masked = bool((module.weight == 0).any())
+            row = replace(
+                layer,
+                name=str(call.target),
+                shape=tuple(module.weight.shape),
+                pattern=layer.pattern if masked else "",
+                status="pruned" if masked else "factored",
+                reason=f"{'second' if whole else 'first'} factor of {layer.name!r}, {layer.reason}",
+                sparsity=zeros(module.weight),
+                relative_error=layer.relative_error if whole else None,
+                seconds=layer.seconds if whole else 0.0,
+                multiply_adds=layer.multiply_adds if whole else (),
+            )
+            annotate(call, report=row)
+
+
+def unaffected(graph_module: GraphModule, roles: Mapping[Node, Annotation]) -> list[Node]:
+    """The layers to be re-fitted that keep their weights: nothing compressed feeds them, or what they are added to."""
+    changed: set[Node] = set()
+    found = []
+    for node in graph_module.graph.nodes:
+        decided = roles.get(node)
+        sources = {*node.all_input_nodes}
+        if decided is not None and decided.role == "reconstruct":
+            if changed.isdisjoint({*sources, *skip_operands(node)}):
+                found.append(node)
+            else:
+                changed.add(node)
+        elif not changed.isdisjoint(sources) or (decided is not None and decided.role == "compress"):
+            changed.add(node)
+    return found
+
+
+def _as_it_is(node: Node) -> SolvedPart:
+    module = layer_of(node)
+    bias: Tensor | None = module.bias
+    return SolvedPart(LayerGeometry.of(module), module.weight.detach(), None if bias is None else bias.detach())
+
+
+def _has_ranks(roles: Mapping[Node, Annotation]) -> bool:
+    return any(isinstance(constraint, Rank) for decided in roles.values() for constraint in decided.chain)
+
+
+def _macs(graph_module: GraphModule, calibration: Calibration) -> int:
+    """Of all Conv and Linear modules for one sample."""
+    return sum(macs_per_sample(graph_module, calibration.example(graph_module)).values())
