@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,17 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxprune.annotations import annotation
 from fxprune.calibration.batch_store import BatchValues
-from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
-from fxprune.errors import CalibrationError
+from fxprune.errors import CalibrationError, GraphError
+from fxprune.geometry import LayerGeometry
 from fxprune.graph import input_of, module_of
+from fxprune.layers.problem import layer_of
+from fxprune.layers.solve import SolvedLayer, SolvedPart
 from fxprune.passes import InsertObservers
-from fxprune.passes.insert_observers import TASK
-from fxprune.pattern import Pattern
+from fxprune.recipe import Recipe
 from fxprune.tracing import trace
-
-CPU = torch.device("cpu")
+from tests.pipelines import calibration
 
 
 def conv(inputs: int, outputs: int, size: int = 3, **options: object) -> nn.Conv2d:
@@ -140,12 +142,12 @@ def batches_for(model: nn.Module) -> list[dict[str, Tensor]]:
 
 def observed(model: nn.Module) -> tuple[GraphModule, list[Node]]:
     graph_module = trace(model)
-    InsertObservers(Pattern.parse("2:4"))(graph_module)
-    return graph_module, [n for n in graph_module.graph.nodes if TASK in n.meta and n.meta[TASK].geometry is not None]
+    InsertObservers(Recipe.parse("2:4"))(graph_module)
+    return graph_module, [n for n in graph_module.graph.nodes if annotation(n).geometry is not None]
 
 
 def stream_of(graph_module: GraphModule, batches: object, **options: object) -> CalibrationStream:
-    return CalibrationStream(graph_module, batches, device=CPU, stopwatch=Stopwatch(CPU), **options)
+    return CalibrationStream(graph_module, calibration(batches), **options)
 
 
 def inputs_and_outputs(model: nn.Module, name: str, batches: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -161,6 +163,26 @@ def inputs_and_outputs(model: nn.Module, name: str, batches: list[dict[str, Tens
             model(**batch)
     handle.remove()
     return seen
+
+
+def run_through(stream: CalibrationStream, layers: Sequence[Node]) -> None:
+    """Iterate to the output, every layer replaced by itself."""
+    for layer in stream.layers(layers):
+        layer.replace(as_it_is(layer.node))
+
+
+def run_on(
+    stream: CalibrationStream, node: Node, visit: Callable[[int, BatchValues], None] = lambda number, values: None
+) -> None:
+    """Run to a node as the iteration does, the layer before it replaced."""
+    stream._replaced = stream._cut is not None
+    stream.advance(node, visit)
+
+
+def as_it_is(node: Node) -> SolvedLayer:
+    """A layer's own weights in place of a solution."""
+    module = layer_of(node)
+    return SolvedLayer((SolvedPart(LayerGeometry.of(module), module.weight.data, module.bias),))
 
 
 def damage(model: nn.Module, name: str) -> None:
@@ -180,45 +202,33 @@ def test_every_layer_sees_what_a_run_of_the_whole_model_shows(kind, observe_dens
     graph_module, layers = observed(model)
     assert len(layers) >= 3
     stream = stream_of(graph_module, iter(batches), observe_dense=observe_dense)
-    for layer in layers:
-        name, geometry, source = str(layer.target), layer.meta[TASK].geometry, input_of(layer)
+    for layer in stream.layers(layers):
+        name, geometry, source = str(layer.node.target), layer.geometry, input_of(layer.node)
         seen: list[tuple[Tensor, ...]] = []
-        stream.run_to(
-            layer, lambda _, v, s=source, n=layer, seen=seen: seen.append((v.pruned(s), v.dense(n), v.dense(s)))
-        )
+        stream.revisit(lambda _, v, s=source, n=layer.node, seen=seen: seen.append((v.pruned(s), v.dense(n))))
         reads = inputs_and_outputs(pruned, name, batches)
         gives = inputs_and_outputs(dense, name, batches)
-        for (x, y, x_dense), (expected_x, _), (expected_dense, expected_y) in zip(seen, reads, gives, strict=True):
-            torch.testing.assert_close(x_dense, expected_dense, rtol=1e-12, atol=1e-12)
+        for (x, y), (expected_x, _), (_, expected_y) in zip(seen, reads, gives, strict=True):
             torch.testing.assert_close(x, expected_x, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(y, expected_y, rtol=1e-12, atol=1e-12)
         patches = torch.cat([geometry.patches(x) for x, _ in (gives if observe_dense else reads)], 1)
-        statistics = module_of(source).statistics()
+        statistics = layer.inputs
         torch.testing.assert_close(statistics.gram, patches.mT @ patches, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(statistics.total, patches.sum(1), rtol=1e-10, atol=1e-10)
         assert statistics.count == patches.shape[1]
+        layer.replace(as_it_is(layer.node))
         damage(graph_module, name)
         damage(pruned, name)
 
-    agreement = stream.finish()
     for layer in layers:
         gives = inputs_and_outputs(dense, str(layer.target), batches)
         got = inputs_and_outputs(pruned, str(layer.target), batches)
         last = isinstance(module_of(layer), nn.Linear)
         y, z = (torch.cat([o.movedim(-1 if last else 1, 0).flatten(1) for _, o in run], 1) for run in (gives, got))
         expected = (y - z).square().sum() / (y - y.mean(1, keepdim=True)).square().sum()
-        assert stream.errors[layer].relative == pytest.approx(float(expected), rel=1e-9)
+        assert stream.outcome.errors[layer] == pytest.approx(float(expected), rel=1e-9)
         assert expected > 1e-3
-    with torch.no_grad():
-        outputs = [[m(**b) for b in batches] for m in (dense, pruned)]
-    if isinstance(outputs[0][0], Tensor) and outputs[0][0].dim() == 2:
-        before, after = map(torch.cat, outputs)
-        assert agreement.agreement == pytest.approx(100 * float((before.argmax(1) == after.argmax(1)).double().mean()))
-        kl = F.kl_div(after.log_softmax(1), before.log_softmax(1), log_target=True, reduction="batchmean")
-        assert agreement.kl == pytest.approx(float(kl), rel=1e-9)
-    else:
-        assert agreement.agreement is None
-        assert agreement.kl is None
+    assert stream.outcome.agreement is None  # No image was held out: there is no score.
     assert stream.source.images == sum(len(next(iter(batch.values()))) for batch in batches)
 
 
@@ -235,7 +245,7 @@ def test_only_values_that_are_read_later_are_held(kind):
 
     def run_to(node: Node) -> list[BatchValues]:
         held: list[BatchValues] = []
-        stream.run_to(node, lambda _, values: held.append(values))
+        run_on(stream, node, lambda _, values: held.append(values))
         return held
 
     def size(values: BatchValues) -> int:
@@ -258,7 +268,7 @@ def test_only_values_that_are_read_later_are_held(kind):
         damage(graph_module, str(layer.target))
         diverged.add(layer)
     peak = max(peak, sum(map(size, run_to(nodes[-1]))))
-    assert stream.peak_bytes == peak
+    assert stream._store.peak_bytes == peak
 
 
 def test_values_are_freed():
@@ -266,12 +276,12 @@ def test_values_are_freed():
     first, second, third = layers
     stream = stream_of(graph_module, [torch.randn(2, 3, 6, 6) for _ in range(3)])
     seen: dict[str, list[weakref.ref]] = {"first": [], "second": []}
-    stream.run_to(first, lambda _, values: seen["first"].append(weakref.ref(values.dense(first))))
+    run_on(stream, first, lambda _, values: seen["first"].append(weakref.ref(values.dense(first))))
     assert all(ref() is not None for ref in seen["first"])
-    stream.run_to(second, lambda _, values: seen["second"].append(weakref.ref(values.dense(second))))
+    run_on(stream, second, lambda _, values: seen["second"].append(weakref.ref(values.dense(second))))
     gc.collect()
     assert [ref() for ref in seen["first"]] == [None] * 3
-    stream.run_to(third)
+    run_on(stream, third)
     gc.collect()
     assert [ref() for ref in seen["second"]] == [None] * 3
 
@@ -286,9 +296,7 @@ def test_each_module_runs_once_a_batch_in_each_model(kind):
     graph_module, layers = observed(model)
     calls.clear()
     stream = stream_of(graph_module, batches)
-    for layer in layers:
-        stream.run_to(layer)
-    stream.finish()
+    run_through(stream, layers)
     sites = Counter(str(n.target) for n in graph_module.graph.find_nodes(op="call_module"))
     for name in ("a", "b", "c", "d", "e", "relu"):
         assert calls[name] == 2 * len(batches) * sites[name], name
@@ -311,8 +319,7 @@ def test_what_no_replaced_layer_feeds_runs_once_for_both_models():
     graph_module, (layer,) = observed(model)
     calls.clear()
     stream = stream_of(graph_module, [torch.randn(2, 3, 4, 4) for _ in range(5)])
-    stream.run_to(layer)
-    stream.finish()
+    run_through(stream, [layer])
     assert calls == {"still": 5, "relu": 5, "layer": 10}
 
 
@@ -329,9 +336,7 @@ def test_the_loader_is_started_and_read_once():
     loader = Loader()
     graph_module, layers = observed(Chain())
     stream = stream_of(graph_module, loader)
-    for layer in layers:
-        stream.run_to(layer)
-    stream.finish()
+    run_through(stream, layers)
     assert (loader.started, loader.read) == (1, 3)
 
 
@@ -358,20 +363,20 @@ class TestBadBatches:
         graph_module, layers = observed(Chain())
         stream = stream_of(graph_module, [torch.randn(2, 3, 6, 6), batch])
         with pytest.raises(CalibrationError, match=message):
-            stream.run_to(layers[-1])
+            run_on(stream, layers[-1])
 
     @pytest.mark.parametrize("loader", [[], (), iter([])])
     def test_an_empty_loader(self, loader):
         graph_module, layers = observed(Chain())
         with pytest.raises(CalibrationError, match="gave no batches"):
-            stream_of(graph_module, loader).run_to(layers[0])
+            run_through(stream_of(graph_module, loader), layers)
 
     def test_an_input_that_no_batch_gives(self):
         graph_module, layers = observed(TwoInputs())
         with pytest.raises(
             CalibrationError, match="the model has an input 'other' that calibration batch 0 does not give"
         ):
-            stream_of(graph_module, [(torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6))]).run_to(layers[0])
+            run_through(stream_of(graph_module, [(torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6))]), layers)
 
     def test_a_failure_in_the_middle_names_the_node(self):
         class Strict(Chain):
@@ -380,20 +385,97 @@ class TestBadBatches:
 
         graph_module, layers = observed(Strict())
         stream = stream_of(graph_module, [torch.randn(2, 3, 6, 6), torch.randn(2, 3, 5, 4)])
-        for layer in layers:
-            stream.run_to(layer)
         with pytest.raises(CalibrationError, match=r"batch 1 at node 'reshape'.*input shapes \[\(2, 8, 3, 2\)\]"):
-            stream.finish()
+            run_through(stream, layers)
 
 
 def test_the_fingerprint_tells_data_apart():
     def fingerprint(batches: list[Tensor]) -> str:
         graph_module, layers = observed(Chain())
         stream = stream_of(graph_module, batches)
-        stream.run_to(layers[0])
+        run_on(stream, layers[0])
         return stream.source.fingerprint
 
     x = torch.randn(4, 3, 6, 6)
     assert fingerprint([x]) == fingerprint([x.clone()])
     assert fingerprint([x]) != fingerprint([x + 0.1])
     assert fingerprint([x]) != fingerprint(list(x.split(2)))
+
+
+class TestOrder:
+    """The stream cannot be used out of order."""
+
+    def test_a_layer_has_to_be_replaced_before_the_next(self):
+        graph_module, layers = observed(Chain())
+        iteration = stream_of(graph_module, [torch.randn(2, 3, 6, 6)]).layers(layers)
+        next(iteration)
+        with pytest.raises(GraphError, match="layer 'a' was not replaced"):
+            next(iteration)
+
+    def test_a_layer_that_the_stream_has_left_says_so(self):
+        graph_module, layers = observed(Chain())
+        iteration = stream_of(graph_module, [torch.randn(2, 3, 6, 6)]).layers(layers)
+        first = next(iteration)
+        first.replace(as_it_is(first.node))
+        next(iteration)
+        with pytest.raises(GraphError, match="the calibration stream has left it"):
+            first.replace(as_it_is(first.node))
+        with pytest.raises(GraphError, match="the calibration stream has left it"):
+            _ = first.inputs
+
+    def test_it_runs_once(self):
+        graph_module, layers = observed(Chain())
+        stream = stream_of(graph_module, [torch.randn(2, 3, 6, 6)])
+        run_through(stream, layers)
+        with pytest.raises(GraphError, match="runs once"):
+            run_through(stream, layers)
+
+    def test_the_outcome_is_known_at_the_end_only(self):
+        graph_module, layers = observed(Chain())
+        stream = stream_of(graph_module, [torch.randn(2, 3, 6, 6)])
+        with pytest.raises(GraphError, match="has not reached the output"):
+            _ = stream.outcome
+        run_through(stream, layers)
+        assert set(stream.outcome.errors) == set(layers)
+
+    def test_observers_are_as_they_were_afterwards(self):
+        graph_module, layers = observed(Chain())
+        run_through(stream_of(graph_module, [torch.randn(2, 3, 6, 6)]), layers)
+        for layer in layers:
+            observer = module_of(input_of(layer))
+            assert observer.enabled
+            with pytest.raises(CalibrationError, match="before any calibration batch"):
+                observer.statistics()
+
+
+@pytest.mark.parametrize("sizes", [(16, 16, 16, 16, 16), (50, 50, 33), (1,) * 70, (160, 7)])
+def test_held_out_images_take_no_part_in_the_statistics_and_are_what_errors_are_of(sizes):
+    torch.manual_seed(0)
+    model = Chain().double().eval()
+    images = torch.randn(sum(sizes), 3, 9, 7, dtype=torch.float64)
+    mask = calibration([], holdout=None).held_out(len(images))
+    assert int(mask.sum()) == max(16, len(images) // 10)
+    graph_module, layers = observed(model)
+    pruned = copy.deepcopy(model)
+    stream = CalibrationStream(graph_module, calibration(images.split(sizes), holdout=None))
+    for layer in stream.layers(layers):
+        patches = layer.geometry.patches(
+            inputs_and_outputs(pruned, str(layer.node.target), [{"x": images[~mask]}])[0][0]
+        )
+        torch.testing.assert_close(layer.inputs.gram, patches.mT @ patches, rtol=1e-10, atol=1e-10)
+        layer.replace(as_it_is(layer.node))
+        damage(graph_module, str(layer.node.target))
+        damage(pruned, str(layer.node.target))
+    source, held_out = stream.outcome.source, images[mask]
+    assert (source.images_read, source.images, source.held_out) == (len(images), int((~mask).sum()), int(mask.sum()))
+    for layer in layers:
+        y, z = (inputs_and_outputs(m, str(layer.target), [{"x": held_out}])[0][1] for m in (model, pruned))
+        dim = -1 if isinstance(module_of(layer), nn.Linear) else 1
+        y, z = (v.movedim(dim, 0).flatten(1) for v in (y, z))
+        expected = (y - z).square().sum() / (y - y.mean(1, keepdim=True)).square().sum()
+        assert stream.outcome.errors[layer] == pytest.approx(float(expected), rel=1e-9)
+    with torch.no_grad():
+        before, after = model(held_out), pruned(held_out)
+    assert stream.outcome.agreement == pytest.approx(float((before.argmax(1) == after.argmax(1)).double().mean()))
+    kl = F.kl_div(after.log_softmax(1), before.log_softmax(1), log_target=True, reduction="batchmean")
+    assert stream.outcome.kl == pytest.approx(float(kl), rel=1e-9)

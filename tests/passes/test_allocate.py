@@ -9,10 +9,12 @@ from torch import nn
 import fxprune
 from fxprune import FxPruneError, Options
 from fxprune.errors import CalibrationError
-from fxprune.passes import AllocateSparsity, InsertObservers
+from fxprune.passes import Allocate, InsertObservers
 from fxprune.pattern import Pattern
+from fxprune.recipe import Recipe
 from fxprune.statistics import HessianObserver
 from fxprune.tracing import trace
+from tests.pipelines import calibration, method_of
 
 
 class Net(nn.Module):
@@ -61,7 +63,7 @@ def test_the_model_is_unchanged_by_probing(batches):
 
 
 def test_a_budget_needs_a_pattern_with_levels(batches):
-    with pytest.raises(FxPruneError, match="same in every layer"):
+    with pytest.raises(FxPruneError, match="says what each layer gets"):
         fxprune.compile(Net(), batches, "2:4", progress=False, options=Options(global_budget=True))
 
 
@@ -74,9 +76,9 @@ def test_a_budget_is_measured_on_any_output(batches):
 
 def test_no_observer_keeps_what_the_probes_showed(batches):
     """Nor that of the first layer, which the pattern declines: it is re-fitted to what the pruned prefix shows later."""
-    graph_module, pattern = trace(Net().eval()), Pattern.parse("0.6")
-    InsertObservers(pattern)(graph_module)
-    AllocateSparsity(pattern, "admm", batches, Options(global_budget=True).resolved("admm", pattern))(graph_module)
+    graph_module = trace(Net().eval())
+    InsertObservers(Recipe.parse("0.6"))(graph_module)
+    Allocate(method_of("admm", "0.6", global_budget=True))(graph_module, calibration(batches))
     observers = [module for module in graph_module.modules() if isinstance(module, HessianObserver)]
     assert len(observers) == 4
     for observer in observers:

@@ -6,11 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from fxprune.layer_checkpoint import LayerCheckpoint
 from torch import nn
 
 import fxprune
 from fxprune import FxPruneError, Options
+from fxprune.layers.checkpoint import LayerCheckpoint
+from fxprune.layers.solve import solve_layer
 
 
 @pytest.fixture
@@ -26,9 +27,9 @@ def batches():
     return list(torch.randn(24, 3, 12, 12, generator=torch.Generator().manual_seed(1)).split(8))
 
 
-def run(model, batches, folder, pattern="2:4", **options):
-    chosen = Options(checkpoint_dir=None if folder is None else str(folder), **options)
-    return fxprune.compile(model, batches, pattern, progress=False, options=chosen)
+def run(model, batches, folder, pattern="2:4", memory_limit=None, **options):
+    where = {"checkpoint_dir": None if folder is None else str(folder), "memory_limit": memory_limit}
+    return fxprune.compile(model, batches, pattern, progress=False, options=Options(**options), **where)
 
 
 @pytest.mark.parametrize("finished", [1, 2])
@@ -48,7 +49,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(model, batches, tmp_path,
         run(model, batches, tmp_path)
     monkeypatch.setattr(LayerCheckpoint, "save", save)
     solved = []
-    monkeypatch.setattr("fxprune.passes.prune_weights.solve_layer", spy(solved))
+    monkeypatch.setattr("fxprune.passes.solve_layers.solve_layer", spy(solved))
     resumed, whole = run(model, batches, tmp_path), run(model, batches, None)
     assert len(solved) == (3 - finished) + 3
     for name, parameter in whole.state_dict().items():
@@ -57,8 +58,6 @@ def test_an_interrupted_run_resumes_to_the_same_result(model, batches, tmp_path,
 
 
 def spy(calls):
-    from fxprune.layer_solution import solve_layer
-
     def solve(*args):
         calls.append(args)
         return solve_layer(*args)
@@ -68,7 +67,7 @@ def spy(calls):
 
 def test_a_folder_of_another_run_is_refused(model, batches, tmp_path):
     run(model, batches, tmp_path)
-    with pytest.raises(FxPruneError, match="another pattern"):
+    with pytest.raises(FxPruneError, match="another constraints"):
         run(model, batches, tmp_path, "1:4")
     with pytest.raises(FxPruneError, match="another options"):
         run(model, batches, tmp_path, damping=0.1)
