@@ -100,6 +100,6 @@ def low_rank_options(options: Options | None, method: Factorisation) -> Options:
     given = options or Options()
     if unused := [name for name in UNUSED if getattr(given, name, None)]:
         raise OptionsError(f"{', '.join(unused)}: low_rank has no such step; use fxprune.compile with 'rank:0.7+2:4'")
-    own = replace(OURS if method == "data_aware" else PUBLISHED, permute=False)
+    own = replace(OURS, target="skip", permute=False) if method == "data_aware" else PUBLISHED
     missing = {f.name: getattr(own, f.name) for f in fields(given) if getattr(given, f.name) is None}
     return replace(given, **missing)

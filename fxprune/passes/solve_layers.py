@@ -31,6 +31,7 @@ from fxprune.layers.splits import split_call
 from fxprune.method import Method
 from fxprune.passes.base import CalibratedPass
 from fxprune.precision import full_precision
+from fxprune.ranks.choices import RankPlan
 from fxprune.recipe import Recipe
 from fxprune.report import LayerReport, PruneReport
 
@@ -70,7 +71,7 @@ class SolveLayers(CalibratedPass):
         report = PruneReport(
             layers=tuple(layers),
             method=self.method.name,
-            pattern=str(self.recipe),
+            pattern=self._asked_for(roles),
             images=outcome.source.images,
             images_read=outcome.source.images_read,
             images_held_out=outcome.source.held_out,
@@ -151,12 +152,22 @@ class SolveLayers(CalibratedPass):
             multiply_adds=rank.multiply_adds if rank is not None and factored else (),
         )
 
+    def _asked_for(self, roles: Mapping[Node, Annotation]) -> str:
+        """The recipe in words; where all layers share one rule for ranks, with what came of it."""
+        rules = {
+            c.rule.rule for a in roles.values() for c in a.chain if isinstance(c, Rank) and isinstance(c.rule, RankPlan)
+        }
+        if not self.recipe.is_uniform or len(rules) != 1:
+            return str(self.recipe)
+        (rule,) = rules
+        return "+".join(rule if isinstance(c, Rank) else str(c) for c in self.recipe.entries[0][1])
+
     def _split(self, graph_module: GraphModule, node: Node) -> None:
         """Turn the call of an nn.Sequential of two layers into two calls, each with its own row where it is masked."""
         layer = annotation(node).report
         assert layer is not None
-        self.record(graph_module, "replaced", node, into=f"{node.name}.1", reason=f"rank {layer.rank}, {layer.reason}")
         second = split_call(node)
+        self.record(graph_module, "replaced", node, into=second.name, reason=f"rank {layer.rank}, {layer.reason}")
         first = second.all_input_nodes[0]
         graph_module.graph.erase_node(node)
         if not layer.pattern:

@@ -5,9 +5,8 @@ import itertools
 import pytest
 
 from fxprune.errors import OptionsError
-from fxprune.ranks import Choice, LayerRanks, RankPlan, RankRule, Survey
-from fxprune.ranks.choices import pareto
-from fxprune.ranks.rule import within_budget
+from fxprune.ranks.choices import Choice, LayerRanks, RankPlan, Survey, pareto
+from fxprune.ranks.rule import RankRule, within_budget
 
 
 def layer(dense: int, *choices: tuple[int, int, float]) -> LayerRanks:

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 
+from fxprune.annotations import annotation
 from fxprune.errors import OptionsError, ValidationError
 from fxprune.export.latency import measure_latency
 from fxprune.export.torch_export import to_onnx_program
+from fxprune.method import Method
 from fxprune.passes import InsertObservers
-from fxprune.rank_reduction import low_rank
-from fxprune.ranks import Factorable, RankPlan, RankRule, Survey, low_rank_options, speedup, survey
+from fxprune.rank_reduction import low_rank, low_rank_options
+from fxprune.ranks import speedup
+from fxprune.ranks.choices import RankPlan, Survey
+from fxprune.ranks.rule import RankRule
+from fxprune.ranks.survey import survey
+from fxprune.recipe import Recipe
+from fxprune.solvers import Magnitude
+from tests.pipelines import calibration
 
 
 def model() -> nn.Module:
@@ -26,9 +34,10 @@ def model() -> nn.Module:
 def surveyed() -> tuple[GraphModule, Survey, Tensor]:
     x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     graph_module = symbolic_trace(copy.deepcopy(model()))
-    InsertObservers(Factorable())(graph_module)
-    options = low_rank_options(None, "svd")
-    found = survey(graph_module, [x], method="svd", splits=("channel", "spatial"), multiple=1, options=options)
+    InsertObservers(Recipe.parse("rank:0.7"))(graph_module)
+    layers = [node for node in graph_module.graph.nodes if annotation(node).role == "compress"]
+    method = Method(Magnitude(), low_rank_options(None, "svd"))
+    found = survey(graph_module, layers, calibration([x]), method, splits=("channel", "spatial"), multiple=1)
     return graph_module, found, x[:1]
 
 
@@ -65,7 +74,7 @@ def test_files_have_the_shape_of_the_plan(tmp_path: Path) -> None:
     graph_module, found, image = surveyed()
     text = str(graph_module.graph)
     plan = RankRule.parse("multiply_adds:0.6").plan(found)
-    speedup.write_shape(graph_module, plan, image, tmp_path / "candidate.onnx")
+    speedup.write_shape(graph_module, plan, [image], tmp_path / "candidate.onnx")
     assert str(graph_module.graph) == text  # the candidate is a copy
     graph = onnx.load(str(tmp_path / "candidate.onnx")).graph
     sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
