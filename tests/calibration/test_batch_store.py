@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune import FxPruneError, Options
+from fxprune import FxPruneError
 from fxprune.calibration.batch_store import BatchStore, BatchValues
 
 
@@ -69,7 +69,7 @@ def test_a_memory_limit_does_not_change_the_result():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
     batches = list(torch.randn(32, 3, 12, 12).split(8))
     free = fxprune.compile(model, batches, "2:4", progress=False)
-    tight = fxprune.compile(model, batches, "2:4", progress=False, options=Options(memory_limit=60_000))
+    tight = fxprune.compile(model, batches, "2:4", progress=False, memory_limit=60_000)
     assert tight.report.peak_memory <= 60_000 < free.report.peak_memory
     for name, parameter in free.state_dict().items():
         assert torch.equal(parameter, tight.state_dict()[name])

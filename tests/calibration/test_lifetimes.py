@@ -7,18 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxprune.annotations import annotation
 from fxprune.calibration.batch_store import BatchValues
 from fxprune.calibration.lifetimes import last_uses, reads_strides, spare_input
-from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.graph import module_of
 from fxprune.passes import InsertObservers
-from fxprune.passes.insert_observers import TASK
-from fxprune.pattern import Pattern
+from fxprune.recipe import Recipe
 from fxprune.statistics import HessianObserver
 from fxprune.tracing import trace
-
-CPU = torch.device("cpu")
+from tests.pipelines import calibration
 
 
 class Mixed(nn.Module):
@@ -76,15 +74,14 @@ def test_values_that_both_models_read_are_not_overwritten():
     torch.manual_seed(0)
     model, batches = Sums().double().eval(), torch.randn(6, 3, 6, 6, dtype=torch.float64).split(2)
     graph_module = trace(model)
-    InsertObservers(Pattern.parse("2:4"))(graph_module)
-    layers = {
-        str(n.target): n for n in graph_module.graph.nodes if n.meta.get(TASK) and n.meta[TASK].geometry is not None
-    }
-    stream = CalibrationStream(graph_module, batches, device=CPU, stopwatch=Stopwatch(CPU))
-    stream.run_to(layers["a"])
+    InsertObservers(Recipe.parse("2:4"))(graph_module)
+    layers = {str(n.target): n for n in graph_module.graph.nodes if annotation(n).geometry is not None}
+    stream = CalibrationStream(graph_module, calibration(batches))
+    stream.advance(layers["a"])
+    stream._replaced = True
     graph_module.get_submodule("a").weight.data *= 0.5
     seen: list[Tensor] = []
-    stream.run_to(layers["c"], lambda _, values: seen.append(values.pruned(layers["c"].all_input_nodes[0]).clone()))
+    stream.advance(layers["c"], lambda _, values: seen.append(values.pruned(layers["c"].all_input_nodes[0]).clone()))
     damaged = trace(model)
     damaged.get_submodule("a").weight.data *= 0.5
     with torch.no_grad():
@@ -112,9 +109,9 @@ def test_the_stream_gives_what_a_plain_run_gives(kind):
     model = kind().double().eval()
     batches = torch.randn(6, 3, 6, 6, dtype=torch.float64).split(2)
     graph_module = trace(model)
-    InsertObservers(Pattern.parse("2:4"))(graph_module)
-    stream = CalibrationStream(graph_module, batches, device=CPU, stopwatch=Stopwatch(CPU))
-    layers = [n for n in graph_module.graph.nodes if TASK in n.meta and n.meta[TASK].geometry is not None]
+    InsertObservers(Recipe.parse("2:4"))(graph_module)
+    stream = CalibrationStream(graph_module, calibration(batches))
+    layers = [n for n in graph_module.graph.nodes if annotation(n).geometry is not None]
     seen: dict[str, list[Tensor]] = {}
     wanted: dict[str, list[Tensor]] = {}
     for layer in layers:
@@ -122,8 +119,9 @@ def test_the_stream_gives_what_a_plain_run_gives(kind):
         def visit(number: int, values: BatchValues, layer=layer) -> None:
             seen.setdefault(str(layer.target), []).append(values.dense(layer).clone())
 
-        stream.run_to(layer, visit)
-    assert stream.finish() is not None
+        stream.advance(layer, visit)
+        stream._replaced = True
+    stream.advance(list(graph_module.graph.nodes)[-1])
     for layer in layers:
         name = str(layer.target)
         model.get_submodule(name).register_forward_hook(
@@ -137,7 +135,7 @@ def test_the_stream_gives_what_a_plain_run_gives(kind):
         torch.testing.assert_close(torch.cat(seen[name]), torch.cat(outputs), rtol=1e-12, atol=1e-12)
     observers = [m for n in graph_module.graph.nodes if isinstance(m := module_of(n), HessianObserver)]
     plain = trace(model)
-    InsertObservers(Pattern.parse("2:4"))(plain)
+    InsertObservers(Recipe.parse("2:4"))(plain)
     with torch.no_grad():
         for x in batches:
             plain(x)

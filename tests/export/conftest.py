@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 
+from fxprune.annotations import annotate_graph
 from fxprune.export import OnnxReport, export_onnx
 from fxprune.pattern import Pattern
 from fxprune.report import LayerReport, PruneReport
@@ -59,7 +60,7 @@ def prune(model: nn.Module, names: tuple[str, ...], pattern: str = "2:4") -> Gra
             layers.append(LayerReport(name, op, shape, pattern, "pruned", sparsity=sparsity))
         else:
             layers.append(LayerReport(name, op, shape, reason="excluded"))
-    graph_module.meta["fxprune_report"] = PruneReport(tuple(layers), "magnitude", pattern)
+    annotate_graph(graph_module, report=PruneReport(tuple(layers), "magnitude", pattern))
     return graph_module
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
 import fxprune
+from fxprune.annotations import annotate_graph
 from fxprune.export import export_onnx, inspect_onnx, validate_onnx
 from fxprune.export.parity import evaluating
 from fxprune.pattern import Pattern
@@ -140,7 +141,7 @@ def test_report_may_use_any_name_of_a_shared_layer(tmp_path: Path) -> None:
     graph_module = symbolic_trace(model)
     graph_module.add_submodule("alias", graph_module.get_submodule("shared"))
     layer = LayerReport("alias", "Conv2d", (4, 4, 3, 3), "2:4", "pruned")
-    graph_module.meta["fxprune_report"] = PruneReport((layer,), "magnitude", "2:4")
+    annotate_graph(graph_module, report=PruneReport((layer,), "magnitude", "2:4"))
     report = export_onnx(graph_module, tmp_path / "m.onnx", torch.randn(2, 4, 6, 6))
     assert report["alias"].ok
     assert report["alias"].initializer in ("alias.weight", "shared.weight")

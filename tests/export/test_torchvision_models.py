@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 from torch.fx import symbolic_trace
 
+from fxprune.annotations import annotate_graph
 from fxprune.export import export_onnx, inspect_onnx, validate_onnx
 from fxprune.pattern import Pattern
 from fxprune.report import LayerReport, PruneReport
@@ -37,7 +38,7 @@ def test_export_validate_inspect(name: str, precision: str, tmp_path: Path) -> N
         if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.shape[1] % 4 == 0:
             module.weight.data = pattern.project(module.weight.data)
             layers.append(LayerReport(layer, type(module).__name__, tuple(module.weight.shape), "2:4", "pruned"))
-    graph_module.meta["fxprune_report"] = PruneReport(tuple(layers), "magnitude", "2:4")
+    annotate_graph(graph_module, report=PruneReport(tuple(layers), "magnitude", "2:4"))
     path = tmp_path / "model.onnx"
     report = export_onnx(graph_module, path, torch.randn(2, 3, 64, 64), precision=precision)
     assert all(report[layer.name].ok for layer in layers)

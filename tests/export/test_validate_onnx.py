@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxprune.annotations import annotate_graph, report_of
 from fxprune.errors import ValidationError
 from fxprune.export import OnnxReport, export_onnx, validate_onnx
 
@@ -196,11 +197,11 @@ def test_model_that_lost_its_pattern(net: GraphModule, images: Tensor, tmp_path:
 
 def test_report_that_does_not_fit_the_model(exported: Exported, net: GraphModule, images: Tensor) -> None:
     other = copy.deepcopy(net)
-    report = net.meta["fxprune_report"]
+    report = report_of(net)
     renamed = [
         layer if layer.name != "fc" else type(layer)(**{**layer.__dict__, "name": "gone"}) for layer in report.layers
     ]
-    other.meta["fxprune_report"] = type(report)(tuple(renamed), "magnitude", "2:4")
+    annotate_graph(other, report=type(report)(tuple(renamed), "magnitude", "2:4"))
     refuse(exported[0], other.eval(), images, "gone was pruned, but the model has no such layer")
 
 

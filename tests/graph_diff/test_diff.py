@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.optimization import fuse
 
 import fxprune
+from fxprune.annotations import annotate, annotate_graph
 from fxprune.compiled import CompiledModule
 from fxprune.errors import ExportError, GraphError
 from fxprune.graph_diff import GraphDiff, diff
@@ -199,12 +200,12 @@ def permuted(net: SmallNet, *, recorded: bool) -> GraphModule:
     for name in ("weight", "bias", "running_mean", "running_var"):
         getattr(graph_module.bn1, name).data = getattr(graph_module.bn1, name).data[places]
     graph_module.conv2.weight.data = graph_module.conv2.weight.data[:, places] * 1.25
-    graph_module.meta["fxprune_changes"] = [Change("Permute", "permuted", "conv2")]
+    annotate_graph(graph_module, changes=(Change("Permute", "permuted", "conv2"),))
     if recorded:
         orders = {"conv1": (None, places), "bn1": (None, places), "conv2": (places, None)}
         for node in graph_module.graph.nodes:
             if node.name in orders:
-                node.meta["fxprune_order"] = orders[node.name]
+                annotate(node, order=orders[node.name])
     return graph_module
 
 

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils import parametrizations, prune
 
+from fxprune.annotations import Annotation, annotation
+from fxprune.constraints import chain_text
+from fxprune.errors import PatternError
 from fxprune.graph import input_of, module_of
 from fxprune.passes import InsertObservers, changes
-from fxprune.passes.insert_observers import TASK, LayerTask
-from fxprune.pattern import Pattern
+from fxprune.recipe import Recipe
 from fxprune.statistics import HessianObserver
 from fxprune.tracing import trace
 
 
-def observed(model: nn.Module, pattern: str = "2:4", **options: object) -> GraphModule:
+def observed(model: nn.Module, pattern: object = "2:4", **options: object) -> GraphModule:
     graph_module = trace(model)
-    insert = InsertObservers(Pattern.parse(pattern), **options)
+    insert = InsertObservers(Recipe.parse(pattern), **options)
     insert(graph_module)
     recorded = changes(graph_module)
     assert insert(graph_module).modified is False
@@ -29,11 +31,11 @@ def observed(model: nn.Module, pattern: str = "2:4", **options: object) -> Graph
     return graph_module
 
 
-def tasks(graph_module: GraphModule) -> dict[str, LayerTask]:
+def tasks(graph_module: GraphModule) -> dict[str, Annotation]:
     return {
-        str(node.target) if node.op == "call_module" else node.name: node.meta[TASK]
+        str(node.target) if node.op == "call_module" else node.name: annotation(node)
         for node in graph_module.graph.nodes
-        if TASK in node.meta
+        if annotation(node).role
     }
 
 
@@ -68,7 +70,7 @@ PRUNED = [
 @pytest.mark.parametrize("layer", PRUNED, ids=repr)
 def test_layers_that_take_the_pattern(layer):
     graph_module = observed(Block(layer))
-    assert tasks(graph_module)["layer"].role == "prune"
+    assert tasks(graph_module)["layer"].role == "compress"
     assert tasks(graph_module)["layer"].reason == ""
     assert len(observers(graph_module)) == 2
 
@@ -116,7 +118,7 @@ def test_layers_that_the_pattern_declines_are_refitted_or_kept(pattern, layer, r
 @pytest.mark.parametrize("exclude", [("layer",), ("l*",), ("first", "layer")])
 def test_excluded_layers(exclude):
     graph_module = observed(Block(nn.Conv2d(8, 8, 3)), exclude=exclude)
-    assert tasks(graph_module)["layer"] == LayerTask("keep", "excluded")
+    assert tasks(graph_module)["layer"] == Annotation("keep", "excluded")
     assert len(observers(graph_module)) == 2 - len(exclude)
 
 
@@ -138,15 +140,15 @@ def test_a_shared_module_is_kept_at_each_call():
             return self.alias(self.layer(x))
 
     graph_module = observed(Shared())
-    found = [node.meta[TASK] for node in graph_module.graph.nodes if TASK in node.meta]
-    assert found == [LayerTask("keep", "shared: called at 2 places with different inputs")] * 2
+    found = [annotation(node) for node in graph_module.graph.nodes if annotation(node).role]
+    assert found == [Annotation("keep", "shared: called at 2 places with different inputs")] * 2
     assert not observers(graph_module)
 
 
 def test_one_module_under_two_names_called_once_is_pruned():
     model = Block(nn.Conv2d(8, 8, 3))
     model.alias = model.layer
-    assert tasks(observed(model))["layer"].role == "prune"
+    assert tasks(observed(model))["layer"].role == "compress"
 
 
 def test_tied_weights_are_kept():
@@ -163,7 +165,7 @@ def test_a_weight_that_is_also_read_directly_is_kept():
 
     found = tasks(observed(Regularised(nn.Conv2d(8, 8, 1))))
     assert found["layer"].reason == "its weight is shared with another part of the model"
-    assert found["first"].role == "prune"
+    assert found["first"].role == "compress"
 
 
 class Functional(nn.Module):
@@ -217,7 +219,7 @@ class Branches(nn.Module):
 
 def test_readers_of_one_value_in_one_geometry_share_an_observer():
     graph_module = observed(Branches())
-    source = {str(n.target): input_of(n) for n in graph_module.graph.nodes if TASK in n.meta}
+    source = {str(n.target): input_of(n) for n in graph_module.graph.nodes if annotation(n).role}
     assert source["a"] is source["b"] is source["d"]
     assert len({source["a"], source["c"], source["last"]}) == 3
     assert len(observers(graph_module)) == 3
@@ -236,12 +238,52 @@ def test_a_graph_with_observers_computes_what_it_did_and_gathers_the_statistics(
 def test_deepcopy_of_an_observed_graph():
     graph_module = copy.deepcopy(observed(Branches()))
     assert len(observers(graph_module)) == 3
-    assert tasks(graph_module)["a"].role == "prune"
+    assert tasks(graph_module)["a"].role == "compress"
 
 
 def test_a_layer_whose_hessian_would_not_fit_is_kept_with_its_size():
     graph_module = trace(nn.Sequential(nn.Flatten(), nn.Linear(20_000, 4)))
-    InsertObservers(Pattern.parse("2:4"))(graph_module)
-    task = next(node.meta[TASK] for node in graph_module.graph.nodes if TASK in node.meta)
+    InsertObservers(Recipe.parse("2:4"))(graph_module)
+    task = next(annotation(node) for node in graph_module.graph.nodes if annotation(node).role)
     assert task.role == "keep"
     assert task.reason == "20,000 inputs to an output: the Hessian alone would take 3.0 GiB"
+
+
+def chains(graph_module: GraphModule) -> dict[str, str]:
+    return {name: chain_text(found.chain) for name, found in tasks(graph_module).items()}
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.layer1 = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.layer2 = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer2(self.layer1(self.stem(x))).mean((2, 3)))
+
+
+def test_layers_have_recipes_of_their_own():
+    recipe = {"layer2.*": "rank:0.5+2:4", "layer1.0": "1:4", "layer1": "0.9", "fc": "dense", "*": "2:4"}
+    graph_module = observed(Stack(), recipe)
+    assert chains(graph_module) == {
+        "stem": "dense", "layer1.0": "1:4", "layer1.2": "0.9", "layer2.0": "dense", "layer2.1": "rank:0.5+2:4", "fc": "dense",
+    }  # fmt: skip
+    found = tasks(graph_module)
+    assert found["fc"].reason == "dense in the recipe"
+    assert "3 input channels are not a multiple of 4" in found["stem"].reason
+    assert "8 groups" in found["layer2.0"].reason
+    assert "depthwise" in found["layer2.0"].reason
+
+
+def test_what_no_entry_names_stays_dense_and_says_so():
+    found = tasks(observed(Stack(), {"layer1": "2:4"}))
+    assert found["fc"].role == "reconstruct"
+    assert found["fc"].reason == "named by no entry of the recipe"
+
+
+def test_a_name_that_matches_nothing_is_an_error():
+    with pytest.raises(PatternError, match=r"'layer9\.\*' matches no layer; layers are called 'stem', 'layer1\.0'"):
+        observed(Stack(), {"layer9.*": "1:4", "*": "2:4"})

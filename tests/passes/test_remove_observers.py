@@ -6,7 +6,7 @@ from torch import nn
 
 from fxprune.graph import module_of
 from fxprune.passes import InsertObservers, RemoveObservers
-from fxprune.pattern import Pattern
+from fxprune.recipe import Recipe
 from fxprune.statistics import HessianObserver
 from fxprune.tracing import trace
 
@@ -25,7 +25,7 @@ class Net(nn.Module):
 def test_the_graph_is_what_it_was_before():
     graph_module, x = trace(Net()), torch.randn(2, 4, 6, 6)
     code, names, expected = graph_module.code, set(graph_module.state_dict()), graph_module(x)
-    InsertObservers(Pattern.parse("2:4"))(graph_module)
+    InsertObservers(Recipe.parse("2:4"))(graph_module)
     assert graph_module.code != code
     result = RemoveObservers()(graph_module)
     assert result.modified

@@ -6,6 +6,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxprune import LayerReport, Pattern
+from fxprune.annotations import annotate
 from fxprune.errors import FxPruneError, GraphError
 from fxprune.passes import verify
 from fxprune.tracing import trace
@@ -19,7 +20,7 @@ def reported(pattern: str = "2:4") -> GraphModule:
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.weight.data = Pattern.parse(pattern).project(module.weight.data)
             shape = tuple(module.weight.shape)
-            node.meta["fxprune"] = LayerReport(node.target, type(module).__name__, shape, pattern, "pruned")
+            annotate(node, report=LayerReport(node.target, type(module).__name__, shape, pattern, "pruned"))
     return graph_module
 
 
