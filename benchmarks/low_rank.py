@@ -18,24 +18,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fxprune.layer_solution import layer_of, pose_problem
-from fxprune.ranks.splits import dense_multiply_adds, full_rank, multiply_adds
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from benchmarks.low_rank_output import LAYERS, NETWORKS, append, read, write_page, write_plot
 from benchmarks.machine import machine
+from fxprune.annotations import annotation
 from fxprune.calibration.observers import observer_of
 from fxprune.data import load_npz, make_loader
 from fxprune.experiments.checkpoints import load_weights
 from fxprune.experiments.evaluation import agreement, evaluate
 from fxprune.export.latency import Latency, measure_latency
 from fxprune.export.torch_export import to_onnx_program
+from fxprune.layers.problem import layer_of, pose_problem
+from fxprune.layers.splits import SPLITS, dense_multiply_adds, full_rank, multiply_adds
 from fxprune.models import create, model_info
 from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace
-from fxprune.passes.insert_observers import TASK
-from fxprune.rank_reduction import low_rank
-from fxprune.ranks import SPLITS, Factorable, low_rank_options
+from fxprune.rank_reduction import low_rank, low_rank_options
+from fxprune.recipe import Recipe
 from fxprune.solvers.low_rank import data_aware_factors, plain_factors
 from fxprune.solvers.spatial_split import data_aware_spatial_factors, plain_spatial_factors
 from fxprune.tracing import trace
@@ -117,8 +117,8 @@ def layer_rows(name: str, data: Path) -> list[LayerRow]:
     graph_module = trace(trained(name, data))
     RemoveInplace()(graph_module)
     FoldBatchNorm()(graph_module)
-    InsertObservers(Factorable())(graph_module)
-    nodes = [n for n in graph_module.graph.nodes if TASK in n.meta and n.meta[TASK].role == "prune"]
+    InsertObservers(Recipe.parse("rank:0.7"))(graph_module)
+    nodes = [n for n in graph_module.graph.nodes if annotation(n).role == "compress"]
     shapes: dict[nn.Module, torch.Size] = {}
     for node in nodes:
         layer_of(node).register_forward_hook(lambda module, args, _: shapes.__setitem__(module, args[0].shape))
@@ -132,7 +132,7 @@ def layer_rows(name: str, data: Path) -> list[LayerRow]:
             observer_of(node).reset()
     rows, options = [], low_rank_options(None, "data_aware")
     for node, inputs, held_out in zip(nodes, *statistics, strict=True):
-        module, geometry = layer_of(node), node.meta[TASK].geometry
+        module, geometry = layer_of(node), annotation(node).geometry
         dense = geometry.to_matrix(module.weight.detach()).double()[0]
         problem = next(pose_problem(module, geometry, inputs, None, options).groups())
         metric, kernel = held_out.hessian(centred=True)[0], geometry.kernel_size

@@ -23,15 +23,20 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.annotations import annotation
 from fxprune.data import DataSplits, calibration_loader, load_data, make_loader
 from fxprune.experiments.checkpoints import load_weights
 from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.training import train
 from fxprune.geometry import flatten_weight
+from fxprune.method import Method
 from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace
 from fxprune.plots import save_figure
 from fxprune.plots.style import FAINT, INK, figure
-from fxprune.ranks import Factorable, Survey, low_rank_options, survey
+from fxprune.rank_reduction import low_rank_options
+from fxprune.ranks.choices import Survey
+from fxprune.ranks.survey import survey
+from fxprune.solvers import ADMM, Magnitude
 from fxprune.solvers.low_rank import tail_energy
 from fxprune.tracing import trace
 
@@ -114,15 +119,16 @@ def piece_of(layer: nn.Module, name: str) -> tuple[Tensor, str]:
 
 def look_at_ranks(model: nn.Module, data: DataSplits, images: int) -> dict[str, Survey]:
     """Singular values of every layer, of its weight and of its output."""
-    batches = list(calibration_loader(data.train, images=images))
+    calibration = fxprune.Calibration(list(calibration_loader(data.train, images=images)))
     found = {}
-    for method in ("svd", "data_aware"):
+    for name, solver in (("svd", Magnitude()), ("data_aware", ADMM())):
         graph_module = trace(model)
         RemoveInplace()(graph_module)
         FoldBatchNorm()(graph_module)
-        InsertObservers(Factorable(("channel",)))(graph_module)
-        options = low_rank_options(None, method)
-        found[method] = survey(graph_module, batches, method=method, splits=("channel",), multiple=1, options=options)
+        InsertObservers(fxprune.Recipe.parse("rank:0.7"))(graph_module)
+        layers = [node for node in graph_module.graph.nodes if annotation(node).role == "compress"]
+        method = Method(solver, low_rank_options(None, name))
+        found[name] = survey(graph_module, layers, calibration, method, splits=("channel",), multiple=1)
     return found
 
 

@@ -15,6 +15,7 @@ from fxprune.rank_reduction import low_rank
 from fxprune.recipe import Recipe
 from fxprune.report import LayerReport, PruneReport
 from fxprune.saving import load, save
+from fxprune.scan import scan
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "models",
     "passes",
     "save",
+    "scan",
     "solvers",
     "validate_onnx",
 ]

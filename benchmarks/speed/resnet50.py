@@ -69,10 +69,8 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     synchronise(device)
     started = time.perf_counter()
-    options = fxprune.Options(memory_limit=limit, checkpoint_dir=checkpoint_dir)
-    report = fxprune.compile(
-        model, batches, "2:4", method=method, device=device, progress=False, options=options
-    ).report
+    where = {"memory_limit": limit, "checkpoint_dir": checkpoint_dir}
+    report = fxprune.compile(model, batches, "2:4", method=method, device=device, progress=False, **where).report
     synchronise(device)
     seconds = time.perf_counter() - started
     stages = {stage: report.timings.get(stage, 0.0) for stage in ("stream", "statistics", "solve")}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.calibration import Calibration
-from fxprune.constraints.base import Constraint, Part, Rest, register
+from fxprune.constraints.base import Chain, Constraint, Part, Rest, register
 from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry
 from fxprune.layers.sensitivity import sensitivities
@@ -72,8 +72,8 @@ class Mask(Constraint):
             PatternError: the model puts out no floating point tensor, so that nothing can be measured there.
         """
         levels = self.pattern.levels
-        chains = [() if level is None else (Mask(level),) for level in levels]
-        found = sensitivities(graph_module, layers, chains, calibration, method)
+        chains: list[Chain | None] = [() if level is None else (Mask(level),) for level in levels]
+        found = sensitivities(graph_module, dict.fromkeys(layers, chains), calibration, method)
         sizes = [found[node].weights for node in layers]
         kept = [[size if level is None else level.kept(size) for level in levels] for size in sizes]
         chosen = allocate([list(found[node].costs) for node in layers], kept, self.pattern.kept(sum(sizes)))

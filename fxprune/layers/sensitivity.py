@@ -1,14 +1,15 @@
 """What it costs at the network's output to solve one layer alone under a chain of constraints.
 
-Every layer is solved under each chain against the dense model's statistics. What a solution costs is measured at the output,
-with only that layer replaced: the squared change of the outputs relative to their variance. It is measured for every
-second chain, and scaled from the nearest measured one to the others by the layer error (both are quadratic in a small
-change of the weights).
+Every layer is solved under each of its chains against the dense model's statistics. What a solution costs is measured at the
+output, with only that layer replaced: the squared change of the outputs relative to their variance. For a budget it is
+measured for every second chain, and scaled from the nearest measured one to the others by the layer error (both are
+quadratic in a small change of the weights).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,20 +43,21 @@ class Sensitivity:
     """What one layer's chains cost.
 
     Attributes:
-        costs: one for each chain: ||y_dense - y||^2 / ||y_dense - mean||^2 of the model's outputs.
-        errors: the same of the layer's own output.
+        costs: one for each chain: ||y_dense - y||^2 / ||y_dense - mean||^2 of the model's outputs; NaN for a chain of None.
+        errors: the same of the layer's own output, the mean not removed.
+        sparsities: shares of zeros among the weights.
         weights: number of weights of the layer.
     """
 
     costs: tuple[float, ...]
     errors: tuple[float, ...]
+    sparsities: tuple[float, ...]
     weights: int
 
 
 def sensitivities(
     graph_module: GraphModule,
-    layers: Sequence[Node],
-    chains: Sequence[Chain],
+    chains: Mapping[Node, Sequence[Chain | None]],
     calibration: Calibration,
     method: Method,
     *,
@@ -65,8 +67,8 @@ def sensitivities(
 
     Args:
         graph_module: with observers in front of the layers.
-        layers: their calls.
-        chains: an empty one leaves the layer dense and costs nothing.
+        chains: for the call of each layer; an empty one leaves the layer dense and costs nothing, None stands for one that the
+            layer cannot keep.
         calibration: all of it is read once; the output is measured on the first images.
         method: solver and options.
         probe_every: measure every so many-th chain at the output; 1 for all.
@@ -76,15 +78,15 @@ def sensitivities(
     """
     calibration.hold()
     with torch.inference_mode(), full_precision():
-        with dense_statistics(graph_module, calibration, method.options, layers) as statistics:
+        with dense_statistics(graph_module, calibration, method.options, list(chains)) as statistics:
             with observers_off(graph_module):
                 probe = _probe(graph_module, calibration)
                 dense = _outputs(graph_module, probe)
                 found = {}
-                for number, node in enumerate(layers):
-                    calibration.on_layer(f"scanning {node.target}", len(layers) if number == 0 else 0)
+                for number, (node, own) in enumerate(chains.items()):
+                    calibration.on_layer(f"scanning {node.target}", len(chains) if number == 0 else 0)
                     found[node] = _of_layer(
-                        graph_module, node, statistics[node], chains, method, probe, dense, probe_every
+                        graph_module, node, statistics[node], own, method, probe, dense, probe_every
                     )
     return found
 
@@ -93,7 +95,7 @@ def _of_layer(
     graph_module: GraphModule,
     node: Node,
     inputs: InputStatistics,
-    chains: Sequence[Chain],
+    chains: Sequence[Chain | None],
     method: Method,
     probe: list[Inputs],
     dense: list[Tensor],
@@ -105,7 +107,8 @@ def _of_layer(
     hessian = inputs.hessian(centred=bool(options.bias_correction))
     problem = LayerProblem(hessian, weight @ hessian, weight).damped(options.damping)
     whole = Part(geometry, problem, weight)
-    solutions = [product(geometry, solve_chain(whole, chain, method)) if chain else None for chain in chains]
+    parts = [solve_chain(whole, chain, method) if chain else () for chain in chains]
+    solutions = [product(geometry, of) if of else None for of in parts]
     none_lost, energy = problem.loss(weight).sum(), float((weight @ hessian * weight).sum())
     errors = [0.0 if s is None else max(0.0, float(problem.loss(s).sum() - none_lost)) for s in solutions]
     original, bias = module.weight.data, module.bias
@@ -126,7 +129,18 @@ def _of_layer(
         nearest = [min(cost_per_error, key=lambda i: abs(i - level)) for level in range(len(errors))]
         costs = [error * cost_per_error[i] for error, i in zip(errors, nearest, strict=True)]
     relative = tuple(error / energy if energy > 0 else 0.0 for error in errors)
-    return Sensitivity(tuple(costs), relative, module.weight.numel())
+    return Sensitivity(
+        tuple(math.nan if chain is None else cost for chain, cost in zip(chains, costs, strict=True)),
+        tuple(math.nan if chain is None else error for chain, error in zip(chains, relative, strict=True)),
+        tuple(_sparsity(of) for of in parts),
+        module.weight.numel(),
+    )
+
+
+def _sparsity(parts: Sequence[Part]) -> float:
+    """Share of zeros in all parts together."""
+    numel = sum(part.matrix.numel() for part in parts)
+    return sum(int((part.matrix == 0).sum()) for part in parts) / numel if numel else 0.0
 
 
 def _probe(graph_module: GraphModule, calibration: Calibration) -> list[Inputs]:

@@ -1,0 +1,211 @@
+"""scan(): what each layer would cost at the output under each of several recipes, before anything is compressed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxprune import solvers
+from fxprune.annotations import annotation
+from fxprune.calibration.calibration import Calibration
+from fxprune.compiler import checked_memory, default_device
+from fxprune.constraints import Chain, Constraint, parse_chain
+from fxprune.constraints.mask import Mask
+from fxprune.constraints.rank import Rank
+from fxprune.errors import OptionsError
+from fxprune.layers.macs import macs_per_sample
+from fxprune.layers.sensitivity import sensitivities
+from fxprune.method import Method
+from fxprune.options import Options
+from fxprune.passes import CheckImages, FoldBatchNorm, InsertObservers, RemoveInplace
+from fxprune.progress import layer_progress
+from fxprune.ranks.rule import RankRule
+from fxprune.recipe import Recipe
+from fxprune.solvers import Solver
+from fxprune.tracing import trace
+
+
+@dataclass(frozen=True)
+class ScannedLayer:
+    """One layer under one recipe.
+
+    Attributes:
+        name: of the layer.
+        recipe: the constraints, in words.
+        cost: ||y_dense - y||^2 / ||y_dense - mean||^2 of the model's outputs with only this layer compressed; NaN where the
+            layer cannot keep the recipe.
+        error: the same of the layer's own output, the mean not removed; NaN likewise.
+        sparsity: share of zeros among its weights then.
+        weights: number of weights of the layer as it is.
+        macs: of the layer as it is, for one sample.
+        reason: why it cannot keep the recipe, or "".
+    """
+
+    name: str
+    recipe: str
+    cost: float
+    error: float
+    sparsity: float
+    weights: int
+    macs: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Every layer under every recipe, layers in graph order, and the recipes of each in the order in which they were given."""
+
+    layers: tuple[ScannedLayer, ...]
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """In the order in which they were given."""
+        return tuple(dict.fromkeys(row.recipe for row in self.layers))
+
+    def __getitem__(self, key: tuple[str, str]) -> ScannedLayer:
+        """The row of a layer and a recipe, `scan["conv1", "2:4"]`."""
+        for row in self.layers:
+            if (row.name, row.recipe) == key:
+                return row
+        raise KeyError(f"no row for {key}; layers: {', '.join(dict.fromkeys(row.name for row in self.layers))}")
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title="What each layer alone costs at the output, relative", title_justify="left", pad_edge=False)
+        for heading in ("layer", "weights", "MACs", *self.recipes):
+            table.add_column(heading, justify="left" if heading == "layer" else "right", overflow="fold")
+        by_name: dict[str, list[ScannedLayer]] = {}
+        for row in self.layers:
+            by_name.setdefault(row.name, []).append(row)
+        for name, rows in by_name.items():
+            costs = ["" if math.isnan(row.cost) else f"{row.cost:.2e}" for row in rows]
+            table.add_row(name, f"{rows[0].weights:,}", f"{rows[0].macs:,}", *costs)
+        console = Console(width=100, file=io.StringIO())
+        console.print(table)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip("\n")
+
+    def to_csv(self, path: str | PathLike[str]) -> None:
+        """Write one row a layer and recipe, with the field names of ScannedLayer as the header."""
+        names = list(ScannedLayer.__dataclass_fields__)
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(names)
+            writer.writerows([getattr(row, name) for name in names] for row in self.layers)
+
+
+def scan(
+    model: nn.Module,
+    calib_loader: Iterable[Any],
+    recipes: Sequence[str] = ("2:4", "1:4"),
+    *,
+    method: str | Solver = "admm",
+    exclude: Sequence[str] = (),
+    options: Options | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    memory_limit: int | None = None,
+) -> Scan:
+    """Measure, for each layer and recipe, what it costs at the model's output to compress that layer alone.
+
+    Each layer is solved on the dense model's statistics and put in place by itself; the model is not changed. The same figures
+    are what "mixed:0.6" and `Options(global_budget=True)` go by.
+
+    Args:
+        model: trained model.
+        calib_loader: as for `compile`; read once and held in memory.
+        recipes: chains, such as "2:4", "0.9", "rank:0.5" (half of the layer's own MACs), "rank:0.5+2:4".
+        method: solver, by name or as an object.
+        exclude: module names or fnmatch patterns of layers to leave out.
+        options: as for `compile`.
+        device: where to compute; None takes CUDA if there is one.
+        progress: show a progress bar.
+        memory_limit: as for `compile`.
+
+    Raises:
+        FxPruneError: a subclass that names what is wrong, and the remedy.
+    """
+    chains = [_by_layer(parse_chain(recipe)) for recipe in recipes]
+    solver = solvers.get(method)
+    together = Recipe(tuple((f"recipe {i}", chain) for i, chain in enumerate(chains)))
+    how = Method(solver, replace((options or Options()).resolved(solver, together), global_budget=False))
+    calibration = Calibration(
+        calib_loader,
+        device=default_device(device),
+        holdout=how.options.holdout,
+        seed=how.options.seed,
+        memory_limit=checked_memory(memory_limit),
+    )
+    with layer_progress(progress) as calibration.on_layer:
+        graph_module = trace(model, exclude=exclude, example=calibration.first)
+        graph_module.to(calibration.device)
+        CheckImages()(graph_module, calibration)
+        RemoveInplace()(graph_module)
+        if how.options.fold_batchnorm:
+            FoldBatchNorm(exclude=exclude)(graph_module)
+        InsertObservers(Recipe((("*", ()),)), exclude=exclude)(graph_module)
+        layers = [node for node in graph_module.graph.nodes if annotation(node).geometry is not None]
+        given = [_allocated(graph_module, layers, chain, calibration, how) for chain in chains]
+        by_layer = {node: [own for own, _ in (of[node] for of in given)] for node in layers}
+        found = sensitivities(graph_module, by_layer, calibration, how, probe_every=1)
+        macs = macs_per_sample(graph_module, calibration.example(graph_module))
+    rows = []
+    for node in layers:
+        of = found[node]
+        for i, recipe in enumerate(recipes):
+            reason = given[i][node][1]
+            figures = (of.costs[i], of.errors[i], of.sparsities[i])
+            rows.append(ScannedLayer(str(node.target), recipe, *figures, of.weights, macs[node], reason))
+    return Scan(tuple(rows))
+
+
+def _by_layer(chain: Chain) -> Chain:
+    """The chain with budgets of the network made the layer's own.
+
+    Raises:
+        OptionsError: it holds a choice over layers, which one layer alone does not have.
+    """
+    own: list[Constraint] = []
+    for constraint in chain:
+        if isinstance(constraint, Mask) and "mixed" in str(constraint):
+            raise OptionsError(f"{constraint} is a choice over layers; scan what it chooses from, '2:4' and '1:4'")
+        if isinstance(constraint, Rank) and isinstance(constraint.rule, RankRule):
+            if constraint.rule.kind == "speedup":
+                raise OptionsError(f"{constraint} is measured on the whole network; scan 'rank:0.5' or the like")
+            if constraint.rule.kind == "multiply_adds":
+                constraint = replace(constraint, rule=RankRule("ratio", constraint.rule.value))
+        own.append(constraint)
+    return tuple(own)
+
+
+def _allocated(
+    graph_module: GraphModule, layers: Sequence[Node], chain: Chain, calibration: Calibration, method: Method
+) -> dict[Node, tuple[Chain | None, str]]:
+    """For each layer the chain as it would be solved, or None with the reason why it cannot keep it."""
+    found: dict[Node, tuple[Chain | None, str]] = {}
+    for node in layers:
+        geometry = annotation(node).geometry
+        assert geometry is not None
+        reason = chain[0].decline(geometry) if chain else None
+        found[node] = (None, reason) if reason is not None else (chain, "")
+    for constraint in chain:
+        if isinstance(constraint, Rank):
+            able = [node for node, (own, _) in found.items() if own is not None]
+            for node, own in constraint.allocate(graph_module, able, calibration, method).items():
+                if isinstance(own, str):
+                    found[node] = (None, own)
+                else:
+                    found[node] = (tuple(own if c == constraint else c for c in chain), "")
+    return found
