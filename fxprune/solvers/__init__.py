@@ -25,14 +25,31 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def register(name: str) -> Callable[[Solver], Solver]:
-    """Decorator that makes a function selectable as `fxprune.compile(..., method=name)`."""
+_weights_only: list[Solver] = [magnitude]
+
+
+def register(name: str, *, needs_statistics: bool = True) -> Callable[[Solver], Solver]:
+    """Decorator that makes a function selectable as `fxprune.compile(..., method=name)`.
+
+    Args:
+        name: of the method; another solver of that name is replaced.
+        needs_statistics: False for a solver that reads the problem's weight and nothing else: it is then given a
+            `LayerProblem.of_weights`, and no input is observed and no Hessian factored for its sake.
+    """
 
     def add(solver: Solver) -> Solver:
         SOLVERS[name] = solver
+        _weights_only[:] = [other for other in _weights_only if other is not solver]
+        if not needs_statistics:
+            _weights_only.append(solver)
         return solver
 
     return add
+
+
+def needs_statistics(solver: Solver) -> bool:
+    """Whether a solver reads H or T of its problem, and not the dense weights alone."""
+    return all(solver is not other for other in _weights_only)
 
 
 def get(name: str) -> Solver:
@@ -54,6 +71,7 @@ __all__ = [
     "exact_obs",
     "get",
     "magnitude",
+    "needs_statistics",
     "refit",
     "register",
     "sparsegpt",
