@@ -130,7 +130,7 @@ def fitted_bias(
 
 def dead_inputs(inputs: InputStatistics) -> int:
     """Columns whose input was zero throughout the calibration set."""
-    return int((inputs.gram.diagonal(dim1=1, dim2=2) == 0).sum())
+    return int(inputs.dead.sum())
 
 
 def _mean_output(module: MatrixLayer, geometry: LayerGeometry, inputs: InputStatistics) -> Tensor:
