@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.fx import GraphModule
 from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.batches import EMPTY, assign, channels_last
 from fxprune.calibration.needed_images import image_step, select_images
-from fxprune.calibration.sampling import chosen_images
+from fxprune.calibration.sampling import BatchPlace, as_index, images_taken
 from fxprune.errors import CalibrationError
 
 
@@ -24,13 +26,15 @@ class Source:
     Attributes:
         images_read: in all batches.
         images: kept of them.
-        step: of every how many images of batch n, from n % step on, one was kept.
+        step: at which they were taken, see `images_taken`; 1 for all.
+        places: of the batches kept, among what was kept.
         fingerprint: a hash of the shapes and sums of all batches, to tell one calibration set from another.
     """
 
     images_read: int
     images: int
-    step: float
+    step: Fraction
+    places: tuple[BatchPlace, ...]
     fingerprint: str
 
 
@@ -60,26 +64,33 @@ def read_into(
         CalibrationError: if the loader is empty, or a batch cannot be used.
     """
     placeholders = graph_module.graph.find_nodes(op="placeholder")
-    digest, images = hashlib.sha256(), 0
+    digest, sizes = hashlib.sha256(), list[int]()
     for number, batch in enumerate(loader):
         values = assign(placeholders, batch, number, device=device)
+        sizes.append(len(values[placeholders[0]]) if placeholders else 0)
         if placeholders:
             first = values[placeholders[0]]
-            images += len(first)
             digest.update(str((tuple(first.shape), float(first.sum(dtype=torch.float64)))).encode())
         store.put(number, BatchValues({node: channels_last(x) for node, x in values.items()} if last else values))
     if not len(store):
         raise CalibrationError(EMPTY)
-    read, step = images, 1.0
+    read, step = sum(sizes), Fraction(1)
     if patches and placeholders:
-        step = image_step(graph_module, store.look(0).dense_values, images=images, patches=patches, least=least)
+        step = image_step(graph_module, store.look(0).dense_values, images=read, patches=patches, least=least)
     if step > 1:
-        images = 0
-        for number in range(len(store)):
-            values = store.take(number).dense_values
-            size = len(values[placeholders[0]])
-            of_batch = min(step, size)  # One at least: the last batch may be a short one.
-            chosen = chosen_images(size, of_batch, number % of_batch, device)
-            images += len(chosen)
-            store.put(number, BatchValues(select_images(values, chosen)))
-    return Source(read, images, step, digest.hexdigest())
+        sizes = _keep_every(store, sizes, step, device)
+    ends = accumulate(sizes)
+    places = (BatchPlace(n, end - size, size) for n, (size, end) in enumerate(zip(sizes, ends, strict=True)))
+    return Source(read, sum(sizes), step, tuple(places), digest.hexdigest())
+
+
+def _keep_every(store: BatchStore, sizes: list[int], step: Fraction, device: torch.device) -> list[int]:
+    """Leave in the store the images that are taken at a step, and no batch of which none is; returns how many of each."""
+    kept: list[int] = []
+    for number, (size, end) in enumerate(zip(sizes, accumulate(sizes), strict=True)):
+        values = store.take(number).dense_values
+        taken = images_taken(size, step, first=end - size, turn=number)
+        if taken:
+            store.put(len(kept), BatchValues(select_images(values, as_index(taken, device))))
+            kept.append(len(taken))
+    return kept

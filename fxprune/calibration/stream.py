@@ -151,7 +151,7 @@ class CalibrationStream:
         return sample_patches(
             geometry,
             x,
-            number=number,
+            self.source.places[number],
             images=self.source.images,
             patches=self.patches,
             share=share,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -67,11 +69,11 @@ def batches_of(images: int = 64, size: int = 16) -> list[Tensor]:
 
 
 def test_as_many_as_the_layer_takes_that_needs_most():
-    # b wants 8 * 72 patches, which are 16 images of 36; a wants 8 * 36, and takes 4 rows of 2 in a batch.
+    # b wants 8 * 72 patches, which are 16 images of 36; a wants 8 * 36, and takes 4 rows of 7.
     stream, observers = stream_of(Net(), batches_of(), patches=8)
     stream.finish()
     assert (stream.source.images, stream.source.images_read) == (16, 64)
-    assert [observer.statistics().count for observer in observers] == [4 * 2 * 48, 16 * 36, 16]
+    assert [observer.statistics().count for observer in observers] == [7 * 48, 16 * 36, 16]
 
 
 def test_each_layer_sees_the_images_that_it_would_have_seen(monkeypatch):
@@ -79,7 +81,7 @@ def test_each_layer_sees_the_images_that_it_would_have_seen(monkeypatch):
     batches = list(torch.randn(72, 4, 8, 8).split(24))
     stream, found = stream_of(net := Net(), batches, patches=4)
     stream.finish()
-    monkeypatch.setattr(reading, "image_step", lambda *args, **kwargs: 1.0)
+    monkeypatch.setattr(reading, "image_step", lambda *args, **kwargs: Fraction(1))
     whole, wanted = stream_of(net, batches, patches=4)
     whole.finish()
     assert (stream.source.images, whole.source.images) == (18, 72)
@@ -97,6 +99,19 @@ def test_a_short_last_batch_keeps_an_image(size):
     assert stream.source.images == 5 * 4 + 1
     assert observers[-1].statistics().count == stream.source.images
     assert agreement.kl == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 13, 50, 64])
+def test_as_many_whatever_the_size_of_a_batch(size):
+    """Batches too small to give an image each are left out whole, and nobody is shown an empty one."""
+    stream, observers = stream_of(Net(), batches_of(images=64, size=size), patches=8)
+    agreement = stream.finish()
+    assert stream.source.images == 16
+    assert all(place.images for place in stream.source.places)
+    assert [observer.statistics().count for observer in observers] == [7 * 48, 16 * 36, 16]
+    assert agreement.kl == 0
+    report = fxprune.compile(Net(), batches_of(size=size), "2:4", progress=False, options=Options(patches=8)).report
+    assert all(0 < layer.relative_error < 1 for layer in report.layers)
 
 
 @pytest.mark.parametrize("patches", [0, 32, 1000])
