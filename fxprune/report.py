@@ -137,7 +137,9 @@ class PruneReport:
             what += f"{after / 1e6:.1f} M ({before / max(after, 1):.2f} times fewer)"
         else:
             what = f"pruned to {self.pattern} with {self.method}; {self.sparsity:.1%} of all weights are zero"
-        images = f"{self.images} images" + (f" of {self.images_read}" if self.images_read > self.images else "")
+        images = (
+            f"{self.images} of {self.images_read} images" if self.images_read > self.images else f"{self.images} images"
+        )
         lines = [f"{done} of {len(self.layers)} layers {what}; {images}, {self.seconds:.1f} s."]
         if self.agreement is not None and self.kl is not None:
             lines.append(
@@ -145,9 +147,7 @@ class PruneReport:
                 f"{self.agreement:.1%}, KL {self.kl:.4f}."
             )
         elif self.images and not self.images_held_out:
-            lines.append(
-                "No image was held out: the errors are of images that were fitted, too few or none to tell a score."
-            )
+            lines.append("No image was held out: the errors are of images that were fitted, and there is no score.")
         return "\n".join([*lines, *(f"Warning: {warning}." for warning in self.warnings)])
 
     def _table(self) -> Table:

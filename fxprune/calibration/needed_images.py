@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Size, Tensor
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration import sampling
+from fxprune.calibration.sampling import BatchPlace
 from fxprune.graph import Shape, module_of, value_shapes
 from fxprune.statistics import HessianObserver
 from fxprune.statistics.accumulators import patch_count
@@ -25,8 +27,8 @@ ALONE_SHARE = 0.125  # 8 for each column by default.
 
 def image_step(
     graph_module: GraphModule, inputs: Mapping[Node, Any], *, images: int, patches: int, least: int | None = None
-) -> float:
-    """Every how many-th image is enough for the layer that needs most of them, at least 1.
+) -> Fraction:
+    """The step between the images that are enough for the layer that needs most of them, at least 1.
 
     A classifier behind global pooling sees one patch of an image. It would take every image there is, while each of its
     patches, from an image of its own, says as much as several that are alike: beside layers that see many, it counts
@@ -49,24 +51,24 @@ def image_step(
                 dry_run.enter_context(observer.paused())
             shapes = value_shapes(graph_module, *select_images(inputs, slice(DRY_RUN_IMAGES)).values())
     except Exception:  # Whatever it is: the run on the whole batch names the place, or succeeds.
-        return 1.0
-    size = len(next(iter(inputs.values())))
-    seen = [(observer.geometry, _of_shape(shapes[node], size)) for node, observer in observers.items()]
-    alone = [patch_count(geometry, geometry.batched(x)) == len(x) for geometry, x in seen]
+        return Fraction(1)
+    ran = BatchPlace(0, 0, min(DRY_RUN_IMAGES, len(next(iter(inputs.values())))))
+    seen = [(observer.geometry, _of_shape(shapes[node])) for node, observer in observers.items()]
+    alone = [patch_count(geometry, geometry.batched(x)) == ran.images for geometry, x in seen]
     steps = []
     for (geometry, x), one_patch in zip(seen, alone, strict=True):
         share, least_images = (ALONE_SHARE, sampling.LEAST_IMAGES) if one_patch and not all(alone) else (1.0, least)
-        chosen = sampling.sample_patches(
-            geometry, x, number=0, images=images, patches=patches, share=share, least=least_images
+        sample = sampling.sample_patches(
+            geometry, x, ran, images=images, patches=patches, share=share, least=least_images
         )
-        steps.append(chosen.step)
-    return min(steps, default=1.0)
+        steps.append(sample.step)
+    return min(steps, default=Fraction(1))
 
 
-def _of_shape(shape: Shape, size: int) -> Tensor:
-    """What a layer reads of a whole batch, without its values."""
+def _of_shape(shape: Shape) -> Tensor:
+    """What a layer reads of the images that ran, without its values."""
     assert isinstance(shape, Size)
-    return torch.empty(size, *shape[1:], device="meta")
+    return torch.empty(shape, device="meta")
 
 
 def select_images(inputs: Mapping[Node, Any], chosen: slice | Tensor) -> dict[Node, Any]:

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from fxprune.geometry import CONVOLUTIONS
 from fxprune.graph import module_of
+from fxprune.statistics.offset import Offset
 
 CHUNK_NUMBERS = 2**18
 ROUNDING = 1e-11  # Of the energy: a constant output varies by a few times 1e-7 of its size in float32.
@@ -27,8 +28,9 @@ def channel_dim(layer: Node) -> int:
 class OutputError:
     """||y_dense - y_pruned||^2 / ||y_dense - mean||^2 of one layer, the mean per output channel.
 
-    Sums are taken in the values' dtype, of a few images at a time, whose differences stay in the cache; of the dense output
-    after its mean in the first batch is taken away, or a large mean would drown the variance in rounding.
+    Sums are taken in float32, or in float64 for such values and those whose squares float32 cannot hold, of a few images at a
+    time, whose differences stay in the cache; of the dense output after its mean in the first batch is taken away, or a
+    large mean would drown the variance in rounding.
     """
 
     channel_dim: int
@@ -37,14 +39,19 @@ class OutputError:
     shift: Tensor | None = None
     sums: Tensor | None = None
     count: int = 0
+    dtype: torch.dtype | None = None
 
     def update(self, dense: Tensor, pruned: Tensor) -> None:
         """Add one batch of layer outputs, or one without a batch dimension."""
         if dense.dim() == -self.channel_dim:
             dense, pruned = dense.unsqueeze(0), pruned.unsqueeze(0)
+        if not len(dense):
+            return
         others = [dim for dim in range(dense.dim()) if dim != self.channel_dim % dense.dim()]
-        if self.shift is None:
-            self.shift = dense.mean(others, keepdim=True)
+        if self.dtype is None or self.shift is None:
+            self.dtype = Offset.of(dense, self.channel_dim).dtype
+            self.shift = dense.to(self.dtype).mean(others, keepdim=True)
+        dense, pruned = dense.to(self.dtype), pruned.to(self.dtype)
         step = max(1, CHUNK_NUMBERS * len(dense) // max(1, dense.numel()))
         norms, sums = [], []
         buffer = torch.empty_like(dense[:step])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.batches import EMPTY, assign, channels_last
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.needed_images import image_step, select_images
-from fxprune.calibration.sampling import chosen_images
+from fxprune.calibration.sampling import BatchPlace, as_index, images_taken
 from fxprune.errors import CalibrationError
 
 LEAST_TOGETHER = 32  # Held-out images of several batches are joined up to so many, or to the first batch's size.
@@ -27,12 +28,17 @@ class Slot:
     Attributes:
         key: in the store.
         batch: number of the loader's batch (the first one) that its images come from.
-        held_out: whether they take no part in the statistics.
+        place: of its images among all that take part in the statistics; None if they take no part.
     """
 
     key: int
     batch: int
-    held_out: bool = False
+    place: BatchPlace | None
+
+    @property
+    def held_out(self) -> bool:
+        """Whether its images take no part in the statistics."""
+        return self.place is None
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Source:
         images_read: in all batches.
         images: whose statistics are taken.
         held_out: images on which errors are measured, and nothing is fitted.
-        step: of every how many images of batch n, from n % step on, one was kept.
+        step: at which they were taken of those that are not held out, see `images_taken`; 1 for all.
         fingerprint: a hash of the shapes and sums of all batches, to tell one calibration set from another.
         slots: entries of the store, in order.
     """
@@ -51,7 +57,7 @@ class Source:
     images_read: int
     images: int
     held_out: int
-    step: float
+    step: Fraction
     fingerprint: str
     slots: tuple[Slot, ...]
 
@@ -84,38 +90,37 @@ def read_into(
         CalibrationError: if the loader is empty, or a batch cannot be used.
     """
     placeholders = graph_module.graph.find_nodes(op="placeholder")
-    digest, sizes = hashlib.sha256(), []
+    digest, sizes = hashlib.sha256(), list[int]()
     for number, batch in enumerate(calibration):
         values = assign(placeholders, batch, number, device=device)
+        sizes.append(len(values[placeholders[0]]) if placeholders else 0)
         if placeholders:
             first = values[placeholders[0]]
-            sizes.append(len(first))
             digest.update(str((tuple(first.shape), float(first.sum(dtype=torch.float64)))).encode())
         store.put(number, BatchValues({node: channels_last(x) for node, x in values.items()} if last else values))
     if not len(store):
         raise CalibrationError(EMPTY)
-    slots = tuple(Slot(number, number) for number in range(len(store)))
-    total = sum(sizes)
-    masks = calibration.held_out(total).split(sizes) if placeholders else ()
-    count = sum(int(mask.sum()) for mask in masks)
-    step = 1.0
+    total, step = sum(sizes), Fraction(1)
+    mask = calibration.held_out(total)
+    count = int(mask.sum())
     if patches and placeholders and fit:
         first_batch = store.look(0).dense_values
         step = image_step(graph_module, first_batch, images=total - count, patches=patches, least=least)
-    if step == 1 and not count:
-        return Source(total, total, 0, step, digest.hexdigest(), slots)
-    kept, waiting, images = [], _HeldOut(store, max(LEAST_TOGETHER, sizes[0]), len(slots)), 0
-    for slot, mask in zip(slots, masks, strict=True):
-        values = store.take(slot.key).dense_values
-        waiting.add(slot.batch, select_images(values, mask.nonzero()[:, 0].to(device)))
-        left = (~mask).nonzero()[:, 0]
-        of_batch = min(step, max(1, len(left)))  # One at least: the last batch may be a short one.
-        left = left[chosen_images(len(left), of_batch, slot.batch % of_batch, torch.device("cpu"))]
-        if len(left) and (fit or not count):
-            store.put(slot.key, BatchValues(select_images(values, left.to(device))))
-            kept.append(slot)
-            images += len(left)
-    return Source(total, images, count, step, digest.hexdigest(), (*kept, *waiting.finish()))
+    held_out = _HeldOut(store, max(LEAST_TOGETHER, sizes[0]), key=len(sizes))
+    slots, before, images = list[Slot](), 0, 0  # Images that are not held out, and those of them that are taken.
+    for number, of_batch in enumerate(mask.split(sizes)):
+        left = (~of_batch).nonzero()[:, 0]
+        taken = images_taken(len(left), step, first=before, turn=number) if fit or not count else ()
+        before += len(left)
+        if len(taken) < len(of_batch):
+            values = store.take(number).dense_values
+            held_out.add(number, select_images(values, of_batch.nonzero()[:, 0].to(device)))
+            if taken:
+                store.put(number, BatchValues(select_images(values, left[as_index(taken, left.device)].to(device))))
+        if taken or not placeholders:
+            slots.append(Slot(number, number, BatchPlace(len(slots), images, len(taken))))
+            images += len(taken)
+    return Source(total, images, count, step, digest.hexdigest(), (*slots, *held_out.finish()))
 
 
 class _HeldOut:
@@ -149,7 +154,7 @@ class _HeldOut:
             return
         joined = {node: _joined([part[node] for part in self._parts]) for node in self._parts[0]}
         self._store.put(self._key, BatchValues(joined))
-        self._slots.append(Slot(self._key, self._batch, held_out=True))
+        self._slots.append(Slot(self._key, self._batch, None))
         self._key, self._parts, self._count = self._key + 1, [], 0
 
 

@@ -3,11 +3,16 @@
 A convolution sees thousands of patches in every image, which are much alike. Its statistics have settled long before the
 last one, while a layer of many columns and few positions needs them all. What is left out is left out of every image first:
 a band of rows of each of many images says more than as many rows of a few.
+
+Which images are taken is settled for the calibration set as a whole, in integers: image floor(k step) for k = 0, 1, ... So the
+share is right however the set is cut into batches, a batch of at least `step` images gives one, and every m-th image of those
+taken is every (m step)-th of all.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 
 import torch
@@ -18,34 +23,79 @@ from fxprune.statistics.accumulators import patch_count
 
 LEAST_IMAGES = 128  # Patches of one image are alike; means and variances between images need their number.
 LEAST_PATCHES = 49_152  # A layer of few columns needs more for each than a layer of many, and its products cost little.
-LEAST_STEP = 1.25  # To leave out fewer costs more than it saves.
-WHOLE_STEP = 3.0  # From here on steps are whole: such images can be had without an index.
+LEAST_STEP = Fraction(5, 4)  # To leave out fewer costs more than it saves.
+STEP_PARTS = 64  # Steps are multiples of one part in so many, rounded down.
+WHOLE_STEP = 3  # From here on steps are whole: such images can be had without an index.
 BAND_ROWS = 4  # Of the output, at least: a kernel reads beyond the band, and thin bands are mostly such margins.
 
 
 @dataclass(frozen=True)
+class BatchPlace:
+    """Where a batch stands in the calibration set.
+
+    Attributes:
+        number: of batches before it.
+        first: number of images before it.
+        images: in it.
+    """
+
+    number: int
+    first: int
+    images: int
+
+
+def taken_before(image: int, step: Fraction) -> int:
+    """How many images are taken of those before a number."""
+    return -(-image * step.denominator // step.numerator)
+
+
+def images_taken(images: int, step: Fraction, *, first: int = 0, turn: int = 0) -> tuple[int, ...]:
+    """Which images of a batch are taken, in the order of the set.
+
+    Args:
+        images: in the batch.
+        step: between the images taken, at least 1.
+        first: number of images in the batches before it.
+        turn: by how many places the batch is turned: of batches that list their images in the same order, other ones are taken.
+    """
+    return _taken(images, step, first % step.numerator, turn % max(1, images))
+
+
+@lru_cache(maxsize=256)
+def _taken(images: int, step: Fraction, first: int, turn: int) -> tuple[int, ...]:
+    numbers = range(taken_before(first, step), taken_before(first + images, step))
+    return tuple((k * step.numerator // step.denominator - first + turn) % images for k in numbers)
+
+
+@lru_cache(maxsize=256)
+def as_index(images: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers of images as a tensor, (n,)."""
+    return torch.tensor(images, dtype=torch.long, device=device)
+
+
+@dataclass(frozen=True)
 class PatchSample:
-    """Every `step`-th image of a batch, from image `start`, rounded down, and of each a band of rows, in turn.
+    """Some images of a batch (`images_taken`), and of each a band of rows, in turn.
 
     Attributes:
         layer: geometry of the layer on whole images.
-        images: in the batch.
+        images: in the batch: the first dimension of the layer's input.
         dims: of the layer's input and output, (images, ...).
-        step: between the images chosen, at least 1.
-        start: the first one, below `step`.
+        step: between the images taken, at least 1.
+        first: number of images in the batches before.
+        turn: by how many places the batch is turned.
         bands: into which the rows (the first spatial dimension) of the layer's output are cut; 1 for whole images.
         rows: of the output.
-        first_band: of the first image chosen.
     """
 
     layer: LayerGeometry
     images: int
     dims: int
-    step: float = 1.0
-    start: float = 0.0
+    step: Fraction = Fraction(1)
+    first: int = 0
+    turn: int = 0
     bands: int = 1
     rows: int = 0
-    first_band: int = 0
 
     @property
     def geometry(self) -> LayerGeometry:
@@ -53,23 +103,23 @@ class PatchSample:
         return self.layer if self.bands == 1 else replace(self.layer, padding=((0, 0), *self.layer.padding[1:]))
 
     def output(self, value: Tensor) -> Tensor:
-        """What is chosen of the layer's output, or of a value that is added to it.
+        """What is taken of the layer's output, or of a value that is added to it.
 
         What does not have one entry for each image, as a parameter that is added to every one, is left as it is.
         """
         if not self._of_images(value):
             return value
         if self.bands == 1 or value.shape[2] != self.rows:
-            return self._chosen(value)
+            return self._taken(value)
         height = self.rows // self.bands
         return self._banded(value, height, height, 0)
 
     def input(self, x: Tensor) -> Tensor:
-        """What is chosen of the layer's input: the layer, in `geometry`, makes `output` of it."""
+        """What is taken of the layer's input: the layer, in `geometry`, makes `output` of it."""
         if not self._of_images(x):
             return x
         if self.bands == 1:
-            return self._chosen(x)
+            return self._taken(x)
         stride, height = self.layer.stride[0], self.rows // self.bands
         reach = self.layer.dilation[0] * (self.layer.kernel_size[0] - 1)
         return self._banded(x, stride * height, stride * (height - 1) + reach + 1, self.layer.padding[0][0])
@@ -77,30 +127,31 @@ class PatchSample:
     def _of_images(self, value: Tensor) -> bool:
         return value.dim() == self.dims and value.shape[0] == self.images
 
-    def _chosen(self, value: Tensor) -> Tensor:
-        """The images chosen."""
+    @property
+    def taken(self) -> tuple[int, ...]:
+        """Numbers of the images."""
+        return images_taken(self.images, self.step, first=self.first, turn=self.turn)
+
+    def _taken(self, value: Tensor) -> Tensor:
+        """The images taken, without a copy where they lie at one distance."""
         if self.step == 1:
             return value
-        if self.step % 1 == 0:
-            return value[int(self.start) :: int(self.step)]
-        return value[chosen_images(self.images, self.step, self.start, value.device)]
+        taken, distance = tuple(sorted(self.taken)), int(self.step)
+        if self.step == distance and taken and taken == tuple(range(taken[0], self.images, distance)):
+            return value[taken[0] :: distance]
+        return value[as_index(taken, value.device)]
 
     def _banded(self, value: Tensor, distance: int, height: int, above: int) -> Tensor:
-        """Of each image chosen the `height` rows from its band's number times `distance`, less `above`; zeros outside."""
-        images = chosen_images(self.images, self.step, self.start, value.device)
+        """Of each image taken the `height` rows from its band's number times `distance`, less `above`; zeros outside."""
+        images = as_index(self.taken, value.device)
+        first_band = taken_before(self.first, self.step) % self.bands
         rows, outside = _rows(
-            len(images), self.bands, self.first_band, distance, height, above, value.shape[2], value.device
+            len(images), self.bands, first_band, distance, height, above, value.shape[2], value.device
         )
         found = value.movedim(1, -1)[images[:, None], rows]
         if outside is not None:
             found[outside] = 0
         return found.movedim(-1, 1)
-
-
-@lru_cache(maxsize=256)
-def chosen_images(images: int, step: float, start: float, device: torch.device) -> Tensor:
-    """Numbers of every `step`-th image of a batch, rounded down, (n,)."""
-    return torch.arange(start, images, step).long().to(device)
 
 
 @lru_cache(maxsize=256)
@@ -117,41 +168,49 @@ def _rows(
 def sample_patches(
     geometry: LayerGeometry,
     x: Tensor,
+    place: BatchPlace,
     *,
-    number: int,
     images: int,
     patches: int,
     share: float = 1.0,
     least: int | None = None,
-    kept: float = 1.0,
+    kept: Fraction = Fraction(1),
 ) -> PatchSample:
-    """What a layer of a given geometry with input x is to see of batch `number`.
+    """What a layer of a given geometry with input x is to see of a batch.
 
     Args:
         geometry: of the layer.
-        x: its input on the batch.
-        number: of the batch; successive batches start at another image and another band.
-        images: in the whole calibration set.
+        x: its input on the batch. The first dimension need not be the images, if it grows with them or stays.
+        place: of the batch in the calibration set.
+        images: in the whole set.
         patches: for each of the layer's columns, over the whole set; 0 for all there are, as in a set of few images.
         share: of so many patches.
         least: images that always take part, and of which there have to be so many for anything to be left out. None:
             LEAST_IMAGES, and LEAST_PATCHES of the layer's patches.
-        kept: of every how many images of a batch, from `number % kept` on, one is in x; a layer whose step is a multiple of
-            this is given the same images whether the others are there or not.
+        kept: the step at which the images of the set were taken from a larger one, if they were; a layer whose step there is a
+            multiple of it is given the same images as of the larger one.
     """
-    size, wanted = x.shape[0], share * patches * geometry.columns
+    size, columns = x.shape[0], patches * geometry.columns
     if least is None:
-        least, wanted = LEAST_IMAGES, max(wanted, share * LEAST_PATCHES)
-    if not patches or images < least or geometry.batched(x) is not x:
+        least, columns = LEAST_IMAGES, max(columns, LEAST_PATCHES)
+    if not (patches and size and place.images) or images < least or geometry.batched(x) is not x:
         return PatchSample(geometry, size, x.dim())
-    too_many = patch_count(geometry, x) / size * images / wanted
+    too_many = Fraction(patch_count(geometry, x) * images, place.images) / (Fraction(share) * columns)
     rows, bands = 0, 1
     if geometry.kernel_size and geometry.padding_mode == "zeros":
         rows = geometry.output_size((x.shape[2] + sum(geometry.padding[0]), *x.shape[3:]))[0]
         bands = max([n for n in range(2, rows // BAND_ROWS + 1) if rows % n == 0 and n <= too_many], default=1)
-    step = min(float(size), images / least, too_many / bands)
+    step = min(Fraction(images, max(1, least)), too_many / bands)
     if step < LEAST_STEP:
-        step = 1.0
-    if step >= WHOLE_STEP:
-        step //= 1.0
-    return PatchSample(geometry, size, x.dim(), step, number / kept % step, bands, rows, number % bands)
+        step = Fraction(1)
+    parts = 1 if step >= WHOLE_STEP else STEP_PARTS
+    return PatchSample(
+        geometry,
+        size,
+        x.dim(),
+        step=Fraction(int(step * parts), parts),
+        first=place.first * size // place.images,
+        turn=0 if kept > 1 else place.number,  # What was taken was turned then.
+        bands=bands,
+        rows=rows,
+    )

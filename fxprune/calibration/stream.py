@@ -26,8 +26,8 @@ from fxprune.calibration.calibration import Calibration, observers_off
 from fxprune.calibration.lifetimes import last_uses, overwrite, reads_strides, spare_input
 from fxprune.calibration.observers import observer_of
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
-from fxprune.calibration.reading import Source, read_into
-from fxprune.calibration.sampling import PatchSample, sample_patches
+from fxprune.calibration.reading import Slot, Source, read_into
+from fxprune.calibration.sampling import BatchPlace, PatchSample, sample_patches
 from fxprune.calibration.targets import cross_statistics, relu_aware_statistics
 from fxprune.consumers import consumers
 from fxprune.errors import CalibrationError, GraphError
@@ -39,6 +39,7 @@ from fxprune.layers.solve import SolvedLayer
 from fxprune.options import Options
 from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics, Pool
 
+Visit = Callable[[BatchPlace, BatchValues], None]  # Of a batch's place in the set, and the values at the cut.
 ERROR_SHARE = 0.25  # Of the patches: thousands, whatever the layer. Of held-out images all are taken.
 
 
@@ -237,7 +238,7 @@ class CalibrationStream:
             raise GraphError("the calibration stream has not reached the output: its outcome is not known yet")
         return self._outcome
 
-    def advance(self, cut: Node, visit: Callable[[int, BatchValues], None] = lambda number, values: None) -> None:
+    def advance(self, cut: Node, visit: Visit = lambda place, values: None) -> None:
         """Run all batches up to and including the dense output of `cut`; show those that are fitted to `visit`."""
         source = self.source
         previous, self._cut, first = self._cut if self._replaced else None, cut, 0
@@ -253,19 +254,20 @@ class CalibrationStream:
                 self._diverged.add(node)
         for slot in source.slots:
             values, number = self._store.take(slot.key), slot.batch
+            place = slot.place or BatchPlace(0, 0, 0)
             with torch.inference_mode(), self.stopwatch.measure("stream"):
                 if previous is not None:
                     values.pruned_values[previous] = self._execute(previous, values.pruned, number)
                     if slot.held_out or not source.held_out:
-                        self._compare(previous, values, number, outputs, whole=slot.held_out)
+                        self._compare(previous, values, slot, outputs)
                     values.forget(self._dying[previous])
                 for node in between:
-                    self._run(node, values, number, observe=not slot.held_out)
+                    self._run(node, values, slot)
                 if cut.op != "output":
                     values.dense_values[cut] = self._execute(cut, values.dense, number)
             if slot.held_out == (cut.op == "output"):  # A score is of images that nothing was fitted to.
                 with torch.inference_mode(), self.stopwatch.measure("statistics"):
-                    visit(number, values)
+                    visit(place, values)
             # Of the layer's inputs only the pruned one is still needed, to run the layer once it is replaced.
             for dead in self._dying[cut]:
                 if dead in values.pruned_values:
@@ -274,12 +276,12 @@ class CalibrationStream:
         if previous is not None:
             self.gather(outputs)
 
-    def revisit(self, visit: Callable[[int, BatchValues], None]) -> None:
+    def revisit(self, visit: Visit) -> None:
         """Show every fitted batch's values at the cut again: its dense output, its pruned inputs, all that later nodes read."""
         for slot in self.source.slots:
-            if not slot.held_out:
+            if slot.place is not None:
                 with torch.inference_mode(), self.stopwatch.measure("statistics"):
-                    visit(slot.batch, self._store.look(slot.key))
+                    visit(slot.place, self._store.look(slot.key))
 
     def gather(self, pool: Pool) -> None:
         """Hand on what waits in a pool that visits have filled."""
@@ -291,12 +293,12 @@ class CalibrationStream:
         x: Tensor = values.dense(source) if self.observe_dense else values.pruned(source)
         return x
 
-    def sample(self, geometry: LayerGeometry, x: Tensor, number: int, *, share: float = 1.0) -> PatchSample:
-        """What the statistics of a layer with input x are taken from in batch `number`, or a share of so many patches."""
+    def sample(self, geometry: LayerGeometry, x: Tensor, place: BatchPlace, *, share: float = 1.0) -> PatchSample:
+        """What the statistics of a layer with input x are taken from in a batch, or a share of so many patches."""
         return sample_patches(
             geometry,
             x,
-            number=number,
+            place,
             images=self.source.images,
             patches=self.patches,
             share=share,
@@ -308,7 +310,7 @@ class CalibrationStream:
         """Run all batches to the graph's output, and compare the two models there."""
         agreement, result = OutputAgreement(), self._nodes[-1].args[0]
 
-        def compare(_: int, values: BatchValues) -> None:
+        def compare(_: BatchPlace, values: BatchValues) -> None:
             if isinstance(result, Node):
                 agreement.update(values.dense(result), values.pruned(result))
 
@@ -316,7 +318,7 @@ class CalibrationStream:
         errors = {node: error.relative for node, error in self._errors.items()}
         self._outcome = Outcome(self.source, errors, agreement.share, agreement.kl, self._store.peak_bytes)
 
-    def _run(self, node: Node, values: BatchValues, number: int, *, observe: bool) -> None:
+    def _run(self, node: Node, values: BatchValues, slot: Slot) -> None:
         """Run a node that is not a cut for the dense model and, where it differs, the pruned model."""
         if node.op == "placeholder":
             pass  # Given with the batch.
@@ -326,31 +328,28 @@ class CalibrationStream:
             if node in self._diverged:
                 values.pruned_values[node] = values.pruned(source)
             try:
-                if observe and observer.enabled:
+                if slot.place is not None and observer.enabled:
                     with self.stopwatch.measure("statistics"):
                         x = self.observed(values, source)
-                        sample = self.sample(observer.geometry, x, number)
+                        sample = self.sample(observer.geometry, x, slot.place)
                         observer.observe(sample.input(x), sample.geometry)
             except (RuntimeError, IndexError, ValueError):
                 for layer in node.users:  # What the layer itself says about such an input is of more use.
-                    self._execute(layer, values.dense, number)
+                    self._execute(layer, values.dense, slot.batch)
                 raise
         else:
-            values.dense_values[node] = self._execute(node, values.dense, number)
+            values.dense_values[node] = self._execute(node, values.dense, slot.batch)
             if node in self._diverged:
-                values.pruned_values[node] = self._execute(node, values.pruned, number)
+                values.pruned_values[node] = self._execute(node, values.pruned, slot.batch)
         values.forget(self._dying[node])
 
-    def _compare(self, cut: Node, values: BatchValues, number: int, outputs: Pool, *, whole: bool) -> None:
+    def _compare(self, cut: Node, values: BatchValues, slot: Slot, outputs: Pool) -> None:
         """Add to the error of a layer that has been replaced: all of a batch, or a share of the patches it was solved on."""
-        of_both = (values.dense(cut), values.pruned(cut))
-        if whole:
-            geometry = observer_of(cut).geometry
-            outputs.put(geometry, *map(geometry.batched, of_both))
-            return
-        sample = self.sample(observer_of(cut).geometry, values.pruned(input_of(cut)), number, share=ERROR_SHARE)
-        geometry = sample.geometry
-        outputs.put(geometry, *(geometry.batched(sample.output(value)) for value in of_both))
+        geometry, of_both = observer_of(cut).geometry, (values.dense(cut), values.pruned(cut))
+        if slot.place is not None:
+            sample = self.sample(geometry, values.pruned(input_of(cut)), slot.place, share=ERROR_SHARE)
+            geometry, of_both = sample.geometry, (sample.output(of_both[0]), sample.output(of_both[1]))
+        outputs.put(geometry, *map(geometry.batched, of_both))
 
     def _execute(self, node: Node, value_of: Callable[[Node], Any], number: int) -> Any:
         """Run one node on the values of its inputs; a failure names the node, the batch and the shapes."""

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from fxprune.calibration.batch_store import BatchValues
 from fxprune.calibration.observers import observer_of
-from fxprune.calibration.sampling import PatchSample
+from fxprune.calibration.sampling import BatchPlace, PatchSample
 from fxprune.consumers import consumers, skip_operands
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import input_of
@@ -48,9 +48,9 @@ def cross_statistics(stream: CalibrationStream, node: Node, geometry: LayerGeome
 
     pool = Pool(update)
 
-    def visit(number: int, values: BatchValues) -> None:
+    def visit(place: BatchPlace, values: BatchValues) -> None:
         x = stream.observed(values, source)
-        sample = stream.sample(geometry, x, number)
+        sample = stream.sample(geometry, x, place)
         y = _compensated(values, node, skips, sample)
         pool.put(sample.geometry, geometry.batched(sample.input(x)), geometry.batched(y))
 
@@ -91,9 +91,9 @@ def relu_aware_statistics(
 
     pool = Pool(update)
 
-    def visit(number: int, values: BatchValues) -> None:
+    def visit(place: BatchPlace, values: BatchValues) -> None:
         x = stream.observed(values, source)
-        sample = stream.sample(geometry, x, number, share=RELU_AWARE_SHARE)
+        sample = stream.sample(geometry, x, place, share=RELU_AWARE_SHARE)
         output = dense = sample.output(values.dense(node))
         added: list[Tensor] = []
         for operand in reached.added:

@@ -136,7 +136,7 @@ class Rank(Constraint):
         assert self.choice is not None, "ranks are allocated before layers are solved"
         split, rank = self.choice.split, self.choice.rank
         kernel = (part.geometry.kernel_size[0], part.geometry.kernel_size[1]) if split == "spatial" else None
-        problem = next(part.problem.groups()) if part.problem.hessian.numel() else None
+        problem = next(part.problem.groups()) if part.problem.is_observed else None
         factors = self._factors(part.problem.weight[0], problem, rank, kernel, method)
         reads, gives = geometries(part.geometry, split, rank)
         first = factors.first.flatten(1)
@@ -173,8 +173,7 @@ def _first_problem(
     factor is read at kx places: its Hessian is the mean over them.
     """
     if problem is None:
-        nothing = first.new_empty(1, 0, 0)
-        return LayerProblem(nothing, nothing, first[None])
+        return LayerProblem.of_weights(first[None])
     hessian = problem.hessian if kernel is None else first_hessian(problem, kernel)
     return LayerProblem(hessian[None], (first @ hessian)[None], first[None], damping=problem.damping)
 
@@ -184,8 +183,7 @@ def _second_problem(
 ) -> LayerProblem:
     """The second factor's (1, R, r) or (1, R, kx r) problem, the first given: what goes in is what the first puts out."""
     if problem is None:
-        nothing = first.new_empty(1, 0, 0)
-        return LayerProblem(nothing, nothing, second)
+        return LayerProblem.of_weights(second)
     if kernel is None:
         hessian, target = first @ problem.hessian @ first.mT, problem.target @ first.mT
     else:

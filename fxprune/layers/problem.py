@@ -47,9 +47,7 @@ def pose_problem(
 
 def weights_alone(module: MatrixLayer, geometry: LayerGeometry) -> LayerProblem:
     """A problem that holds the dense weights and nothing else, for solvers that look at nothing else."""
-    dense = geometry.to_matrix(module.weight.detach()).double()
-    nothing = dense.new_empty(len(dense), 0, 0)
-    return LayerProblem(nothing, nothing, dense)
+    return LayerProblem.of_weights(geometry.to_matrix(module.weight.detach()).double())
 
 
 def fitted_bias(
@@ -71,7 +69,7 @@ def fitted_bias(
 
 def dead_inputs(inputs: InputStatistics) -> int:
     """Columns whose input was zero throughout the calibration set."""
-    return int((inputs.gram.diagonal(dim1=1, dim2=2) == 0).sum())
+    return int(inputs.dead.sum())
 
 
 def _mean_output(module: MatrixLayer, geometry: LayerGeometry, inputs: InputStatistics) -> Tensor:

@@ -9,5 +9,5 @@ from fxprune.solvers.problem import LayerProblem
 
 
 def magnitude(problem: LayerProblem, pattern: Pattern) -> Tensor:
-    """Zero the smallest |w| that the pattern asks for; returns (R, D)."""
+    """Zero the smallest |w| that the pattern asks for; returns (R, D). Reads the problem's weight alone."""
     return problem.weight * pattern.mask(problem.weight.abs())

@@ -42,6 +42,21 @@ class LayerProblem:
     pull: Tensor | None = None
     factors: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @classmethod
+    def of_weights(cls, weight: Tensor) -> LayerProblem:
+        """The problem of a layer that nothing was observed of, for solvers that read its weight (..., R, D) alone.
+
+        H and T are NaN, which takes no memory: a solver that reads them after all fails, and gives no wrong answer.
+        """
+        unknown = weight.new_tensor(torch.nan)
+        hessian = unknown.expand(*weight.shape[:-2], weight.shape[-1], weight.shape[-1])
+        return cls(hessian=hessian, target=unknown.expand_as(weight), weight=weight)
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether H and T are known (`of_weights`)."""
+        return not bool(torch.isnan(self.hessian[..., 0, 0]).any())
+
     def damped(self, damping: float, factors: dict[Any, Any] | None = None) -> LayerProblem:
         """(H + lambda I, T + lambda W) with lambda = damping * mean(diag H), positive definite.
 

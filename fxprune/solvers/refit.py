@@ -33,7 +33,10 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
     # Cholesky: S^3 / 3 multiply-adds a row, at a lower rate than a large product; conjugate gradients: D^2 an iteration.
     if support**3 / 3 > CG_COST * mask.shape[1] ** 2:
         # In float32: what rounding leaves is below what the tolerance leaves, in half the time.
-        single = replace(problem, hessian=problem.hessian.float(), target=problem.target.float(), factors={})
+        # A power of two changes no digit, and keeps H within float32's range whatever the size of the activations.
+        scale = torch.exp2(-problem.hessian.diagonal().max().log2().round())
+        hessian, target = (problem.hessian * scale).float(), (problem.target * scale).float()
+        single = replace(problem, hessian=hessian, target=target, factors={})
         start = None if start is None else start.float()
         return refit_by_conjugate_gradients(single, mask, start=start).to(problem.target.dtype)
     return refit_by_cholesky(problem, mask)

@@ -27,13 +27,16 @@ class Solver(ABC):
 
     Attributes:
         name: as `method=` takes it.
-        needs_statistics: whether it reads H and T; False for what looks at the weights alone.
         published: whether it runs by default as its paper has it, without what is fxprune's own (`Options.resolved`).
     """
 
     name: ClassVar[str]
-    needs_statistics: ClassVar[bool] = True
     published: ClassVar[bool] = False
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it reads H and T; if not, no input is observed and no Hessian factored for its sake."""
+        return True
 
     @abstractmethod
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Tensor:
@@ -53,8 +56,11 @@ class Magnitude(Solver):
     """Keeps the largest weights, changes none."""
 
     name: ClassVar[str] = "magnitude"
-    needs_statistics: ClassVar[bool] = False
     published: ClassVar[bool] = True
+
+    @property
+    def needs_statistics(self) -> bool:  # noqa: D102
+        return False
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Tensor:  # noqa: D102
         return magnitude(problem, pattern)
@@ -117,11 +123,17 @@ class FunctionSolver(Solver):
     Attributes:
         function: (damped LayerProblem, Pattern) -> sparse weights (R, D).
         label: its name.
+        reads_statistics: False for one that reads the problem's weight and nothing else.
     """
 
     function: SolverFunction = magnitude
     label: str = ""
+    reads_statistics: bool = True
     name: ClassVar[str] = "function"
+
+    @property
+    def needs_statistics(self) -> bool:  # noqa: D102
+        return self.reads_statistics
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Tensor:  # noqa: D102
         return self.function(problem, pattern)
@@ -133,11 +145,17 @@ class FunctionSolver(Solver):
 SOLVERS: dict[str, Solver] = {solver.name: solver for solver in (Magnitude(), SparseGPT(), ExactOBS(), ADMM())}
 
 
-def register(name: str) -> Callable[[SolverFunction], SolverFunction]:
-    """Decorator that makes a function selectable as `fxprune.compile(..., method=name)`."""
+def register(name: str, *, needs_statistics: bool = True) -> Callable[[SolverFunction], SolverFunction]:
+    """Decorator that makes a function selectable as `fxprune.compile(..., method=name)`.
+
+    Args:
+        name: of the method; another solver of that name is replaced.
+        needs_statistics: False for a solver that reads the problem's weight and nothing else: it is then given a
+            `LayerProblem.of_weights`.
+    """
 
     def add(function: SolverFunction) -> SolverFunction:
-        SOLVERS[name] = function if isinstance(function, Solver) else FunctionSolver(function, name)
+        SOLVERS[name] = FunctionSolver(function, name, needs_statistics)
         return function
 
     return add

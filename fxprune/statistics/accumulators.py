@@ -1,7 +1,7 @@
-"""What an observer gathers over the calibration set: raw moments in float64, and their centred forms.
+"""What an observer gathers over the calibration set: moments in float64, about an offset, and their centred forms.
 
-Products of one batch are taken in float32 (or whatever the activations are) and added up in float64, so that many
-batches neither overflow nor drift.
+Products of one batch are taken in float32 (or whatever the activations are) of values less an offset (`offset`), and added
+up in float64, so that many batches neither overflow nor drift and a large mean does not drown the deviation.
 """
 
 from __future__ import annotations
@@ -15,63 +15,124 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.geometry import LayerGeometry
-from fxprune.statistics.patches import patch_sum
+from fxprune.statistics.offset import InsideMoments, Offset, inside_moments, inside_of, spread
+from fxprune.statistics.patches import image_sum
 from fxprune.statistics.pool import Pool
 from fxprune.statistics.products import GramAccumulator, cross_product
 
-ROUNDING = 1e-6  # Relative to the second moment, whose batches are summed in float32.
+ROUNDING = 1e-6  # Relative to the second moment about the offset, whose batches are summed in float32.
+CONSTANT_STEPS = 8  # A value that the model computes as a constant varies by a few steps of its dtype.
 
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Second and first moments of a layer's patches X (D x P), for each group.
+    """Second and first moments of a layer's patches X (D x P), for each group, held about an offset where there is one.
 
     Attributes:
-        gram: (G, D, D) float64, X X^T.
-        total: (G, D) float64, X 1.
+        products: (G, D, D) float64, X' X'^T; X' is X less the offset inside the image.
+        sums: (G, D) float64, X' 1.
         count: P, patches seen.
+        inside: the moments that lead from X' to X; None: X' is X.
+        eps: of the activations' dtype.
         factors: what has been computed from them for one layer, for the next one that reads them.
     """
 
-    gram: Tensor
-    total: Tensor
+    products: Tensor
+    sums: Tensor
     count: int
+    inside: InsideMoments | None = None
+    eps: float = torch.finfo(torch.float32).eps
     factors: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def hessian(self, *, centred: bool) -> Tensor:
         """X X^T / P, (G, D, D) float64; with `centred` the mean patch is removed first."""
-        second = self.gram / self.count
+        second = self.products / self.count
+        if centred:
+            mean = self.sums / self.count
+            second = second - mean[:, :, None] * mean[:, None, :]
+        if self.inside is not None:
+            offset, (products, both) = self.inside.offset, self._with_inside(centred=centred)
+            mixed = spread(products, offset)
+            mixed += mixed.mT.clone()
+            second += mixed
+            second += spread(spread(both.expand(len(offset), -1, -1), offset).mT, offset)
         if not centred:
             return second
-        mean, constant = self.mean, self.constant
-        centred_second = second - mean[:, :, None] * mean[:, None, :]
-        return centred_second.masked_fill_(constant[:, :, None] | constant[:, None, :], 0)
+        constant = self.constant
+        return second.masked_fill_(constant[:, :, None] | constant[:, None, :], 0)
+
+    def _with_inside(self, *, centred: bool) -> tuple[Tensor, Tensor]:
+        """X' M^T / P, (G, D, K), and M M^T / P, (K, K); with `centred` the means of both factors are removed."""
+        assert self.inside is not None
+        products, both = self.inside.products / self.count, self.inside.both / self.count
+        if centred:
+            mean, share = self.sums / self.count, self.inside.inside / self.count
+            products, both = products - mean[:, :, None] * share, both - share[:, None] * share
+        return products, both
+
+    @property
+    def variance(self) -> Tensor:
+        """Of each input, (G, D) float64: the diagonal of the centred Hessian before constants are taken out."""
+        variance = self.products.diagonal(dim1=1, dim2=2) / self.count - (self.sums / self.count) ** 2
+        if self.inside is not None:
+            offset, (products, both) = self.inside.offset, self._with_inside(centred=True)
+            own = products.unflatten(1, (len(both), -1)).diagonal(dim1=1, dim2=3).mT  # (G, K, C/G)
+            own = 2 * own * offset[:, None] + both.diagonal()[:, None] * offset[:, None] ** 2
+            variance = variance + own.flatten(1)
+        return variance
 
     @property
     def constant(self) -> Tensor:
         """Whether an input hardly varies, (G, D): what rounding leaves of its variance must not look like a signal."""
-        second = self.gram.diagonal(dim1=1, dim2=2) / self.count
-        return second - self.mean**2 <= ROUNDING * second
+        second = self.products.diagonal(dim1=1, dim2=2) / self.count
+        return self.variance <= ROUNDING * second + (CONSTANT_STEPS * self.eps * self.mean) ** 2
+
+    @property
+    def dead(self) -> Tensor:
+        """Whether an input was zero in every patch, (G, D)."""
+        return (self.products.diagonal(dim1=1, dim2=2) == 0) & (self.mean == 0)
+
+    @property
+    def gram(self) -> Tensor:
+        """X X^T, (G, D, D) float64."""
+        return self.hessian(centred=False) * self.count
+
+    @property
+    def total(self) -> Tensor:
+        """X 1, (G, D) float64."""
+        return self.mean * self.count
 
     @property
     def mean(self) -> Tensor:
         """Mean patch, (G, D) float64."""
-        return self.total / self.count
+        mean = self.sums / self.count
+        if self.inside is None:
+            return mean
+        share = self.inside.inside / self.count
+        return mean + spread(share.expand(len(mean), -1), self.inside.offset)
 
 
 @dataclass
 class CrossStatistics:
-    """Cross moment of the wanted output Y (R x P) with the patches X, for each group.
+    """Cross moment of the wanted output Y (R x P) with the patches X, for each group, about offsets where there are any.
 
     Attributes:
-        cross: (G, R/G, D) float64, Y X^T.
-        total: (G, R/G) float64, Y 1.
+        cross: (G, R/G, D) float64, Y' X'^T; X' is X less its offset inside the image, Y' is Y less its own.
+        total: (G, R/G) float64, Y' 1.
         count: P, output positions seen.
+        inside: (G, R/G, K) float64, Y' M^T, where X has an offset; M says which kernel positions are inside the image.
+        outputs_offset: (G, R/G) float64, what is taken from Y.
+        inputs: what is taken from a batch's x; None before the first batch.
+        outputs: what is taken from its y.
     """
 
     cross: Tensor
     total: Tensor
     count: int = 0
+    inside: Tensor | float = 0.0
+    outputs_offset: Tensor | float = 0.0
+    inputs: Offset | None = None
+    outputs: Offset | None = None
 
     @classmethod
     def empty(cls, geometry: LayerGeometry, device: torch.device) -> CrossStatistics:
@@ -82,10 +143,24 @@ class CrossStatistics:
 
     def update(self, geometry: LayerGeometry, x: Tensor, y: Tensor) -> None:
         """Add a batch: layer input x and wanted output y."""
-        x, y = geometry.batched(x), geometry.batched(y)
-        sums = y.sum([dim for dim in range(y.dim()) if dim != geometry.channel_dim % y.dim()])
+        x, y, dim = geometry.batched(x), geometry.batched(y), geometry.channel_dim
+        if not len(x):
+            return
+        if self.inputs is None or self.outputs is None:
+            self.inputs, self.outputs = Offset.of(x, dim), Offset.of(y, dim)
+            if self.outputs.values is not None:
+                self.outputs_offset = self.outputs.values.double().reshape(self.total.shape)
+        x, y = self.inputs.removed(x, dim), self.outputs.removed(y, dim)
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(dtype), y.to(dtype)
         self.cross += cross_product(geometry, x, y)
-        self.total += sums.reshape(self.total.shape)
+        if self.inputs.values is None:
+            sums = y.sum([d for d in range(y.dim()) if d != dim % y.dim()])
+            self.total += sums.reshape(self.total.shape)
+        else:
+            of_images = geometry.output_matrix(image_sum(y))
+            self.total += of_images.sum(2)
+            self.inside = self.inside + of_images @ inside_of(geometry, x)
         self.count += y.numel() // geometry.out_channels
 
     def plus(self, change: CrossStatistics) -> CrossStatistics:
@@ -93,17 +168,30 @@ class CrossStatistics:
         if not change.count:
             return self
         scale = self.count / change.count
-        return CrossStatistics(self.cross + scale * change.cross, self.total + scale * change.total, self.count)
+        return CrossStatistics(
+            self.with_inputs + scale * change.with_inputs,
+            self.total + scale * change.total,
+            self.count,
+            outputs_offset=self.outputs_offset + change.outputs_offset,
+        )
+
+    @property
+    def with_inputs(self) -> Tensor:
+        """Y' X^T, (G, R/G, D) float64: the offset of the inputs put back."""
+        if self.inputs is None or self.inputs.values is None:
+            return self.cross
+        assert isinstance(self.inside, Tensor)
+        return self.cross + spread(self.inside, self.inputs.values.double().reshape(len(self.cross), -1))
 
     @property
     def mean(self) -> Tensor:
         """Mean wanted output, (G, R/G) float64."""
-        return self.total / self.count
+        return self.total / self.count + self.outputs_offset
 
     def target(self, inputs: InputStatistics, bias: Tensor | None, *, centred: bool) -> Tensor:
         """Y X^T / P, (G, R/G, D) float64, with both means removed, or with only the layer's fixed bias removed."""
-        offset = self.mean if centred else _zero_or(bias, self.total)
-        target = self.cross / self.count - offset[:, :, None] * inputs.mean[:, None, :]
+        fixed = self.total / self.count if centred else _zero_or(bias, self.total) - self.outputs_offset
+        target = self.with_inputs / self.count - fixed[:, :, None] * inputs.mean[:, None, :]
         return target.masked_fill_(inputs.constant[:, None, :], 0) if centred else target
 
 
@@ -128,6 +216,8 @@ class HessianObserver(nn.Module):
         """Forget all batches."""
         self._pool = Pool(self.add)
         self._gram = GramAccumulator(self.geometry)
+        self._offset: Offset | None = None
+        self._inside: InsideMoments | None = None
         self._total: Tensor | float = 0.0
         self._count = 0
         self._statistics: InputStatistics | None = None
@@ -145,8 +235,17 @@ class HessianObserver(nn.Module):
     @torch.inference_mode()
     def add(self, geometry: LayerGeometry, batch: Tensor) -> None:
         """Observe a batch at once; `observe` lets small ones wait for more."""
+        if not len(batch):
+            return
+        if self._offset is None:
+            self._offset = Offset.of(batch, geometry.channel_dim)
+        batch = self._offset.removed(batch, geometry.channel_dim)
         self._gram.add(batch, geometry)
-        self._total = self._total + patch_sum(geometry, batch)
+        patches = geometry.patches(image_sum(batch))
+        if self._offset.values is not None:
+            inside = inside_moments(geometry, batch, patches, self._offset.values)
+            self._inside = inside if self._inside is None else self._inside + inside
+        self._total = self._total + patches.sum(1)
         self._count += patch_count(geometry, batch)
         self._statistics = None
 
@@ -163,7 +262,9 @@ class HessianObserver(nn.Module):
         """The moments of everything observed so far."""
         self._pool.flush()
         if self._statistics is None:
-            self._statistics = InputStatistics(self._gram.total(), torch.as_tensor(self._total), self._count)
+            gram, total = self._gram.total(), torch.as_tensor(self._total)
+            assert self._offset is not None
+            self._statistics = InputStatistics(gram, total, self._count, self._inside, self._offset.eps)
         return self._statistics
 
     def extra_repr(self) -> str:

@@ -31,9 +31,11 @@ class Pool:
         return self._count
 
     def put(self, geometry: LayerGeometry, *tensors: Tensor) -> None:
-        """Add a batch: the layer's geometry on it, and tensors of the same N, as many each time."""
+        """Add a batch, unless it has no images: the layer's geometry on it, and tensors of the same N, as many each time."""
         kind = (geometry, [(t.shape[1:], t.dtype) for t in tensors])
         count = len(tensors[0])
+        if not count:
+            return
         if self._waiting and (kind != self._kind or self._count + count > len(self._waiting[0])):
             self.flush()
         room = POOL_NUMBERS * count // max(1, *(t.numel() for t in tensors))

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fxprune import solvers
 from fxprune.pattern import Pattern
-from fxprune.solvers import magnitude
+from fxprune.solvers import LayerProblem, magnitude
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -29,3 +30,41 @@ def test_keeps_the_largest_of_the_layer(make_case, sparsity):
     kept = round(40 * (1 - sparsity))
     smallest_kept = problem.weight.abs().flatten().sort(descending=True).values[kept - 1]
     torch.testing.assert_close(found, problem.weight * (problem.weight.abs() >= smallest_kept), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "0.7"])
+def test_the_weights_are_all_it_reads(make_case, text):
+    """What it gives does not depend on statistics, and none need be there, whatever the number of groups."""
+    problem, pattern = make_case(5, 12).problem, Pattern.parse(text)
+    found = magnitude(problem, pattern)
+    alone = LayerProblem.of_weights(torch.stack([problem.weight, -problem.weight]))
+    assert alone.hessian.untyped_storage().nbytes() == 8
+    first, second = (magnitude(group, pattern) for group in alone.groups())
+    assert torch.equal(first, found)
+    assert torch.equal(second, -found)
+
+
+def test_solvers_say_whether_they_need_statistics():
+    needy = {name for name, solver in solvers.SOLVERS.items() if solver.needs_statistics}
+    assert needy == {"sparsegpt", "exact_obs", "admm"}
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_a_solver_of_ones_own_says_so_when_it_is_registered(needed):
+    def largest(problem, pattern):
+        return problem.weight * pattern.mask(problem.weight.abs())
+
+    try:
+        solvers.register("largest")(largest)
+        assert solvers.get("largest").needs_statistics  # Unless it says otherwise.
+        solvers.register("largest", needs_statistics=needed)(largest)
+        assert solvers.get("largest").needs_statistics is needed
+    finally:
+        del solvers.SOLVERS["largest"]
+
+
+def test_a_solver_that_reads_statistics_it_was_not_given_fails(make_case):
+    alone = LayerProblem.of_weights(make_case(4, 8).problem.weight)
+    for name in ("sparsegpt", "exact_obs", "admm"):
+        with pytest.raises(RuntimeError):
+            solvers.get(name)(alone, Pattern.parse("2:4"))

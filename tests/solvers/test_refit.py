@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxprune.pattern import Pattern
-from fxprune.solvers import refit
+from fxprune.solvers import LayerProblem, refit
 from fxprune.solvers.refit import refit_by_cholesky, refit_by_conjugate_gradients
 
 module = importlib.import_module("fxprune.solvers.refit")  # fxprune.solvers.refit itself is the function.
@@ -83,3 +83,13 @@ def test_refit_is_never_worse_than_the_solver(make_case):
     weight = Pattern.parse("2:4").project(case.weight)
     better = refit(case.problem, weight != 0, start=weight)
     assert case.problem.loss(better) < case.problem.loss(weight)
+
+
+@pytest.mark.parametrize("size", [1e-60, 1e60])
+def test_the_size_of_the_inputs_does_not_matter(make_case, monkeypatch, size):
+    """Conjugate gradients run in float32, whose range H need not fit."""
+    monkeypatch.setattr(module, "CG_COST", 0)
+    case, mask = make_case(6, 24), masks(24)["2:4"]
+    problem = case.problem
+    scaled = LayerProblem(size * problem.hessian, size * problem.target, problem.weight)
+    torch.testing.assert_close(refit(scaled, mask), refit(problem, mask), rtol=1e-3, atol=1e-4)
