@@ -1,0 +1,124 @@
+"""What to tell a user whose model fails on a batch: where, on what, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxprune.calibration.batches import tensors_in
+from fxprune.errors import CalibrationError, FxPruneError
+from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxprune.graph import call_sites
+
+_OF_TYPES = re.compile(r"dtype|scalar type|input type|not implemented for '|unsigned char|tensor type", re.IGNORECASE)
+
+
+def stays_as_it_is(error: Exception) -> bool:
+    """Whether an exception says no more of the model than of any other: memory is full; or it is one of ours already."""
+    full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    return full or isinstance(error, FxPruneError)
+
+
+def node_failure(
+    error: Exception, node: Node, inputs: Iterable[Any], number: int, remedy: str = ""
+) -> CalibrationError:
+    """The error for a model that fails at a node; to be raised from the original.
+
+    Args:
+        error: what was raised, of whatever class.
+        node: where.
+        inputs: the values that the node reads.
+        number: of the calibration batch.
+        remedy: what to do, where that is known.
+    """
+    shapes = [tuple(value.shape) for value in tensors_in(list(inputs))]
+    return CalibrationError(
+        f"the model failed on calibration batch {number} at node {node.name!r} ({node.target}), input shapes {shapes}: "
+        f"{said(error)}{remedy and '. '}{remedy}"
+    )
+
+
+def said(error: BaseException) -> str:
+    """An exception in words; its class too where it is none of the common ones, whose message says enough."""
+    text = str(error).strip().rstrip(".")
+    if isinstance(error, (KeyError, StopIteration)) or type(error) not in (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        IndexError,
+    ):
+        return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text or type(error).__name__
+
+
+def remedy_for(model: nn.Module, inputs: Any, error: BaseException | None = None) -> str:
+    """What is wrong with images that a model fails on, and what to do; "" if nothing is known.
+
+    Args:
+        model: a graph or any module.
+        inputs: the values of its inputs; the first tensor is taken for the images.
+        error: what the model raised. None asks about the form of the images only.
+    """
+    x = next(tensors_in(inputs), None)
+    if x is None:
+        return ""
+    return _of_dimensions(model, x, inputs) or _of_channels(model, x, error) or _of_type(model, x, error)
+
+
+def _of_type(model: nn.Module, x: Tensor, error: BaseException | None) -> str:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if dtype is None or x.dtype == dtype or error is None or not _OF_TYPES.search(str(error)):
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    convert = "images.float()" if dtype == torch.float32 else f"images.to({dtype})"
+    if x.is_floating_point():
+        return f"The images are {x.dtype} and the weights {dtype}: give {convert}, or a model in {x.dtype}"
+    scale = f"{convert} / 255" if x.dtype == torch.uint8 else convert
+    return (
+        f"The images are {x.dtype} and the weights {dtype}: convert them to {name} as for inference, by {scale} and the "
+        "normalisation that the model was trained with"
+    )
+
+
+def _of_dimensions(model: nn.Module, x: Tensor, inputs: Any) -> str:
+    convolution = first_convolution(model)
+    if convolution is None or x.dim() != len(convolution.kernel_size) + 1:
+        return ""
+    several = [t for t in tensors_in(inputs)]
+    stack = " (the batch is a list of images: torch.stack(batch) makes one tensor of them)" if len(several) > 1 else ""
+    return (
+        f"The images have no batch dimension, their shape is {tuple(x.shape)}: give images.unsqueeze(0) for one, or a "
+        f"DataLoader with a batch_size, which stacks them{stack}"
+    )
+
+
+def _of_channels(model: nn.Module, x: Tensor, error: BaseException | None) -> str:
+    convolution = first_convolution(model)
+    if convolution is None or error is None or "channels" not in str(error):
+        return ""
+    wanted = convolution.in_channels
+    if x.dim() != len(convolution.kernel_size) + 2 or x.shape[1] == wanted:
+        return ""
+    found = f"The model takes images of {wanted} channels, and these have {x.shape[1]}"
+    if x.shape[-1] == wanted:
+        order = ", ".join(map(str, (0, x.dim() - 1, *range(1, x.dim() - 1))))
+        return f"{found}, of shape {tuple(x.shape)}: their channels come last; give images.permute({order})"
+    if x.shape[1] == 1:
+        return f"{found}: repeat the one channel, images.repeat_interleave({wanted}, 1), if the model was trained so"
+    if wanted == 1:
+        return f"{found}: give grey images, such as images.mean(1, keepdim=True), if the model was trained so"
+    if x.shape[1] == wanted + 1:
+        return f"{found}: leave out a channel of opacity, images[:, :{wanted}]"
+    return f"{found}: is this the data set that the model was trained on?"
+
+
+def first_convolution(model: nn.Module) -> Any:
+    """The first convolution that a graph calls, or that a module holds; None if there is none."""
+    modules = call_sites(model) if isinstance(model, GraphModule) else model.modules()
+    kinds = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
+    return next((module for module in modules if isinstance(module, kinds)), None)
