@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fxprune.calibration.batches import first_item, read_all
+from fxprune.calibration.batches import inputs_of, read_all, take, tensors_in
 from fxprune.compiled import CompiledModule
 from fxprune.compiler import default_device
 from fxprune.graph import device_of
@@ -19,9 +19,11 @@ from fxprune.passes.low_rank import LowRank
 from fxprune.progress import layer_progress
 from fxprune.ranks import Factorable, Method, RankPlan, RankRule, Split, low_rank_options, splits_of, survey
 from fxprune.ranks.speedup import plan_for_speedup
+from fxprune.surroundings import undisturbed
 from fxprune.tracing import trace
 
 
+@undisturbed
 def low_rank(
     model: nn.Module,
     calib_loader: Iterable[Any],
@@ -81,7 +83,9 @@ def low_rank(
         if isinstance(rule, RankRule) and by_time:
             on_layer("measuring", 0)
             found = survey(graph_module, batches, method=method, splits=splits, multiple=multiple, options=options)
-            rule = plan_for_speedup(graph_module, found, rule.value, first_item(batches[0])[:1])
+            placeholders = graph_module.graph.find_nodes(op="placeholder")
+            sample = take(list(inputs_of(batches[0], placeholders).values()), slice(1))
+            rule = plan_for_speedup(graph_module, found, rule.value, list(tensors_in(sample)))
         factor = LowRank(batches, options, rank=rule, method=method, split=split, multiple=multiple, on_layer=on_layer)
         factor(graph_module)
         RemoveObservers()(graph_module)

@@ -26,7 +26,12 @@ Measure = Callable[[Sequence[Path], Sequence[Tensor]], Sequence[Latency]]
 
 
 def plan_for_speedup(
-    graph_module: GraphModule, survey: Survey, factor: float, image: Tensor, *, measure: Measure = measure_latency
+    graph_module: GraphModule,
+    survey: Survey,
+    factor: float,
+    images: Sequence[Tensor],
+    *,
+    measure: Measure = measure_latency,
 ) -> RankPlan:
     """The plan with the most multiply-adds found that runs `factor` times faster than dense, by bisection over budgets.
 
@@ -36,20 +41,20 @@ def plan_for_speedup(
         graph_module: traced, with observers.
         survey: of that graph.
         factor: wanted ratio of the medians, dense / factored.
-        image: one input, (1, C, H, W).
+        images: one sample for each input of the graph, (1, C, H, W).
         measure: how to time files.
 
     Raises:
         OptionsError: not reached even with the fewest multiply-adds.
     """
-    image = image.cpu()
+    images = [image.cpu() for image in images]
     with tempfile.TemporaryDirectory() as folder:
         dense, candidate = Path(folder) / "dense.onnx", Path(folder) / "candidate.onnx"
-        write_shape(graph_module, None, image, dense)
+        write_shape(graph_module, None, images, dense)
 
         def speed(plan: RankPlan) -> float:
-            write_shape(graph_module, plan, image, candidate)
-            slow, fast = measure([dense, candidate], [image])
+            write_shape(graph_module, plan, images, candidate)
+            slow, fast = measure([dense, candidate], images)
             return slow.median / fast.median
 
         return search(survey, factor, speed)
@@ -93,7 +98,7 @@ def search(survey: Survey, factor: float, speed: Callable[[RankPlan], float]) ->
     return replace(plan, rule=f"{plan.rule}, measured {reached:.2f}")
 
 
-def write_shape(graph_module: GraphModule, plan: RankPlan | None, image: Tensor, path: Path) -> None:
+def write_shape(graph_module: GraphModule, plan: RankPlan | None, images: Sequence[Tensor], path: Path) -> None:
     """Write the dense graph, or one of the shape that the plan would give it."""
     graph_module = copy.deepcopy(graph_module).cpu()
     for node in list(graph_module.graph.nodes):
@@ -105,5 +110,5 @@ def write_shape(graph_module: GraphModule, plan: RankPlan | None, image: Tensor,
             split_call(node)
             graph_module.graph.erase_node(node)
     RemoveObservers()(graph_module)
-    program = to_onnx_program(graph_module.eval(), (image,), opset=None, dynamic_batch=False, precision="fp32")
+    program = to_onnx_program(graph_module.eval(), tuple(images), opset=None, dynamic_batch=False, precision="fp32")
     program.save(str(path))

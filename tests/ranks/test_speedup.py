@@ -65,7 +65,7 @@ def test_files_have_the_shape_of_the_plan(tmp_path: Path) -> None:
     graph_module, found, image = surveyed()
     text = str(graph_module.graph)
     plan = RankRule.parse("multiply_adds:0.6").plan(found)
-    speedup.write_shape(graph_module, plan, image, tmp_path / "candidate.onnx")
+    speedup.write_shape(graph_module, plan, [image], tmp_path / "candidate.onnx")
     assert str(graph_module.graph) == text  # the candidate is a copy
     graph = onnx.load(str(tmp_path / "candidate.onnx")).graph
     sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
