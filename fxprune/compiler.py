@@ -29,11 +29,13 @@ from fxprune.passes import (
 )
 from fxprune.pattern import Pattern
 from fxprune.progress import layer_progress
+from fxprune.surroundings import undisturbed
 from fxprune.tracing import trace
 
 PERMUTATION_IMAGES = 64
 
 
+@undisturbed
 def compile(
     model: nn.Module,
     calib_loader: Iterable[Any],

@@ -15,6 +15,7 @@ from torch import Size, Tensor
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration import sampling
+from fxprune.calibration.batches import count, take
 from fxprune.graph import Shape, module_of, value_shapes
 from fxprune.statistics import HessianObserver
 from fxprune.statistics.accumulators import patch_count
@@ -47,10 +48,10 @@ def image_step(
         with ExitStack() as dry_run:
             for observer in observers.values():
                 dry_run.enter_context(observer.paused())
-            shapes = value_shapes(graph_module, *select_images(inputs, slice(DRY_RUN_IMAGES)).values())
+            shapes = value_shapes(graph_module, *take(inputs, slice(DRY_RUN_IMAGES)).values())
     except Exception:  # Whatever it is: the run on the whole batch names the place, or succeeds.
         return 1.0
-    size = len(next(iter(inputs.values())))
+    size = count(inputs)
     seen = [(observer.geometry, _of_shape(shapes[node], size)) for node, observer in observers.items()]
     alone = [patch_count(geometry, geometry.batched(x)) == len(x) for geometry, x in seen]
     steps = []
@@ -67,11 +68,3 @@ def _of_shape(shape: Shape, size: int) -> Tensor:
     """What a layer reads of a whole batch, without its values."""
     assert isinstance(shape, Size)
     return torch.empty(size, *shape[1:], device="meta")
-
-
-def select_images(inputs: Mapping[Node, Any], chosen: slice | Tensor) -> dict[Node, Any]:
-    """The images chosen of a batch: of every tensor that has as many entries as the first input."""
-    size = len(next(iter(inputs.values())))
-    return {
-        node: x[chosen] if isinstance(x, Tensor) and x.dim() and len(x) == size else x for node, x in inputs.items()
-    }

@@ -11,8 +11,8 @@ import torch
 from torch.fx import GraphModule
 
 from fxprune.calibration.batch_store import BatchStore, BatchValues
-from fxprune.calibration.batches import EMPTY, assign, channels_last
-from fxprune.calibration.needed_images import image_step, select_images
+from fxprune.calibration.batches import EMPTY, channels_last, count, inputs_of, map_tensors, take, tensors_in
+from fxprune.calibration.needed_images import image_step
 from fxprune.calibration.sampling import chosen_images
 from fxprune.errors import CalibrationError
 
@@ -62,12 +62,14 @@ def read_into(
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     digest, images = hashlib.sha256(), 0
     for number, batch in enumerate(loader):
-        values = assign(placeholders, batch, number, device=device)
+        values = inputs_of(batch, placeholders, number, device=device)
         if placeholders:
-            first = values[placeholders[0]]
-            images += len(first)
-            digest.update(str((tuple(first.shape), float(first.sum(dtype=torch.float64)))).encode())
-        store.put(number, BatchValues({node: channels_last(x) for node, x in values.items()} if last else values))
+            images += count(list(values.values()))
+        for x in tensors_in(list(values.values())):
+            digest.update(str((tuple(x.shape), float(x.sum(dtype=torch.float64)))).encode())
+        store.put(
+            number, BatchValues({n: map_tensors(x, channels_last) for n, x in values.items()} if last else values)
+        )
     if not len(store):
         raise CalibrationError(EMPTY)
     read, step = images, 1.0
@@ -77,9 +79,9 @@ def read_into(
         images = 0
         for number in range(len(store)):
             values = store.take(number).dense_values
-            size = len(values[placeholders[0]])
+            size = count(list(values.values()))
             of_batch = min(step, size)  # One at least: the last batch may be a short one.
             chosen = chosen_images(size, of_batch, number % of_batch, device)
             images += len(chosen)
-            store.put(number, BatchValues(select_images(values, chosen)))
+            store.put(number, BatchValues(take(values, chosen)))
     return Source(read, images, step, digest.hexdigest())

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
-from torch.utils._pytree import tree_leaves
 
 from fxprune import solvers
-from fxprune.calibration.batches import assign
+from fxprune.calibration.batches import count, inputs_of, take, tensors_in
 from fxprune.calibration.observers import observer_of
 from fxprune.calibration.output_error import OutputError
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import PatternError
-from fxprune.graph import device_of
+from fxprune.graph import Runner, device_of
 from fxprune.layer_solution import layer_of, sparse_solution
 from fxprune.options import Options
 from fxprune.passes.base import Pass
@@ -99,10 +98,9 @@ class AllocateSparsity(Pass):
         probe: list[list[Any]] = []
         seen = 0
         for number, batch in enumerate(self.batches):
-            values = list(assign(placeholders, batch, number, device=device).values())
-            left = PROBE_IMAGES - seen
-            probe.append([x[:left] if isinstance(x, Tensor) else x for x in values])
-            seen += len(values[0])
+            values = list(inputs_of(batch, placeholders, number, device=device).values())
+            probe.append(take(values, slice(PROBE_IMAGES - seen)))
+            seen += count(values)
             if seen >= PROBE_IMAGES:
                 break
         return probe
@@ -152,7 +150,7 @@ def _outputs(graph_module: GraphModule, probe: list[list[Any]]) -> list[Tensor]:
     """All floating point tensors, (N, ...) each, that the model puts out for a batch, as one (N, K); for each batch."""
     outputs = []
     for inputs in probe:
-        leaves = [x for x in tree_leaves(graph_module(*inputs)) if isinstance(x, Tensor)]
+        leaves = tensors_in(Runner(graph_module).run(*inputs))
         tensors = [x.flatten(1) for x in leaves if x.is_floating_point() and x.dim()]
         if not tensors:
             raise PatternError(

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
-from torch.utils._pytree import tree_leaves
 
-from fxprune.calibration.batches import assign, first_images, peek
+from fxprune.calibration.batches import first_images, inputs_of, peek, take, tensors_in
+from fxprune.calibration.failures import said, stays_as_it_is
 from fxprune.calibration.observers import observer_of
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
@@ -28,7 +28,7 @@ from fxprune.channels.grouping import Reader, search_grouping
 from fxprune.channels.layout import Classes
 from fxprune.errors import CalibrationError, GraphError
 from fxprune.geometry import is_matrix_layer
-from fxprune.graph import device_of, input_of, module_of
+from fxprune.graph import Runner, device_of, input_of, module_of
 from fxprune.layer_solution import layer_of
 from fxprune.passes.base import Pass
 from fxprune.passes.insert_observers import TASK, InsertObservers, LayerTask
@@ -148,7 +148,7 @@ class PermuteChannels(Pass):
         device = device_of(graph_module)
         head, batches = peek(self.batches)
         placeholders = graph_module.graph.find_nodes(op="placeholder")
-        inputs = list(assign(placeholders, head[0], device=device).values())
+        inputs = list(inputs_of(head[0], placeholders, device=device).values())
         self._example = _example(graph_module, inputs)
         channels = analyse_channels(graph_module, value_shapes(graph_module, *self._example[0]), exclude=self.exclude)
         observed = copy.deepcopy(graph_module)  # The observers go into a copy.
@@ -190,7 +190,7 @@ class PermuteChannels(Pass):
 
 def _example(graph_module: GraphModule, inputs: list[Any]) -> tuple[list[Any], list[Tensor]]:
     """A few images of a batch, and the output on them; all of them if the graph takes no other number."""
-    few = [x[:EXAMPLE_IMAGES] if isinstance(x, Tensor) and x.dim() else x for x in inputs]
+    few = take(inputs, slice(EXAMPLE_IMAGES))
     try:
         return few, _run(graph_module, few)
     except CalibrationError:
@@ -200,13 +200,15 @@ def _example(graph_module: GraphModule, inputs: list[Any]) -> tuple[list[Any], l
 def _run(graph_module: GraphModule, inputs: Sequence[Any]) -> list[Tensor]:
     """The tensors in the graph's output, on images of the first batch."""
     try:
-        output = graph_module(*inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = [tuple(x.shape) for x in inputs if isinstance(x, Tensor)]
+        output = Runner(graph_module).run(*inputs)
+    except Exception as error:
+        if stays_as_it_is(error):
+            raise
+        shapes = [tuple(x.shape) for x in tensors_in(inputs)]
         raise CalibrationError(
-            f"the model failed on calibration batch 0, shapes {shapes}: {error}. Check the batch and the image size"
+            f"the model failed on calibration batch 0, shapes {shapes}: {said(error)}. Check the batch and the image size"
         ) from error
-    return [value for value in tree_leaves(output) if isinstance(value, Tensor)]
+    return list(tensors_in(output))
 
 
 def _reason_to_keep(channels: Channels, source: Node, movable: set[int]) -> str | None:

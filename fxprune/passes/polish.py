@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.calibration.batches import assign
+from fxprune.calibration.batches import count, inputs_of, take
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.errors import OptionsError
-from fxprune.graph import device_of
+from fxprune.graph import Runner, device_of
 from fxprune.layer_solution import layer_of
 from fxprune.passes.base import Pass
 from fxprune.passes.destination import destination
@@ -129,7 +129,7 @@ class _Distance:
         return sum(float(self(inputs)) for inputs in steps) / len(steps)
 
 
-class _Recorder(Interpreter):
+class _Recorder(Runner):
     """Runs a graph and keeps the outputs of the nodes with the given names."""
 
     def __init__(self, graph_module: GraphModule, names: set[str]) -> None:
@@ -160,13 +160,9 @@ def _steps(graph_module: GraphModule, batches: Iterable[Any]) -> Iterator[Inputs
     device = device_of(graph_module)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     for number, batch in enumerate(batches):
-        values = assign(placeholders, batch, number, device=device)
-        inputs = [values[node] for node in placeholders]
-        count = len(inputs[0])
-        for at in range(0, count, STEP_IMAGES):
-            yield [
-                x[at : at + STEP_IMAGES] if isinstance(x, Tensor) and x.dim() and len(x) == count else x for x in inputs
-            ]
+        inputs = list(inputs_of(batch, placeholders, number, device=device).values())
+        for at in range(0, count(inputs), STEP_IMAGES):
+            yield take(inputs, slice(at, at + STEP_IMAGES))
 
 
 def _mirrored(inputs: Inputs, generator: torch.Generator) -> Inputs:

@@ -371,7 +371,7 @@ class TestBadBatches:
         with pytest.raises(
             CalibrationError, match="the model has an input 'other' that calibration batch 0 does not give"
         ):
-            stream_of(graph_module, [(torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6))]).run_to(layers[0])
+            stream_of(graph_module, [(torch.randn(2, 3, 6, 6),)]).run_to(layers[0])
 
     def test_a_failure_in_the_middle_names_the_node(self):
         class Strict(Chain):
