@@ -27,6 +27,17 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of a module may do something beside its class's forward: hooks, or a forward of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on the forward of every module (torch.nn.modules.module.register_module_forward_hook)."""
+    module = nn.modules.module
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+
+
 def call_sites(graph_module: GraphModule) -> dict[nn.Module, list[Node]]:
     """Every called module with all the nodes that call it, under whatever name."""
     sites: dict[nn.Module, list[Node]] = {}

@@ -7,7 +7,7 @@ In eval mode BatchNorm is one affine map per channel, so with s = γ / √(σ² 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from fxprune.graph import call_sites, input_of, is_tied, module_of
+from fxprune.graph import call_sites, has_hooks, input_of, is_tied, module_of
 from fxprune.passes.base import Pass
 from fxprune.tracing import matches
 
@@ -64,6 +64,7 @@ class FoldBatchNorm(Pass):
 
     Args:
         exclude: module names or fnmatch patterns of layers to leave exactly as they are; a BatchNorm behind one stays.
+        changed: names of modules that hooks change, with the reason (`fxprune.hooks.changed_by_hooks`); likewise.
 
     Example:
         >>> block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
@@ -74,8 +75,9 @@ class FoldBatchNorm(Pass):
         ['input_1', '_0', '_2', 'output']
     """
 
-    def __init__(self, *, exclude: Sequence[str] = ()) -> None:
+    def __init__(self, *, exclude: Sequence[str] = (), changed: Mapping[str, str] | None = None) -> None:
         self.exclude = tuple(exclude)
+        self.changed = changed or {}
 
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
         sites = call_sites(graph_module)
@@ -89,6 +91,8 @@ class FoldBatchNorm(Pass):
             reason = _reason_to_keep(graph_module, node, norm, sites)
             if reason is None and any(matches(str(n.target), self.exclude) for n in (node, input_of(node))):
                 reason = "excluded, or the layer in front of it is"
+            if reason is None and not self.changed.keys().isdisjoint((str(node.target), str(input_of(node).target))):
+                reason = "a hook changes its output, or that of the layer in front of it"
             if reason is None:
                 layer: Any = module_of(input_of(node))
                 weight, bias = folded_parameters(layer, norm)
@@ -150,7 +154,7 @@ def _reason_to_keep(
     """Why a BatchNorm call cannot be folded, or None."""
     if type(norm) not in _NORM_OF.values():
         return f"{type(norm).__name__} is not exactly a BatchNorm1d, BatchNorm2d or BatchNorm3d"
-    if _has_hooks(norm):
+    if has_hooks(norm):
         return "it has forward hooks"
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics: in eval mode too it normalises by each batch's own"
@@ -163,7 +167,7 @@ def _reason_to_keep(
         return f"the weight of {name} is parametrized; remove the parametrization first"
     if type(layer) not in _NORM_OF:
         return f"its input {name!r} is a {type(layer).__name__}, not exactly a convolution or linear layer"
-    if _has_hooks(layer) or not {"weight", "bias"} <= layer._parameters.keys():
+    if has_hooks(layer) or not {"weight", "bias"} <= layer._parameters.keys():
         return f"{name} has forward hooks or a computed weight (weight_norm, spectral_norm, a mask)"
     if norm.training or layer.training:
         return f"it or {name} is in training mode; call eval() first"
@@ -225,10 +229,6 @@ def _gives_two_dimensions(node: Node) -> bool:
             sizes = sizes[0]
         return len(sizes) == 2
     return False
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _delete_unused(graph_module: GraphModule, targets: set[str]) -> None:

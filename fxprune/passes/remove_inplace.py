@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -60,9 +60,13 @@ class RemoveInplace(Pass):
     Not seen: what a leaf module or a wrapped function does to its inputs inside, and an in-place operator
     whose right operand has the wider dtype (in place, the result is rounded to the left operand's).
 
+    Args:
+        changed: names of modules whose value a hook changes (`fxprune.hooks.changed_by_hooks`).
+
     Raises:
         GraphError: for item assignment, `out=`, an operation with no out-of-place form, a write into a
-            parameter or buffer, and a write into memory that is read later through another view.
+            parameter or buffer, and a write into memory that is read later through another view, or by a module that
+            hooks change.
 
     Example:
         >>> activation = nn.Sequential(nn.Hardswish(inplace=True), nn.Identity())
@@ -72,6 +76,9 @@ class RemoveInplace(Pass):
         >>> graph_module.get_submodule("0").inplace
         False
     """
+
+    def __init__(self, *, changed: Collection[str] = ()) -> None:
+        self.changed = changed
 
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
         memory = SharedMemory(graph_module)
@@ -87,6 +94,11 @@ class RemoveInplace(Pass):
                 rewritten = _set_inplace_false(node) or _replace_target(node)
             if rewritten:
                 readers = memory.redirect_later_reads(overwritten, node) if overwritten is not None else []
+                if readers and str(node.target) in self.changed:
+                    raise GraphError(
+                        f"node {node.name!r} overwrites {overwritten}, which {', '.join(readers)} read later, and a hook gives "
+                        "something else as its value; remove the hook, or make the module with inplace=False"
+                    )
                 told = f"; {', '.join(readers)} read its result in place of {overwritten}" if readers else ""
                 self.record(graph_module, "replaced", node, reason=f"it worked in place{told}")
                 modified = True
