@@ -58,6 +58,22 @@ def own_surroundings(model: nn.Module | None = None) -> Iterator[None]:
         yield
 
 
+def without_inference_tensors(model: nn.Module) -> None:
+    """Give a model parameters and buffers that can be trained in place of those that inference mode has left in it.
+
+    A forward that rebinds a buffer, or a hook that sets a weight, leaves such when it runs during calibration.
+    """
+    new: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_inference():
+                    copied = tensor.detach().clone()
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    normal = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+                    tensors[name] = new.setdefault(id(tensor), normal)  # type: ignore[assignment]
+
+
 @contextmanager
 def _default_dtype(tensors: list[Tensor]) -> Iterator[None]:
     before = torch.get_default_dtype()
