@@ -15,6 +15,7 @@ from fxprune.calibration.batches import peek, read_all
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.compiled import CompiledModule
 from fxprune.graph import device_of
+from fxprune.hooks import changed_by_hooks
 from fxprune.options import Options
 from fxprune.passes import (
     AllocateSparsity,
@@ -29,7 +30,7 @@ from fxprune.passes import (
 )
 from fxprune.pattern import Pattern
 from fxprune.progress import layer_progress
-from fxprune.surroundings import undisturbed
+from fxprune.surroundings import undisturbed, without_inference_tensors
 from fxprune.tracing import trace
 
 PERMUTATION_IMAGES = 64
@@ -81,27 +82,30 @@ def compile(
         home = device_of(graph_module)
         graph_module.to(device)
 
-        RemoveInplace()(graph_module)
+        changed = changed_by_hooks(graph_module, head[0])
+        RemoveInplace(changed=changed)(graph_module)
         if options.fold_batchnorm:
-            FoldBatchNorm(exclude=exclude)(graph_module)
+            FoldBatchNorm(exclude=exclude, changed=changed)(graph_module)
         if options.permute:
             PermuteChannels(
                 pattern,
                 head,
                 images=PERMUTATION_IMAGES,
-                exclude=exclude,
+                exclude=(*exclude, *changed),
                 damping=options.damping,
                 seed=options.seed,
                 stopwatch=stopwatch,
             )(graph_module)
         dense = copy.deepcopy(graph_module) if options.polish else None
-        InsertObservers(pattern, exclude=exclude, reconstruct=bool(options.reconstruct))(graph_module)
+        reconstruct = bool(options.reconstruct)
+        InsertObservers(pattern, exclude=exclude, reconstruct=reconstruct, changed=changed)(graph_module)
         if options.global_budget:
             AllocateSparsity(pattern, method, read_all(batches), options, stopwatch=stopwatch)(graph_module)
         PruneWeights(pattern, method, batches, options, on_layer=on_layer, stopwatch=stopwatch)(graph_module)
         RemoveObservers()(graph_module)
         if dense is not None:
             Polish(dense, read_all(batches), epochs=options.polish, flip=options.flip, seed=options.seed)(graph_module)
+        without_inference_tensors(graph_module)
         verify(graph_module)
 
     return CompiledModule.of(graph_module.to(home), seconds=time.perf_counter() - started)

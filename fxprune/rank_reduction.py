@@ -13,13 +13,14 @@ from fxprune.calibration.batches import inputs_of, read_all, take, tensors_in
 from fxprune.compiled import CompiledModule
 from fxprune.compiler import default_device
 from fxprune.graph import device_of
+from fxprune.hooks import changed_by_hooks
 from fxprune.options import Options
 from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace, RemoveObservers, verify
 from fxprune.passes.low_rank import LowRank
 from fxprune.progress import layer_progress
 from fxprune.ranks import Factorable, Method, RankPlan, RankRule, Split, low_rank_options, splits_of, survey
 from fxprune.ranks.speedup import plan_for_speedup
-from fxprune.surroundings import undisturbed
+from fxprune.surroundings import undisturbed, without_inference_tensors
 from fxprune.tracing import trace
 
 
@@ -76,10 +77,12 @@ def low_rank(
         graph_module = trace(model, exclude=exclude, example=batches[0])
         home = device_of(graph_module)
         graph_module.to(default_device(device))
-        RemoveInplace()(graph_module)
+        changed = changed_by_hooks(graph_module, batches[0])
+        RemoveInplace(changed=changed)(graph_module)
         if options.fold_batchnorm:
-            FoldBatchNorm(exclude=exclude)(graph_module)
-        InsertObservers(Factorable(splits), exclude=exclude, reconstruct=bool(options.reconstruct))(graph_module)
+            FoldBatchNorm(exclude=exclude, changed=changed)(graph_module)
+        reconstruct = bool(options.reconstruct)
+        InsertObservers(Factorable(splits), exclude=exclude, reconstruct=reconstruct, changed=changed)(graph_module)
         if isinstance(rule, RankRule) and by_time:
             on_layer("measuring", 0)
             found = survey(graph_module, batches, method=method, splits=splits, multiple=multiple, options=options)
@@ -89,5 +92,6 @@ def low_rank(
         factor = LowRank(batches, options, rank=rule, method=method, split=split, multiple=multiple, on_layer=on_layer)
         factor(graph_module)
         RemoveObservers()(graph_module)
+        without_inference_tensors(graph_module)
         verify(graph_module)
     return CompiledModule.of(graph_module.to(home), seconds=time.perf_counter() - started)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -66,11 +66,20 @@ class InsertObservers(Pass):
         pattern: decides which layers can be pruned, or factored.
         exclude: module names or fnmatch patterns of layers to leave exactly as they are.
         reconstruct: observe layers that the pattern declines, so that they can be re-fitted.
+        changed: names of layers that do not compute W x + b, with the reason; see `changed_by_hooks`.
     """
 
-    def __init__(self, pattern: Eligibility, *, exclude: Sequence[str] = (), reconstruct: bool = True) -> None:
+    def __init__(
+        self,
+        pattern: Eligibility,
+        *,
+        exclude: Sequence[str] = (),
+        reconstruct: bool = True,
+        changed: Mapping[str, str] | None = None,
+    ) -> None:
         self.pattern = pattern
         self.exclude = tuple(exclude)
+        self.changed = changed or {}
         self.reconstruct = reconstruct
 
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
@@ -120,8 +129,12 @@ class InsertObservers(Pass):
             return "parametrized: its weight is computed; call torch.nn.utils.parametrize.remove_parametrizations first"
         if not is_matrix_layer(module):
             return f"{type(module).__name__} is not exactly a Conv1d, Conv2d, Conv3d or Linear"
-        if "weight" not in module._parameters:
-            return "its weight is computed by a hook; call torch.nn.utils.remove_weight_norm, prune.remove or the like first"
+        computed = next((name for name in ("weight", "bias") if name not in module._parameters), None)
+        if computed is not None:
+            remedy = "call torch.nn.utils.remove_weight_norm, prune.remove or the like first"
+            return f"its {computed} is computed by a hook; {remedy}"
+        if str(node.target) in self.changed:
+            return self.changed[str(node.target)]
         if len(sites[module]) > 1:
             return f"shared: called at {len(sites[module])} places with different inputs"
         if is_tied(graph_module, module.weight):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.calibration.batches import first_images, inputs_of, peek, take, tensors_in
+from fxprune.calibration.batches import first_images, inputs_of, map_tensors, peek, take, tensors_in
 from fxprune.calibration.failures import said, stays_as_it_is
 from fxprune.calibration.observers import observer_of
 from fxprune.calibration.stopwatch import Stopwatch
@@ -200,7 +200,7 @@ def _example(graph_module: GraphModule, inputs: list[Any]) -> tuple[list[Any], l
 def _run(graph_module: GraphModule, inputs: Sequence[Any]) -> list[Tensor]:
     """The tensors in the graph's output, on images of the first batch."""
     try:
-        output = Runner(graph_module).run(*inputs)
+        output = Runner(graph_module).run(*map_tensors(list(inputs), torch.clone))  # A hook may write into them.
     except Exception as error:
         if stays_as_it_is(error):
             raise
