@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils import prune
 
 import fxprune
 from fxprune.errors import GraphError
@@ -50,7 +51,9 @@ def test_a_layer_that_is_changed_is_kept_with_its_batchnorm(change: Callable[[nn
     model = network()
     change(model[index])
     before, wanted = copy.deepcopy(model.state_dict()), model(X.clone())
-    compiled = fxprune.compile(model, [X.clone()], progress=False)
+    x = X.clone()
+    compiled = fxprune.compile(model, [x], progress=False)
+    assert torch.equal(x, X)
     kept, other = compiled.report[str(index)], compiled.report[str(3 - index)]
     assert kept.status == "kept"
     assert "is not W x + b" in kept.reason
@@ -58,7 +61,7 @@ def test_a_layer_that_is_changed_is_kept_with_its_batchnorm(change: Callable[[nn
     assert other.status == "pruned"
     assert torch.equal(compiled.get_parameter(f"{index}.weight"), before[f"{index}.weight"])
     assert any(isinstance(module, nn.BatchNorm2d) for module in compiled.modules()) == (index == 0)
-    whole = fxprune.compile(model, [X.clone()], exclude=("*",), progress=False)
+    whole = fxprune.compile(model, [X], exclude=("*",), progress=False)
     torch.testing.assert_close(whole(X.clone()), wanted)
 
 
@@ -116,7 +119,7 @@ def test_nothing_is_left_behind_by_looking() -> None:
 
 def test_a_bias_that_a_hook_computes() -> None:
     model = network()
-    torch.nn.utils.prune.random_unstructured(model[3], "bias", 0.5)
+    prune.random_unstructured(model[3], "bias", 0.5)
     report = fxprune.compile(model, [X], progress=False).report
     assert report["3"].status == "kept"
     assert "its bias is computed by a hook" in report["3"].reason

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,8 +22,11 @@ from torch.fx import GraphModule, Node
 from torch.utils.data import Dataset, IterableDataset
 
 from fxprune.errors import CalibrationError, FxPruneError
+from fxprune.graph import has_hooks, module_of
+from fxprune.statistics import HessianObserver
 
 EMPTY = "the calibration loader gave no batches; pass a non-empty iterable (a generator can be read only once)"
+_PURE = (None, "", "_operator", "builtins", "math")  # Modules of functions that change no tensor.
 LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class", "classes")
 
 
@@ -96,7 +100,8 @@ def inputs_of(
     values: dict[Node, Any] = {}
     for node, needed in zip(placeholders, inputs, strict=True):
         if needed.name in given:
-            values[node] = map_tensors(given[needed.name], lambda x: _placed(x, device))
+            place = functools.partial(_placed, device=device, copied=_may_be_written(node))
+            values[node] = map_tensors(given[needed.name], place)
         else:
             values[node] = (node.args[0] if node.args else None, (), {})[needed.stars]
     check_values(values.values(), f"calibration batch {number}")
@@ -158,7 +163,7 @@ class _Reader:
                 found[rest.name] = tuple(after)
             return found
         if rest is not None:
-            count = 1 + max(rest.keys) if rest.keys else len(_without_trailing_labels(values))
+            count = 1 + max(rest.keys) if rest.keys else len(without_trailing_labels(values))
             return {rest.name: tuple(values[:count])}
         raise self.error(
             f"{self.what} is {describe(batch)}, and the model takes its inputs by name alone (**{self.inputs[0].name}); "
@@ -262,11 +267,27 @@ def _without_labels(named: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in named.items() if str(key).lower() not in LABEL_KEYS}
 
 
-def _without_trailing_labels(values: list[Any]) -> list[Any]:
+def without_trailing_labels(values: list[Any]) -> list[Any]:
     """For a model of any number of inputs: what comes before the last integers of one dimension."""
     last = values[-1]
     is_label = not isinstance(last, Tensor) or (not last.is_floating_point() and last.dim() <= 1)
     return values[:-1] if is_label and len(values) > 1 else values
+
+
+def labels_of(batch: Any, inputs: Sequence[Any]) -> Tensor | None:
+    """The labels in a batch whose inputs are known: what bears the name of labels, else the tensor that comes after them."""
+    named, after = _named(batch), False
+    for key in LABEL_KEYS if named is not None else ():
+        value = named.get(key) if named is not None else None
+        if isinstance(value, Tensor) and not any(value is x for x in inputs):
+            return value
+    for value in named.values() if named is not None else batch if isinstance(batch, (tuple, list)) else ():
+        taken = list(_leaves([value]))
+        if any(item is x for item in taken for x in _leaves(list(inputs))):
+            after = True
+        elif after:
+            return value if isinstance(value, Tensor) else None
+    return None
 
 
 def check_values(values: Iterable[Any], what: str, *, error: type[FxPruneError] = CalibrationError) -> None:
@@ -304,10 +325,27 @@ def _is_array(value: Any) -> bool:
     return type(value).__module__.split(".")[0] == "numpy" and hasattr(value, "dtype") and hasattr(value, "shape")
 
 
-def _placed(x: Tensor, device: torch.device | None) -> Tensor:
-    if x.is_inference() and not torch.is_inference_mode_enabled():
-        x = x.clone()  # Such tensors cannot take part in training.
+def _placed(x: Tensor, *, device: torch.device | None, copied: bool) -> Tensor:
+    # Inference tensors cannot take part in training, and the loader's own tensors are not for the model to change.
+    if copied or (x.is_inference() and not torch.is_inference_mode_enabled()):
+        x = x.clone()
     return x.to(device) if device is not None else x
+
+
+def _may_be_written(node: Node) -> bool:
+    """Whether code that is not torch's reads a value, and may change it in place: a hook, a module, a wrapped function."""
+    for user in node.users:
+        module = module_of(user)
+        if isinstance(module, HessianObserver):
+            if _may_be_written(user):
+                return True
+        elif module is not None:
+            if has_hooks(module) or not type(module).__module__.startswith("torch.nn."):
+                return True
+        elif user.op == "call_function" and getattr(user.target, "__module__", "") not in _PURE:
+            if not str(getattr(user.target, "__module__", "")).startswith("torch"):
+                return True
+    return False
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -376,19 +414,18 @@ def channels_last(x: Any) -> Any:
 
 def describe(value: Any) -> str:
     """A batch in words."""
+    kind = f"{'an' if type(value).__name__[0] in 'aeiouAEIOU' else 'a'} {type(value).__name__}"
+    named = _named(value)
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if _is_array(value):
         return f"a numpy array of shape {value.shape}"
-    if dataclasses.is_dataclass(value) or isinstance(value, Mapping):
-        kind = f"a {type(value).__name__}"
-        return f"{kind} of " + (
-            ", ".join(f"{key}: {describe(x)}" for key, x in (_named(value) or {}).items()) or "nothing"
-        )
+    if named is not None:
+        return f"{kind} of " + (", ".join(f"{key}: {describe(x)}" for key, x in named.items()) or "nothing")
     if isinstance(value, list | tuple):
         shown = ", ".join(describe(item) for item in value[:4]) + (", ..." if len(value) > 4 else "")
-        return f"a {type(value).__name__} of " + (shown or "nothing")
-    return f"a {type(value).__name__}"
+        return f"{kind} of " + (shown or "nothing")
+    return kind
 
 
 def check_loader(loader: Any) -> None:

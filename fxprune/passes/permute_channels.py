@@ -150,7 +150,9 @@ class PermuteChannels(Pass):
         placeholders = graph_module.graph.find_nodes(op="placeholder")
         inputs = list(inputs_of(head[0], placeholders, device=device).values())
         self._example = _example(graph_module, inputs)
-        channels = analyse_channels(graph_module, value_shapes(graph_module, *self._example[0]), exclude=self.exclude)
+        channels = analyse_channels(
+            graph_module, value_shapes(graph_module, *map_tensors(self._example[0], torch.clone)), exclude=self.exclude
+        )
         observed = copy.deepcopy(graph_module)  # The observers go into a copy.
         twins = dict(zip(graph_module.graph.nodes, list(observed.graph.nodes), strict=True))
         InsertObservers(pattern, exclude=self.exclude, reconstruct=False)(observed)
@@ -190,7 +192,7 @@ class PermuteChannels(Pass):
 
 def _example(graph_module: GraphModule, inputs: list[Any]) -> tuple[list[Any], list[Tensor]]:
     """A few images of a batch, and the output on them; all of them if the graph takes no other number."""
-    few = take(inputs, slice(EXAMPLE_IMAGES))
+    few = map_tensors(take(inputs, slice(EXAMPLE_IMAGES)), torch.clone)
     try:
         return few, _run(graph_module, few)
     except CalibrationError:

@@ -346,7 +346,7 @@ class TestBadBatches:
             ("image.png", "batch 1 is a str; expected a tensor"),
             ([], "batch 1 is an empty list"),
             ({}, "batch 1 is an empty dict"),
-            (3, "batch 1 is a int"),
+            (3, "batch 1 is an int"),
             (torch.zeros(2, 4, 6, 6), r"batch 1 at node 'a' \(a\), input shapes \[\(2, 4, 6, 6\)\].*4 channels"),
             (torch.zeros(2, 3, 0, 6), "batch 1"),
             (torch.zeros(2, 3, 6, 6, dtype=torch.float64), r"batch 1 at node 'a'.*double"),
