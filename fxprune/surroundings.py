@@ -48,13 +48,22 @@ def own_surroundings(model: nn.Module | None = None) -> Iterator[None]:
         stack.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
         stack.enter_context(_same_random_state())
         stack.enter_context(_default_dtype(tensors))
-        stack.enter_context(torch.device(_default_device(tensors)))
+        if torch.get_default_device().type not in ("cpu", *(tensor.device.type for tensor in tensors)):
+            stack.enter_context(torch.device("cpu"))  # Only then: it slows every operation.
         stack.enter_context(_no_error_where_nothing_is_deterministic())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Let what is drawn be the same every time, so that two runs can be compared."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
         yield
 
 
@@ -83,11 +92,6 @@ def _default_dtype(tensors: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _default_device(tensors: list[Tensor]) -> torch.device:
-    default = torch.get_default_device()
-    return default if any(tensor.device.type == default.type for tensor in tensors) else torch.device("cpu")
 
 
 @contextmanager

@@ -6,19 +6,18 @@ One run of both on a few images of the first calibration batch tells. It also te
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxprune.calibration.batches import inputs_of, map_tensors, take, tensors_in
+from fxprune.calibration.batches import call, inputs_of, map_tensors, take, tensors_in
 from fxprune.calibration.failures import node_failure, remedy_for, said, stays_as_it_is
 from fxprune.errors import CalibrationError
 from fxprune.geometry import CONVOLUTIONS
 from fxprune.graph import Runner, device_of, input_of, module_of
+from fxprune.surroundings import same_random_numbers
 
 IMAGES = 4
 TOLERANCE = 1e-3  # Relative. Both run the same kernels, but TF32 or bfloat16 ones need not repeat exactly.
@@ -67,25 +66,6 @@ def difference(model: nn.Module, graph_module: GraphModule, batch: Any) -> str |
     )
 
 
-def call(module: nn.Module, placeholders: list[Node], values: list[Any]) -> Any:
-    """Call a module with the values that its graph's placeholders have, each passed as the module's forward takes it."""
-    given: Mapping[str, Any] = {str(node.target).lstrip("*"): x for node, x in zip(placeholders, values, strict=True)}
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    more = any(p.kind is p.VAR_POSITIONAL and given.get(p.name) for p in parameters)
-    for p in parameters:
-        if p.kind is p.VAR_POSITIONAL:
-            args += given.get(p.name, ())
-        elif p.kind is p.VAR_KEYWORD:
-            kwargs |= given.get(p.name, {})
-        elif p.kind is p.POSITIONAL_ONLY or (more and p.kind is not p.KEYWORD_ONLY):
-            args += [given[p.name]] if p.name in given else [p.default]
-        elif p.name in given:
-            kwargs[p.name] = given[p.name]
-    return module(*args, **kwargs)
-
-
 class _Run(Runner):
     """Runs a graph and notes where it stopped, and whether a convolution has read an image without a batch."""
 
@@ -108,7 +88,8 @@ class _Run(Runner):
 
 
 def _outcome(module: nn.Module, placeholders: list[Node], values: list[Any]) -> Any:
-    return _attempt(lambda: call(module, placeholders, _copies(values)))
+    names = [str(node.target).lstrip("*") for node in placeholders]
+    return _attempt(lambda: call(module, dict(zip(names, _copies(values), strict=True))))
 
 
 def _copies(values: list[Any]) -> list[Any]:
@@ -118,8 +99,7 @@ def _copies(values: list[Any]) -> list[Any]:
 
 def _attempt(run: Any) -> Any:
     """What a function returns, or the exception it raises. Random operations in it see the same numbers every time."""
-    with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(0)
+    with torch.no_grad(), same_random_numbers():
         try:
             return run()
         except Exception as error:

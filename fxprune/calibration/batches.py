@@ -61,18 +61,40 @@ def graph_inputs(placeholders: Iterable[Node]) -> tuple[ModelInput, ...]:
 
 def model_inputs(model: nn.Module) -> tuple[ModelInput, ...]:
     """The inputs of a model by the signature of its forward."""
+    model = _unwrapped(model)
     if isinstance(model, GraphModule):
         return graph_inputs(model.graph.find_nodes(op="placeholder"))
-    inner = getattr(model, "_orig_mod", None)  # Of torch.compile.
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner = model.module
-    if isinstance(inner, nn.Module):
-        return model_inputs(inner)
     stars: dict[Any, int] = {inspect.Parameter.VAR_POSITIONAL: 1, inspect.Parameter.VAR_KEYWORD: 2}
     return tuple(
         ModelInput(p.name, p.default is p.empty and p.kind not in stars, stars.get(p.kind, 0))
         for p in inspect.signature(model.forward).parameters.values()
     )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a wrapper for parallel runs or torch.compile, whose forward takes what that of the model takes."""
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = model.module
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def call(model: nn.Module, given: Mapping[str, Any]) -> Any:
+    """Call a model with values for its inputs by name, each passed as its forward takes it."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    parameters = list(inspect.signature(_unwrapped(model).forward).parameters.values())
+    more = any(p.kind is p.VAR_POSITIONAL and given.get(p.name) for p in parameters)
+    for p in parameters:
+        if p.kind is p.VAR_POSITIONAL:
+            args += given.get(p.name, ())
+        elif p.kind is p.VAR_KEYWORD:
+            kwargs |= given.get(p.name, {})
+        elif p.kind is p.POSITIONAL_ONLY or (more and p.kind is not p.KEYWORD_ONLY):
+            args += [given[p.name]] if p.name in given else [p.default]
+        elif p.name in given:
+            kwargs[p.name] = given[p.name]
+    return model(*args, **kwargs)
 
 
 def inputs_of(

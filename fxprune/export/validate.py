@@ -24,10 +24,12 @@ from fxprune.export.onnx_report import LayerCheck, OnnxReport
 from fxprune.export.parity import compare, evaluating, require_parity
 from fxprune.export.session import open_session
 from fxprune.export.weight_uses import WeightUse, graph_weights
+from fxprune.surroundings import undisturbed
 
 PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
 
+@undisturbed
 def validate_onnx(path: str | Path, model: nn.Module, loader: Iterable[Any], *, progress: bool = True) -> OnnxReport:
     """Check an ONNX file against a model on a whole data set.
 

@@ -36,6 +36,7 @@ from fxprune.pattern import NMPattern, Pattern
 from fxprune.precision import full_precision
 from fxprune.solvers import LayerProblem
 from fxprune.statistics import HessianObserver
+from fxprune.surroundings import same_random_numbers
 
 TOLERANCE = 1e-4
 PATCHES = 32  # For each column: an order of channels needs fewer than the weights do.
@@ -202,7 +203,8 @@ def _example(graph_module: GraphModule, inputs: list[Any]) -> tuple[list[Any], l
 def _run(graph_module: GraphModule, inputs: Sequence[Any]) -> list[Tensor]:
     """The tensors in the graph's output, on images of the first batch."""
     try:
-        output = Runner(graph_module).run(*map_tensors(list(inputs), torch.clone))  # A hook may write into them.
+        with same_random_numbers():
+            output = Runner(graph_module).run(*map_tensors(list(inputs), torch.clone))  # A hook may write into them.
     except Exception as error:
         if stays_as_it_is(error):
             raise

@@ -119,11 +119,11 @@ X, Y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
     ("model", "data", "message"),
     [
         (Logits(), [], "no batches"),
-        (Logits(), [X], r"\(images, labels\) tensors; found Tensor"),
+        (Logits(), [X], r"\(images, labels\) tensors; found a tensor of shape \(2, 3\)"),
         (Logits(), [(X,)], "agreement"),
-        (Logits(), [(X, [0, 1])], "found tuple"),
+        (Logits(), [(X, [0, 1])], "found a tuple of a tensor"),
         (Logits(), [(X, Y[:1])], r"2 outputs but labels of shape \(1,\)"),
-        (Logits(), [([X], Y)], "starts with list"),
+        (Logits(), [([X], Y)], r"Logits failed on batch 0, input shapes \[\(2, 3\)\]"),
         (Logits(math.nan), [(X, Y)], "NaN or infinity for 2 of a batch's 2"),
         (Fixed(torch.tensor([[0.0, 1.0], [math.inf, 0.0]])), [(X, Y)], "infinity for 1 of"),
         (Fixed((X, X)), [(X, Y)], r"must give logits \(N, classes\), not tuple"),
@@ -142,7 +142,7 @@ def test_agreement_errors():
         agreement(Logits(), Fixed(torch.zeros(2, 5)), [X])
     with pytest.raises(EvaluationError, match="NaN"):
         agreement(Logits(), Logits(math.nan), [X])
-    with pytest.raises(EvaluationError, match="found dict that starts with NoneType"):
+    with pytest.raises(EvaluationError, match="batch 0 is an empty dict"):
         agreement(Logits(), Logits(), [{}])
 
 
