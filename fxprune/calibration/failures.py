@@ -67,7 +67,7 @@ def remedy_for(model: nn.Module, inputs: Any, error: BaseException | None = None
     x = next(tensors_in(inputs), None)
     if x is None:
         return ""
-    return _of_dimensions(model, x, inputs) or _of_channels(model, x, error) or _of_type(model, x, error)
+    return _of_dimensions(model, x) or _of_channels(model, x, error) or _of_type(model, x, error)
 
 
 def _of_type(model: nn.Module, x: Tensor, error: BaseException | None) -> str:
@@ -85,15 +85,13 @@ def _of_type(model: nn.Module, x: Tensor, error: BaseException | None) -> str:
     )
 
 
-def _of_dimensions(model: nn.Module, x: Tensor, inputs: Any) -> str:
+def _of_dimensions(model: nn.Module, x: Tensor) -> str:
     convolution = first_convolution(model)
     if convolution is None or x.dim() != len(convolution.kernel_size) + 1:
         return ""
-    several = [t for t in tensors_in(inputs)]
-    stack = " (the batch is a list of images: torch.stack(batch) makes one tensor of them)" if len(several) > 1 else ""
     return (
-        f"The images have no batch dimension, their shape is {tuple(x.shape)}: give images.unsqueeze(0) for one, or a "
-        f"DataLoader with a batch_size, which stacks them{stack}"
+        f"The images have no batch dimension, their shape is {tuple(x.shape)}: give images.unsqueeze(0) for one, "
+        "torch.stack(images) for a list of them, or a DataLoader with a batch_size"
     )
 
 

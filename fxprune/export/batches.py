@@ -75,6 +75,8 @@ def example_tensors(example_inputs: Any, model: nn.Module) -> tuple[Tensor, ...]
             if not x.stars:
                 break  # What comes after it cannot be given by position.
             continue
+        if x.stars == 2 and not x.keys:
+            continue  # Nothing is read of it.
         found += given[x.name] if x.stars == 1 else [given[x.name]]
     if not found or not all(isinstance(value, Tensor) for value in found):
         raise ExportError(problem)

@@ -22,6 +22,11 @@ class Two(nn.Module):
         return a + b
 
 
+class More(nn.Module):
+    def forward(self, image: Tensor, **more: Tensor) -> Tensor:
+        return image + 1
+
+
 class AnyNumber(nn.Module):
     def forward(self, *xs: Tensor) -> Tensor:
         return xs[0]
@@ -55,6 +60,7 @@ def test_input_names() -> None:
         (Two(), ((A, B), LABELS), [A, B]),
         (Two(), UserDict(b=B, a=A, label=LABELS), [A, B]),
         (nn.DataParallel(One()), (A, LABELS), [A]),
+        (symbolic_trace(More()), {"image": A, "id": B}, [A]),
     ],
 )
 def test_example_tensors(model: nn.Module, example: Any, wanted: list[Tensor]) -> None:
