@@ -89,11 +89,20 @@ class Runner(Interpreter):
 
     Unlike torch.fx's own Interpreter it gives a node lists and dicts that it may change, as generated code does, and
     leaves the message of an error as it is.
+
+    Attributes:
+        node: that has been run last, or is being run.
     """
 
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module)
         self.extra_traceback = False
+        self.node = next(iter(graph_module.graph.nodes))
+
+    def run_node(self, n: Node) -> Any:
+        """Run a node and remember it."""
+        self.node = n
+        return super().run_node(n)
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The next value given."""

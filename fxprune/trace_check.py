@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.batches import call, inputs_of, map_tensors, take, tensors_in
-from fxprune.calibration.failures import node_failure, remedy_for, said, stays_as_it_is
+from fxprune.calibration.failures import node_failure, remedy_for, said, stays_as_it_is, values_read
 from fxprune.errors import CalibrationError
-from fxprune.geometry import CONVOLUTIONS
+from fxprune.geometry import is_matrix_layer
 from fxprune.graph import Runner, device_of, input_of, module_of
 from fxprune.surroundings import same_random_numbers
 
@@ -46,7 +46,8 @@ def difference(model: nn.Module, graph_module: GraphModule, batch: Any) -> str |
     if isinstance(found, Exception) and isinstance(wanted, Exception):
         if isinstance(found, NotImplementedError):
             return None  # Perhaps it only runs on another device; calibration will tell.
-        raise node_failure(found, run.node, run.read, 0, remedy_for(graph_module, values, found)) from found
+        remedy = remedy_for(graph_module, values, found)
+        raise node_failure(found, run.node, values_read(run), "calibration batch 0", remedy) from found
     if isinstance(found, Exception):
         problem = f"fails on the first calibration batch, and the model does not: {said(found)}"
     elif isinstance(wanted, Exception):
@@ -67,20 +68,17 @@ def difference(model: nn.Module, graph_module: GraphModule, batch: Any) -> str |
 
 
 class _Run(Runner):
-    """Runs a graph and notes where it stopped, and whether a convolution has read an image without a batch."""
+    """Runs a graph and notes whether a layer has read an image, or a row of features, without a batch."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module)
-        self.node = next(iter(graph_module.graph.nodes))
-        self.read: list[Any] = []
         self.unbatched = False
 
     def run_node(self, n: Node) -> Any:
-        self.node, self.read = n, [self.env[source] for source in n.all_input_nodes]
         module = module_of(n)
-        if isinstance(module, CONVOLUTIONS):
-            x = self.env[input_of(n)]
-            self.unbatched |= isinstance(x, Tensor) and x.dim() == len(module.kernel_size) + 1
+        if is_matrix_layer(module):
+            x, of_one = self.env[input_of(n)], len(getattr(module, "kernel_size", ())) + 1
+            self.unbatched |= isinstance(x, Tensor) and x.dim() == of_one
         return super().run_node(n)
 
     def outcome(self, values: list[Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from fxprune.calibration.batches import tensors_in
 from fxprune.errors import CalibrationError, FxPruneError
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from fxprune.graph import call_sites
+from fxprune.graph import Runner, call_sites
 
 _OF_TYPES = re.compile(r"dtype|scalar type|input type|not implemented for '|unsigned char|tensor type", re.IGNORECASE)
 
@@ -24,21 +24,45 @@ def stays_as_it_is(error: Exception) -> bool:
     return full or isinstance(error, FxPruneError)
 
 
-def node_failure(
-    error: Exception, node: Node, inputs: Iterable[Any], number: int, remedy: str = ""
-) -> CalibrationError:
+def run_graph(run: Runner, values: Sequence[Any], what: str, *, remedy: str = "") -> Any:
+    """Run a graph on the values of its placeholders, and return its output.
+
+    Args:
+        run: of the graph.
+        values: one for each placeholder.
+        what: what to call them in messages, such as "calibration batch 0".
+        remedy: what to do if it fails, unless something else is found.
+
+    Raises:
+        CalibrationError: if the model fails, whatever it raises; the message names the node.
+    """
+    try:
+        return run.run(*values)
+    except Exception as error:
+        if stays_as_it_is(error):
+            raise
+        remedy = remedy_for(run.module, list(values), error) or remedy
+        raise node_failure(error, run.node, values_read(run), what, remedy) from error
+
+
+def values_read(run: Runner) -> list[Any]:
+    """The values that the node at which a run stopped reads."""
+    return [run.env[source] for source in run.node.all_input_nodes if source in run.env]
+
+
+def node_failure(error: Exception, node: Node, inputs: Iterable[Any], what: str, remedy: str = "") -> CalibrationError:
     """The error for a model that fails at a node; to be raised from the original.
 
     Args:
         error: what was raised, of whatever class.
         node: where.
         inputs: the values that the node reads.
-        number: of the calibration batch.
+        what: what the model failed on, such as "calibration batch 0".
         remedy: what to do, where that is known.
     """
     shapes = [tuple(value.shape) for value in tensors_in(list(inputs))]
     return CalibrationError(
-        f"the model failed on calibration batch {number} at node {node.name!r} ({node.target}), input shapes {shapes}: "
+        f"the model failed on {what} at node {node.name!r} ({node.target}), input shapes {shapes}: "
         f"{said(error)}{remedy and '. '}{remedy}"
     )
 
@@ -87,7 +111,8 @@ def _of_type(model: nn.Module, x: Tensor, error: BaseException | None) -> str:
 
 def _of_dimensions(model: nn.Module, x: Tensor) -> str:
     convolution = first_convolution(model)
-    if convolution is None or x.dim() != len(convolution.kernel_size) + 1:
+    dimensions = 1 if convolution is None else len(convolution.kernel_size) + 1  # Of one image, or one row of features.
+    if x.dim() != dimensions or not (convolution or x.is_floating_point()):
         return ""
     return (
         f"The images have no batch dimension, their shape is {tuple(x.shape)}: give images.unsqueeze(0) for one, "

@@ -242,9 +242,8 @@ class CalibrationStream:
                 raise
             inputs = {source: value_of(source) for source in node.all_input_nodes}
             images = [value for source, value in inputs.items() if _is_given(source)]
-            raise node_failure(
-                error, node, inputs.values(), number, remedy_for(self.graph_module, images, error)
-            ) from error
+            remedy = remedy_for(self.graph_module, images, error)
+            raise node_failure(error, node, inputs.values(), f"calibration batch {number}", remedy) from error
 
 
 def _is_given(node: Node) -> bool:

@@ -63,7 +63,10 @@ def evaluate(model: nn.Module, loader: Iterable[Any], device: torch.device | str
             labels = _labels(batch, list(inputs.values()))
             logits = _logits(model, inputs, place, number)
             if labels.numel() != len(logits):
-                raise EvaluationError(f"{len(logits)} outputs but labels of shape {tuple(labels.shape)}")
+                remedy = remedy_for(model, inputs)
+                raise EvaluationError(
+                    f"{len(logits)} outputs but labels of shape {tuple(labels.shape)}{remedy and '. '}{remedy}"
+                )
             _check_labels(labels, logits.shape[1], number)
             right += int((logits.argmax(1) == labels.reshape(-1).to(place)).sum())
             total += len(logits)

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.calibration.batches import count, inputs_of, take
+from fxprune.calibration.failures import run_graph
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.errors import OptionsError
 from fxprune.graph import Runner, device_of
@@ -145,7 +146,12 @@ class _Recorder(Runner):
         return value
 
     def outputs(self, inputs: Inputs) -> dict[str, Tensor]:
-        self.result = self.run(*inputs)
+        self.result = run_graph(
+            self,
+            inputs,
+            f"{count(inputs)} images of a calibration batch",
+            remedy=f"Polish takes {STEP_IMAGES} at a time",
+        )
         return self.kept
 
 

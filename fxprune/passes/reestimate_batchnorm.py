@@ -12,12 +12,13 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.calibration.batches import EMPTY, check_loader, inputs_of
-from fxprune.calibration.failures import node_failure, remedy_for, stays_as_it_is
+from fxprune.calibration.failures import run_graph
 from fxprune.errors import CalibrationError
 from fxprune.graph import Runner, module_of
 from fxprune.passes.base import Pass
 from fxprune.surroundings import undisturbed
 
+REMEDY = "BatchNorm needs more than one value per channel"
 _FUNCTIONAL = (torch.nn.functional.batch_norm, torch.batch_norm)
 
 
@@ -106,7 +107,8 @@ class ReestimateBatchNorm(Pass):
             placeholders = graph_module.graph.find_nodes(op="placeholder")
             with torch.no_grad():
                 for number, batch in enumerate(self.loader):
-                    _run(graph_module, list(inputs_of(batch, placeholders, number, device=device).values()), number)
+                    values = list(inputs_of(batch, placeholders, number, device=device).values())
+                    run_graph(Runner(graph_module), values, f"calibration batch {number}", remedy=REMEDY)
         finally:
             for module, flag in training.items():
                 module.training = flag
@@ -116,26 +118,6 @@ class ReestimateBatchNorm(Pass):
         if number < 0:
             raise CalibrationError(EMPTY)
         return number + 1
-
-
-class _Run(Runner):
-    """Runs a graph and remembers the node it is at."""
-
-    def run_node(self, n: Node) -> Any:
-        self.node = n
-        return super().run_node(n)
-
-
-def _run(graph_module: GraphModule, inputs: list[Any], number: int) -> None:
-    run = _Run(graph_module)
-    try:
-        run.run(*inputs)
-    except Exception as error:
-        if stays_as_it_is(error):
-            raise
-        remedy = remedy_for(graph_module, inputs, error) or "BatchNorm needs more than one value per channel"
-        read = [run.env[source] for source in run.node.all_input_nodes]
-        raise node_failure(error, run.node, read, number, remedy) from error
 
 
 def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
