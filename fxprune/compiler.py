@@ -52,8 +52,8 @@ def compile(
 
     Args:
         model: trained model; it is copied, never modified.
-        calib_loader: iterable of batches, read once: tensors, or tuples, lists or dicts whose first item is the input.
-            A few hundred to a few thousand images, preprocessed as for inference.
+        calib_loader: iterable of batches, read once: tensors, (images, labels), or mappings with the names of the model's
+            inputs; labels are not read. A few hundred to a few thousand images, preprocessed as for inference.
         pattern: "2:4", "1:4", ... (N kept of M consecutive input channels), or a sparsity such as "0.9".
         method: "admm" (ours), or as published "sparsegpt", "exact_obs" (slow), "magnitude".
         exclude: module names or fnmatch patterns of layers to leave exactly as they are.

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.batches import call, inputs_of, map_tensors, take, tensors_in
-from fxprune.calibration.failures import node_failure, remedy_for, said, stays_as_it_is, values_read
+from fxprune.calibration.failures import FUNCTIONAL, node_failure, remedy_for, said, stays_as_it_is, values_read
 from fxprune.errors import CalibrationError
-from fxprune.geometry import is_matrix_layer
+from fxprune.geometry import CONVOLUTIONS
 from fxprune.graph import Runner, device_of, input_of, module_of
 from fxprune.surroundings import same_random_numbers
 
@@ -75,11 +75,18 @@ class _Run(Runner):
         self.unbatched = False
 
     def run_node(self, n: Node) -> Any:
-        module = module_of(n)
-        if is_matrix_layer(module):
-            x, of_one = self.env[input_of(n)], len(getattr(module, "kernel_size", ())) + 1
+        if (of_one := self._dimensions_of_one(n)) is not None:
+            x = self.env[input_of(n)]
             self.unbatched |= isinstance(x, Tensor) and x.dim() == of_one
         return super().run_node(n)
+
+    def _dimensions_of_one(self, node: Node) -> int | None:
+        """How many dimensions one image has for a convolution, or one row for a linear layer."""
+        module = module_of(node)
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            return len(getattr(module, "kernel_size", ())) + 1
+        weight = node.args[1] if node.target in FUNCTIONAL and len(node.args) > 1 else None
+        return self.env[weight].dim() - 1 if isinstance(weight, Node) else None
 
     def outcome(self, values: list[Any]) -> Any:
         return _attempt(lambda: self.run(*_copies(values)))

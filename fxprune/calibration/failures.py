@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.batches import tensors_in
 from fxprune.errors import CalibrationError, FxPruneError
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from fxprune.graph import Runner, call_sites
+from fxprune.graph import Runner, module_of
 
+FUNCTIONAL = (F.conv1d, F.conv2d, F.conv3d)
 _OF_TYPES = re.compile(r"dtype|scalar type|input type|not implemented for '|unsigned char|tensor type", re.IGNORECASE)
 
 
@@ -110,8 +113,8 @@ def _of_type(model: nn.Module, x: Tensor, error: BaseException | None) -> str:
 
 
 def _of_dimensions(model: nn.Module, x: Tensor) -> str:
-    convolution = first_convolution(model)
-    dimensions = 1 if convolution is None else len(convolution.kernel_size) + 1  # Of one image, or one row of features.
+    convolution = _first_convolution(model)
+    dimensions = 1 if convolution is None else convolution[0] + 1  # Of one image, or one row of features.
     if x.dim() != dimensions or not (convolution or x.is_floating_point()):
         return ""
     return (
@@ -121,11 +124,11 @@ def _of_dimensions(model: nn.Module, x: Tensor) -> str:
 
 
 def _of_channels(model: nn.Module, x: Tensor, error: BaseException | None) -> str:
-    convolution = first_convolution(model)
+    convolution = _first_convolution(model)
     if convolution is None or error is None or "channels" not in str(error):
         return ""
-    wanted = convolution.in_channels
-    if x.dim() != len(convolution.kernel_size) + 2 or x.shape[1] == wanted:
+    spatial, wanted = convolution
+    if x.dim() != spatial + 2 or x.shape[1] == wanted:
         return ""
     found = f"The model takes images of {wanted} channels, and these have {x.shape[1]}"
     if x.shape[-1] == wanted:
@@ -140,8 +143,23 @@ def _of_channels(model: nn.Module, x: Tensor, error: BaseException | None) -> st
     return f"{found}: is this the data set that the model was trained on?"
 
 
-def first_convolution(model: nn.Module) -> Any:
-    """The first convolution that a graph calls, or that a module holds; None if there is none."""
-    modules = call_sites(model) if isinstance(model, GraphModule) else model.modules()
+def _first_convolution(model: nn.Module) -> tuple[int, int] | None:
+    """Spatial dimensions and input channels of the first convolution that a graph calls, or that a module holds."""
+    found = (
+        (_of_node(node) for node in model.graph.nodes) if isinstance(model, GraphModule) else map(_of, model.modules())
+    )
+    return next(filter(None, found), None)
+
+
+def _of_node(node: Node) -> tuple[int, int] | None:
+    module, weight = module_of(node), node.args[1] if len(node.args) > 1 else None
+    if node.target not in FUNCTIONAL or not isinstance(weight, Node) or weight.op != "get_attr":
+        return None if module is None else _of(module)
+    tensor = attrgetter(str(weight.target))(node.graph.owning_module)
+    groups: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
+    return tensor.dim() - 2, tensor.shape[1] * groups
+
+
+def _of(module: nn.Module) -> tuple[int, int] | None:
     kinds = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
-    return next((module for module in modules if isinstance(module, kinds)), None)
+    return (len(module.kernel_size), module.in_channels) if isinstance(module, kinds) else None

@@ -36,7 +36,7 @@ class CalibrationStream:
 
     Args:
         graph_module: the graph; its layers are replaced by the caller between two cuts.
-        loader: iterable of batches, read once: tensors, or tuples, lists or dicts whose first item is the input.
+        loader: iterable of batches in any form (`fxprune.calibration.batches`), read once.
         device: where the graph runs.
         stopwatch: takes the time of "stream" and "statistics".
         memory_limit: bytes of live values to hold; see `BatchStore`.

@@ -40,8 +40,8 @@ def validate_onnx(path: str | Path, model: nn.Module, loader: Iterable[Any], *, 
     Args:
         path: the file.
         model: what `fxprune.compile` returned, or any other module; it runs in eval mode on its own device.
-        loader: iterable of batches: tensors, or tuples, lists or dicts that start with the model's inputs. Integer
-            labels that come next are used to measure the accuracy of both.
+        loader: iterable of batches in any form (`fxprune.calibration.batches`). Integer labels that come after the
+            inputs, or bear such a name, are used to measure the accuracy of both.
         progress: show a progress bar.
 
     Returns:

@@ -62,7 +62,7 @@ class PermuteChannels(Pass):
 
     Args:
         pattern: the pattern that the network is to be pruned to.
-        batches: calibration batches, read once per call: tensors, or tuples, lists or dicts whose first item is the input.
+        batches: calibration batches in any form, read once per call.
             A hundred images are enough.
         images: take the first so many only, where the model accepts less than a batch; None for all.
         exclude: module names or fnmatch patterns of layers to leave exactly as they are.
