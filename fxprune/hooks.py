@@ -21,7 +21,7 @@ from fxprune.geometry import is_matrix_layer
 from fxprune.graph import Runner, device_of, has_global_hooks, has_hooks, module_of
 from fxprune.precision import full_precision
 
-IMAGES = 32
+IMAGES, FEW = 32, 4  # Where there are hooks, and where there are none.
 ROUNDING = 64  # Units in the last place, relative to the largest value: the same kernel runs twice.
 
 
@@ -41,7 +41,8 @@ def changed_by_hooks(graph_module: GraphModule, batch: Any) -> dict[str, str]:
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     values = list(inputs_of(batch, placeholders, device=device_of(graph_module)).values())
     run = _Comparison(graph_module)
-    for chosen in (take(values, slice(IMAGES)), values):
+    hooked = has_global_hooks() or any(map(has_hooks, graph_module.modules()))
+    for chosen in (take(values, slice(IMAGES if hooked else FEW)), values):
         try:
             with torch.no_grad(), full_precision():
                 run.run(*map_tensors(chosen, torch.clone))

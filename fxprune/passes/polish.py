@@ -92,7 +92,7 @@ class Polish(Pass):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=total, pct_start=WARM_UP)
         generator = torch.Generator().manual_seed(self.seed)
         for epoch in range(self.epochs):
-            for number in torch.randperm(len(steps), generator=generator).tolist():
+            for number in torch.randperm(len(steps), generator=generator, device="cpu").tolist():
                 inputs = _mirrored(steps[number], generator) if self.flip else steps[number]
                 with torch.enable_grad():
                     loss = distance(inputs)
@@ -176,7 +176,7 @@ def _mirrored(inputs: Inputs, generator: torch.Generator) -> Inputs:
     images, *others = inputs
     if images.dim() != 4:
         raise OptionsError(f"flip mirrors images (N, C, H, W); the model's input has shape {tuple(images.shape)}")
-    chosen = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+    chosen = (torch.rand(len(images), generator=generator, device="cpu") < 0.5).to(images.device)
     return [torch.where(chosen[:, None, None, None], images.flip(-1), images), *others]
 
 
