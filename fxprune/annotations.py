@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from fxprune.geometry import LayerGeometry
 from fxprune.report import LayerReport, PruneReport
@@ -32,6 +32,7 @@ class Annotation:
         geometry: how the layer reads its input; None for layers that are kept.
         chain: the constraints under which the layer is solved, in order.
         report: what was done to the layer, once it is done.
+        changed: why a module's value is not what its parameters say (a hook changes it), or "".
         order: (inputs, outputs): which of the layer's first channels stands where after a permutation, or None each.
     """
 
@@ -40,6 +41,7 @@ class Annotation:
     geometry: LayerGeometry | None = None
     chain: Chain = ()
     report: LayerReport | None = None
+    changed: str = ""
     order: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
@@ -100,6 +102,11 @@ def annotate_graph(graph_module: nn.Module, **changes: Any) -> GraphAnnotation:
 def changes(model: nn.Module) -> tuple[Change, ...]:
     """Everything that passes wrote down about a graph module, in order."""
     return graph_annotation(model).changes
+
+
+def changed_modules(graph_module: GraphModule) -> dict[str, str]:
+    """The modules whose value is not what their parameters say, by name, with the reason."""
+    return {str(n.target): reason for n in graph_module.graph.nodes if (reason := annotation(n).changed)}
 
 
 def report_of(model: nn.Module) -> PruneReport | None:

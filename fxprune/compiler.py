@@ -18,6 +18,7 @@ from fxprune.method import Method
 from fxprune.options import Options
 from fxprune.passes import (
     Allocate,
+    CheckHooks,
     CheckImages,
     FoldBatchNorm,
     InsertObservers,
@@ -34,11 +35,13 @@ from fxprune.pattern import Pattern
 from fxprune.progress import layer_progress
 from fxprune.recipe import Recipe
 from fxprune.solvers import Solver
+from fxprune.surroundings import undisturbed, without_inference_tensors
 from fxprune.tracing import trace
 
 DEFAULT_RECIPE = "2:4"
 
 
+@undisturbed
 def compile(
     model: nn.Module,
     calib_loader: Iterable[Any],
@@ -57,8 +60,8 @@ def compile(
 
     Args:
         model: trained model; it is copied, never modified.
-        calib_loader: iterable of batches, read once: tensors, or tuples, lists or dicts whose first item is the input.
-            A few hundred to a few thousand images, preprocessed as for inference.
+        calib_loader: iterable of batches, read once: tensors, (images, labels), or mappings with the names of the model's
+            inputs; labels are not read. A few hundred to a few thousand images, preprocessed as for inference.
         pattern: the recipe. "2:4", "1:4", ... (N kept of M consecutive input channels), a sparsity such as "0.9",
             "mixed:0.6", "rank:0.7" (low rank), a chain such as "rank:0.7+2:4"; or a mapping from layer names or fnmatch
             patterns to such, {"layer4.*": "1:4", "fc": "dense", "*": "2:4"}, first match wins.
@@ -99,6 +102,7 @@ def compile(
         graph_module.to(calibration.device)
         for step in passes:
             step(graph_module, calibration)
+        without_inference_tensors(graph_module)
         verify(graph_module)
     return CompiledModule.of(graph_module.to(home), time.perf_counter() - started, calibration.warnings)
 
@@ -118,7 +122,7 @@ def default_passes(
 def solving_passes(recipe: Recipe, method: Method, *, exclude: Sequence[str] = ()) -> list[Pass]:
     """The passes for a recipe and a method, whose options are resolved."""
     options = method.options
-    passes: list[Pass] = [CheckImages(), RemoveInplace()]
+    passes: list[Pass] = [CheckHooks(), CheckImages(), RemoveInplace()]
     if options.fold_batchnorm:
         passes.append(FoldBatchNorm(exclude=exclude))
     if options.permute:

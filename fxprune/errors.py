@@ -55,6 +55,10 @@ class EvaluationError(FxPruneError):
     """A model cannot be scored on the batches given."""
 
 
+class EvaluationWarning(UserWarning):
+    """A model was scored, and the score is what guessing gives."""
+
+
 class ExportError(FxPruneError):
     """A model cannot be exported, or its file cannot be written."""
 

@@ -20,7 +20,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def is_matrix_layer(module: nn.Module) -> TypeGuard[MatrixLayer]:
+def is_matrix_layer(module: nn.Module | None) -> TypeGuard[MatrixLayer]:
     """Whether a module is exactly a ConvNd or a Linear (a subclass may compute something else)."""
     return type(module) in (*CONVOLUTIONS, nn.Linear)
 

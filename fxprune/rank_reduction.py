@@ -46,8 +46,7 @@ def low_rank(
 
     Args:
         model: trained model; it is copied, never modified.
-        calib_loader: iterable of batches, read once and held in memory: tensors, or tuples, lists or dicts whose first
-            item is the input.
+        calib_loader: iterable of batches as for `compile`.
         rank: "multiply_adds:0.7" (the network keeps 70% of them, spread over the layers by the error each rank makes),
             "ratio:0.5" (each layer keeps half of its own), "energy:0.95" (each layer keeps 95% of its output's
             variance), or "speedup:1.3" (1.3 times faster than dense in onnxruntime on this machine's CPU, one image,

@@ -27,11 +27,12 @@ from fxprune.layers.macs import macs_per_sample
 from fxprune.layers.sensitivity import sensitivities
 from fxprune.method import Method
 from fxprune.options import Options
-from fxprune.passes import CheckImages, FoldBatchNorm, InsertObservers, RemoveInplace
+from fxprune.passes import CheckHooks, CheckImages, FoldBatchNorm, InsertObservers, RemoveInplace
 from fxprune.progress import layer_progress
 from fxprune.ranks.rule import RankRule
 from fxprune.recipe import Recipe
 from fxprune.solvers import Solver
+from fxprune.surroundings import undisturbed
 from fxprune.tracing import trace
 
 
@@ -106,6 +107,7 @@ class Scan:
             writer.writerows([getattr(row, name) for name in names] for row in self.layers)
 
 
+@undisturbed
 def scan(
     model: nn.Module,
     calib_loader: Iterable[Any],
@@ -151,6 +153,7 @@ def scan(
     with layer_progress(progress) as calibration.on_layer:
         graph_module = trace(model, exclude=exclude, example=calibration.first)
         graph_module.to(calibration.device)
+        CheckHooks()(graph_module, calibration)
         CheckImages()(graph_module, calibration)
         RemoveInplace()(graph_module)
         if how.options.fold_batchnorm:

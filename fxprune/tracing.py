@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node, Proxy, Tracer
 from torch.nn.parameter import is_lazy
 
+from fxprune.calibration.batches import names_in
 from fxprune.errors import FxPruneError, TraceError
 from fxprune.trace_check import difference
 
@@ -53,7 +54,7 @@ def trace(model: nn.Module, *, exclude: Sequence[str] = (), example: Any = None)
     model = _copied(_usable(model, exclude))
     leaves: set[str] = set()
     cause: Exception | None
-    given = tuple(example) if isinstance(example, dict) else ()
+    given = names_in(example)
     while True:
         tracer = _PathTracer(leaves, given)
         try:

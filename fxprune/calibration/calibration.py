@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map_only
 
-from fxprune.calibration.batches import assign, count_images, peek, read_all
+from fxprune.calibration.batches import count, inputs_of, map_tensors, peek, read_all, take
 from fxprune.calibration.holdout import drawn, held_out_count
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.errors import CalibrationWarning
-from fxprune.graph import device_of, module_of
+from fxprune.graph import Runner, device_of, module_of
 from fxprune.statistics import HessianObserver
 
 HEAD_IMAGES = 160  # In a set of as many, the first FITTED_HEAD are never held out: some passes look at no more of it.
@@ -78,14 +77,14 @@ class Calibration:
         Of the last batch only as many as are asked for.
         """
         batches = self.head(max(images, HEAD_IMAGES))
-        masks = self.held_out(sum(map(count_images, batches))).split([count_images(batch) for batch in batches])
+        masks = self.held_out(sum(map(count, batches))).split([count(batch) for batch in batches])
         fitted: list[Any] = []
         for batch, mask in zip(batches, masks, strict=True):
             left = (~mask).nonzero()[:images, 0]
             if len(left) == len(mask):
                 fitted.append(batch)
             elif len(left):
-                fitted.append(_of_images(batch, left, len(mask)))
+                fitted.append(take(batch, left))
             images -= len(left)
             if images <= 0:
                 break
@@ -105,14 +104,11 @@ class Calibration:
     def example(self, graph_module: GraphModule, images: int = 4) -> list[Any]:
         """Values of the graph's inputs: the first images of the first batch, or all where the graph takes no other number."""
         placeholders = graph_module.graph.find_nodes(op="placeholder")
-        whole = list(assign(placeholders, self.first, device=device_of(graph_module)).values())
-        if not whole:
-            return []
-        size = len(whole[0])
-        few = [x[:images] if isinstance(x, Tensor) and x.dim() and len(x) == size else x for x in whole]
+        whole = list(inputs_of(self.first, placeholders, device=device_of(graph_module)).values())
+        few: list[Any] = take(whole, slice(images))
         try:
             with torch.no_grad(), observers_off(graph_module):
-                graph_module(*few)
+                Runner(graph_module).run(*map_tensors(few, torch.clone))
         except Exception:  # Whatever it is: the run on the whole batch names the place, or succeeds.
             return whole
         return few
@@ -121,11 +117,6 @@ class Calibration:
         """Say that something is wrong with the images, here and in the report."""
         self.warnings.append(message)
         warnings.warn(message, CalibrationWarning, stacklevel=2)
-
-
-def _of_images(batch: Any, chosen: Tensor, images: int) -> Any:
-    """The chosen images of a batch: of every tensor in it that has as many entries."""
-    return tree_map_only(Tensor, lambda x: x[chosen.to(x.device)] if x.dim() and len(x) == images else x, batch)
 
 
 class observers_off:  # noqa: N801 - a context manager

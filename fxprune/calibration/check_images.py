@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
-from fxprune.calibration.batches import assign, count_images
+from fxprune.calibration.batches import count, inputs_of, map_tensors
+from fxprune.calibration.failures import stays_as_it_is
 from fxprune.calibration.holdout import LEAST_IMAGES
-from fxprune.graph import device_of, input_of, module_of
+from fxprune.graph import Runner, device_of, input_of, module_of
 
 IMAGES = 64  # That are looked at.
 CONSTANT = 1e-3  # Standard deviation within images, relative to their largest value.
@@ -33,7 +34,7 @@ def suspicions(graph_module: GraphModule, batches: list[object]) -> list[str]:
         graph_module: in eval mode, its BatchNorm modules not folded yet.
         batches: with the first IMAGES images or more, as the loader gave them.
     """
-    images = sum(map(count_images, batches))
+    images = sum(map(count, batches))
     found = []
     if images < LEAST_IMAGES:
         found.append(
@@ -45,15 +46,17 @@ def suspicions(graph_module: GraphModule, batches: list[object]) -> list[str]:
     inputs: list[Tensor] = []
     seen = 0
     for number, batch in enumerate(batches):
-        values = list(assign(placeholders, batch, number, device=device).values())
+        values = list(inputs_of(batch, placeholders, number, device=device).values())
         if not values or not isinstance(values[0], Tensor) or not values[0].is_floating_point():
             return found
         inputs.append(values[0])
         try:
-            watch.run(*values)
-        except Exception:  # The run that solves the layers names the place.
+            watch.run(*map_tensors(values, torch.clone))
+        except Exception as error:  # The run that solves the layers names the place.
+            if stays_as_it_is(error):
+                raise
             return found
-        seen += len(values[0])
+        seen += count(values)
         if seen >= IMAGES:
             break
     found += _of_inputs(inputs)
@@ -77,7 +80,7 @@ def _of_inputs(inputs: list[Tensor]) -> Iterator[str]:
             yield f"the first {len(whole)} calibration images are all alike; check the loader"
 
 
-class _Watch(Interpreter):
+class _Watch(Runner):
     """Runs a graph, and looks at what its rectifiers give and its BatchNorms read."""
 
     def __init__(self, graph_module: GraphModule) -> None:
@@ -109,15 +112,15 @@ class _Watch(Interpreter):
                 f"{dead / channels:.0%} of the activations' channels are zero on the calibration images: most of the network "
                 "sees nothing; check the images and their normalisation"
             )
-        for node, (total, squares, count) in self._sums.items():
+        for node, (total, squares, seen) in self._sums.items():
             norm = module_of(node)
             assert isinstance(norm, BATCHNORMS)
             assert norm.running_mean is not None
             assert norm.running_var is not None
             running, variance = norm.running_mean.double(), norm.running_var.double() + norm.eps
-            mean = total / count
+            mean = total / seen
             shift = float(((mean - running).abs() / variance.sqrt()).median())
-            ratio = float((((squares / count - mean**2).clamp_min(0) + norm.eps) / variance).log().median().exp())
+            ratio = float((((squares / seen - mean**2).clamp_min(0) + norm.eps) / variance).log().median().exp())
             if shift > MEAN_SHIFT or not 1 / VARIANCE_RATIO < ratio < VARIANCE_RATIO:
                 yield (
                     f"the calibration images are unlike those that the model was trained on: at {str(node.target)!r} the mean "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxprune.geometry import CONVOLUTIONS
-from fxprune.graph import module_of
+from fxprune.graph import has_global_hooks, has_hooks, module_of
 
 ADDS = (operator.add, torch.add)
 
@@ -35,7 +35,7 @@ def spare_input(node: Node) -> Node | None:
     Memory that has been touched already takes half the time of new.
     """
     module = module_of(node)
-    if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+    if _is_hooked(module):
         return None
     relu = type(module) is nn.ReLU if module is not None else node.target in (F.relu, torch.relu, "relu")
     add = node.target in ADDS and len(node.args) == len(node.all_input_nodes) == 2 and not node.kwargs
@@ -46,7 +46,12 @@ def spare_input(node: Node) -> Node | None:
 
 def _is_fresh(source: Node) -> bool:
     """Whether a value is in memory of its own."""
-    return isinstance(module_of(source), (*CONVOLUTIONS, nn.Linear)) or source.target in ADDS
+    module = module_of(source)  # A hook may give something else, or keep the value.
+    return (isinstance(module, (*CONVOLUTIONS, nn.Linear)) and not _is_hooked(module)) or source.target in ADDS
+
+
+def _is_hooked(module: nn.Module | None) -> bool:
+    return module is not None and (has_hooks(module) or has_global_hooks())
 
 
 def overwrite(node: Node, source: Node, value_of: Callable[[Node], Any]) -> Tensor | None:

@@ -7,7 +7,6 @@ out of every layer's would still be most of the work: it would run through both 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from fractions import Fraction
 from typing import Any
 
@@ -16,6 +15,9 @@ from torch import Size, Tensor
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration import sampling
+from fxprune.calibration.batches import count, map_tensors, take
+from fxprune.calibration.calibration import observers_off
+from fxprune.calibration.failures import stays_as_it_is
 from fxprune.calibration.sampling import BatchPlace
 from fxprune.graph import Shape, module_of, value_shapes
 from fxprune.statistics import HessianObserver
@@ -45,14 +47,10 @@ def image_step(
         The step; 1 too for a model that does not run on a few images of a batch, as it may take batches of one size only.
     """
     observers = {n: m for n in graph_module.graph.nodes if isinstance(m := module_of(n), HessianObserver)}
-    try:
-        with ExitStack() as dry_run:
-            for observer in observers.values():
-                dry_run.enter_context(observer.paused())
-            shapes = value_shapes(graph_module, *select_images(inputs, slice(DRY_RUN_IMAGES)).values())
-    except Exception:  # Whatever it is: the run on the whole batch names the place, or succeeds.
+    shapes = _shapes_of_a_few(graph_module, inputs)
+    if shapes is None:
         return Fraction(1)
-    ran = BatchPlace(0, 0, min(DRY_RUN_IMAGES, len(next(iter(inputs.values())))))
+    ran = BatchPlace(0, 0, min(DRY_RUN_IMAGES, count(inputs)))
     seen = [(observer.geometry, _of_shape(shapes[node])) for node, observer in observers.items()]
     alone = [patch_count(geometry, geometry.batched(x)) == ran.images for geometry, x in seen]
     steps = []
@@ -65,15 +63,24 @@ def image_step(
     return min(steps, default=Fraction(1))
 
 
+def runs_on_a_few(graph_module: GraphModule, inputs: Mapping[Node, Any]) -> bool:
+    """Whether a graph takes fewer images than a batch holds."""
+    return _shapes_of_a_few(graph_module, inputs) is not None
+
+
+def _shapes_of_a_few(graph_module: GraphModule, inputs: Mapping[Node, Any]) -> dict[Node, Shape] | None:
+    """The shapes of all values on a few images; None for a model that does not run on them."""
+    few = map_tensors(take(list(inputs.values()), slice(DRY_RUN_IMAGES)), torch.clone)
+    try:
+        with observers_off(graph_module):
+            return value_shapes(graph_module, *few)
+    except Exception as error:  # Whatever it is: the run on the whole batch names the place, or succeeds.
+        if stays_as_it_is(error):
+            raise
+        return None
+
+
 def _of_shape(shape: Shape) -> Tensor:
     """What a layer reads of the images that ran, without its values."""
     assert isinstance(shape, Size)
     return torch.empty(shape, device="meta")
-
-
-def select_images(inputs: Mapping[Node, Any], chosen: slice | Tensor) -> dict[Node, Any]:
-    """The images chosen of a batch: of every tensor that has as many entries as the first input."""
-    size = len(next(iter(inputs.values())))
-    return {
-        node: x[chosen] if isinstance(x, Tensor) and x.dim() and len(x) == size else x for node, x in inputs.items()
-    }

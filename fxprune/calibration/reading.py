@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.batch_store import BatchStore, BatchValues
-from fxprune.calibration.batches import EMPTY, assign, channels_last
+from fxprune.calibration.batches import EMPTY, channels_last, count, inputs_of, map_tensors, take, tensors_in
 from fxprune.calibration.calibration import Calibration
-from fxprune.calibration.needed_images import image_step, select_images
+from fxprune.calibration.needed_images import image_step, runs_on_a_few
 from fxprune.calibration.sampling import BatchPlace, as_index, images_taken
 from fxprune.errors import CalibrationError
 
@@ -92,35 +92,48 @@ def read_into(
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     digest, sizes = hashlib.sha256(), list[int]()
     for number, batch in enumerate(calibration):
-        values = assign(placeholders, batch, number, device=device)
-        sizes.append(len(values[placeholders[0]]) if placeholders else 0)
-        if placeholders:
-            first = values[placeholders[0]]
-            digest.update(str((tuple(first.shape), float(first.sum(dtype=torch.float64)))).encode())
-        store.put(number, BatchValues({node: channels_last(x) for node, x in values.items()} if last else values))
+        values = inputs_of(batch, placeholders, number, device=device)
+        sizes.append(count(list(values.values())) if placeholders else 0)
+        for x in tensors_in(list(values.values())):
+            digest.update(str((tuple(x.shape), float(x.sum(dtype=torch.float64)))).encode())
+        in_memory = {node: map_tensors(x, channels_last) for node, x in values.items()} if last else values
+        store.put(number, BatchValues(in_memory))
     if not len(store):
         raise CalibrationError(EMPTY)
     total, step = sum(sizes), Fraction(1)
-    mask = calibration.held_out(total)
-    count = int(mask.sum())
+    masks = calibration.held_out(total).split(sizes)
+    out = sum(int(mask.sum()) for mask in masks)
+    if out and not runs_on_a_few(graph_module, store.look(0).dense_values):
+        masks = _whole_batches(sizes, out)
+        out = sum(int(mask.sum()) for mask in masks)
     if patches and placeholders and fit:
         first_batch = store.look(0).dense_values
-        step = image_step(graph_module, first_batch, images=total - count, patches=patches, least=least)
+        step = image_step(graph_module, first_batch, images=total - out, patches=patches, least=least)
     held_out = _HeldOut(store, max(LEAST_TOGETHER, sizes[0]), key=len(sizes))
     slots, before, images = list[Slot](), 0, 0  # Images that are not held out, and those of them that are taken.
-    for number, of_batch in enumerate(mask.split(sizes)):
+    for number, of_batch in enumerate(masks):
         left = (~of_batch).nonzero()[:, 0]
-        taken = images_taken(len(left), step, first=before, turn=number) if fit or not count else ()
+        taken = images_taken(len(left), step, first=before, turn=number) if fit or not out else ()
         before += len(left)
         if len(taken) < len(of_batch):
             values = store.take(number).dense_values
-            held_out.add(number, select_images(values, of_batch.nonzero()[:, 0].to(device)))
+            held_out.add(number, take(values, of_batch.nonzero()[:, 0].to(device)))
             if taken:
-                store.put(number, BatchValues(select_images(values, left[as_index(taken, left.device)].to(device))))
+                store.put(number, BatchValues(take(values, left[as_index(taken, left.device)].to(device))))
         if taken or not placeholders:
             slots.append(Slot(number, number, BatchPlace(len(slots), images, len(taken))))
             images += len(taken)
-    return Source(total, images, count, step, digest.hexdigest(), (*slots, *held_out.finish()))
+    return Source(total, images, out, step, digest.hexdigest(), (*slots, *held_out.finish()))
+
+
+def _whole_batches(sizes: list[int], least: int) -> list[Tensor]:
+    """For models of one batch size: the last batches held out, with so many images together, but not half of all."""
+    masks, left = [], least
+    for number, size in enumerate(reversed(sizes)):
+        out = left > 0 and 2 * (number + 1) <= len(sizes)
+        masks.append(torch.full((size,), out))
+        left -= size if out else 0
+    return masks[::-1]
 
 
 class _HeldOut:
@@ -135,14 +148,14 @@ class _HeldOut:
 
     def add(self, batch: int, values: dict[Node, Any]) -> None:
         """Add a batch's held-out images; there may be none."""
-        count = len(next(iter(values.values())))
-        if not count:
+        images = count(list(values.values()))
+        if not images:
             return
-        if self._parts and (_kind(values) != _kind(self._parts[0]) or self._count + count > self._together):
+        if self._parts and (_kind(values) != _kind(self._parts[0]) or self._count + images > self._together):
             self._flush()
         self._batch = self._batch if self._parts else batch
         self._parts.append(values)
-        self._count += count
+        self._count += images
 
     def finish(self) -> list[Slot]:
         """The slots of all held-out images."""
@@ -152,24 +165,34 @@ class _HeldOut:
     def _flush(self) -> None:
         if not self._parts:
             return
-        joined = {node: _joined([part[node] for part in self._parts]) for node in self._parts[0]}
+        joined = dict(zip(self._parts[0], _joined([list(part.values()) for part in self._parts]), strict=True))
         self._store.put(self._key, BatchValues(joined))
         self._slots.append(Slot(self._key, self._batch, None))
         self._key, self._parts, self._count = self._key + 1, [], 0
 
 
 def _kind(values: dict[Node, Any]) -> list[Any]:
-    """What has to be alike for batches to be joined: shapes and dtypes, and values that are no images."""
-    size = len(next(iter(values.values())))
-    return [
-        (x.shape[1:], x.dtype) if isinstance(x, Tensor) and x.dim() and len(x) == size else id(x)
-        for x in values.values()
-    ]
+    """What has to be alike for batches to be joined: shapes and dtypes of what holds images, and all other tensors."""
+    held = list(values.values())
+    images = count(held)
+    return [(x.shape[1:], x.dtype) if x.dim() and len(x) == images else id(x) for x in tensors_in(held)]
 
 
-def _joined(parts: list[Any]) -> Any:
-    if len(parts) == 1 or not isinstance(parts[0], Tensor) or parts[0] is parts[-1]:
+def _joined(parts: list[list[Any]]) -> list[Any]:
+    """Several batches as one."""
+    if len(parts) == 1:
         return parts[0]
-    last = parts[0].dim() == 4 and parts[0][:1].is_contiguous(memory_format=torch.channels_last)
-    whole = torch.cat(parts)
-    return whole.contiguous(memory_format=torch.channels_last) if last else whole
+    images = [count(part) for part in parts]
+    others = [list(tensors_in(part)) for part in parts]
+    index = iter(range(len(others[0])))
+
+    def join(x: Tensor) -> Tensor:
+        of_all = [tensors[i] for tensors, i in zip(others, [next(index)] * len(others), strict=True)]
+        if not x.dim() or len(x) != images[0]:
+            return x
+        whole = torch.cat(of_all)
+        last = x.dim() == 4 and x[:1].is_contiguous(memory_format=torch.channels_last)
+        return whole.contiguous(memory_format=torch.channels_last) if last else whole
+
+    joined: list[Any] = map_tensors(parts[0], join)
+    return joined

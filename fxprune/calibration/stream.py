@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
 from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.calibration import Calibration, observers_off
+from fxprune.calibration.failures import node_failure, remedy_for, stays_as_it_is
 from fxprune.calibration.lifetimes import last_uses, overwrite, reads_strides, spare_input
 from fxprune.calibration.observers import observer_of
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
@@ -30,9 +30,9 @@ from fxprune.calibration.reading import Slot, Source, read_into
 from fxprune.calibration.sampling import BatchPlace, PatchSample, sample_patches
 from fxprune.calibration.targets import cross_statistics, relu_aware_statistics
 from fxprune.consumers import consumers
-from fxprune.errors import CalibrationError, GraphError
+from fxprune.errors import GraphError
 from fxprune.geometry import LayerGeometry
-from fxprune.graph import device_of, input_of, module_of
+from fxprune.graph import arguments_of, device_of, input_of, module_of
 from fxprune.layers.install import install
 from fxprune.layers.problem import layer_of
 from fxprune.layers.solve import SolvedLayer
@@ -358,21 +358,27 @@ class CalibrationStream:
             if (value := overwrite(node, spare, value_of)) is not None:
                 return value
         run = getattr(self._interpreter, node.op)
-        args, kwargs = map_arg(node.args, value_of), map_arg(node.kwargs, value_of)
         try:
             try:
-                return run(node.target, args, kwargs)
+                return run(node.target, *arguments_of(node, value_of))
             except RuntimeError:
                 if not self._channels_last:
                     raise
-                contiguous = tree_map_only(Tensor, torch.Tensor.contiguous, (args, kwargs))  # As view needs.
+                # As view needs.
+                contiguous = tree_map_only(Tensor, torch.Tensor.contiguous, arguments_of(node, value_of))
                 return run(node.target, *contiguous)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            shapes = [tuple(value.shape) for value in map(value_of, node.all_input_nodes) if isinstance(value, Tensor)]
-            raise CalibrationError(
-                f"the model failed on calibration batch {number} at node {node.name!r} ({node.target}), "
-                f"input shapes {shapes}: {error}"
-            ) from error
+        except Exception as error:  # A forward may raise what it likes.
+            if stays_as_it_is(error):
+                raise
+            inputs = {source: value_of(source) for source in node.all_input_nodes}
+            images = [value for source, value in inputs.items() if _is_given(source)]
+            remedy = remedy_for(self.graph_module, images, error)
+            raise node_failure(error, node, inputs.values(), f"calibration batch {number}", remedy) from error
+
+
+def _is_given(node: Node) -> bool:
+    """Whether a node's value comes with the batch, perhaps past an observer."""
+    return node.op == "placeholder" or (isinstance(module_of(node), HessianObserver) and _is_given(input_of(node)))
 
 
 @contextmanager

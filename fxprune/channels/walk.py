@@ -12,7 +12,7 @@ from fxprune.channels.functions import function_rule
 from fxprune.channels.layout import Channels, Layout
 from fxprune.channels.modules import module_rule
 from fxprune.channels.operations import METADATA, called_name, describe
-from fxprune.graph import Shape, call_sites, module_of
+from fxprune.graph import Shape, call_sites, has_hooks, module_of
 from fxprune.tracing import matches
 
 
@@ -74,7 +74,7 @@ def _reason_to_fix(
     exclude: Sequence[str],
 ) -> str | None:
     """Why a module's parameters cannot be permuted, whatever it computes."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_hooks(module):
         return f"{describe(node)} has forward hooks"
     if not [*module.parameters(), *module.buffers()]:
         return None

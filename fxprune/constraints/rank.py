@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxprune.calibration.batches import tensors_in
 from fxprune.calibration.calibration import Calibration
 from fxprune.constraints.base import Constraint, Part, Rest, register
 from fxprune.errors import OptionsError, PatternError
@@ -129,7 +130,8 @@ class Rank(Constraint):
         from fxprune.ranks.speedup import plan_for_speedup  # It exports files, for which the rest is not needed.
 
         calibration.on_layer("measuring", 0)
-        return plan_for_speedup(graph_module, found, self.rule.value, calibration.example(graph_module, images=1))
+        example = calibration.example(graph_module, images=1)
+        return plan_for_speedup(graph_module, found, self.rule.value, list(tensors_in(example)))
 
     def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:
         """Factors with the least output error ("data_aware"), or for methods that see no images the truncated SVD."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,7 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxprune.errors import EvaluationError
+from fxprune.calibration.batches import (
+    call,
+    check_values,
+    describe,
+    inputs_by_name,
+    labels_of,
+    map_tensors,
+    model_inputs,
+    tensors_in,
+)
+from fxprune.calibration.failures import remedy_for, said, stays_as_it_is
+from fxprune.errors import EvaluationError, EvaluationWarning
+from fxprune.surroundings import undisturbed
 
 
 class Agreement(NamedTuple):
@@ -25,35 +38,52 @@ class Agreement(NamedTuple):
     kl: float
 
 
+@undisturbed
 def evaluate(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> float:
     """Measure top-1 accuracy, batch by batch, in eval mode.
 
     Args:
         model: maps images (N, C, H, W) to logits (N, classes). Its training flags and its device are
             afterwards what they were.
-        loader: batches (images, labels), labels (N,) or (N, 1).
+        loader: batches of images and labels in any form, see `fxprune.calibration.batches`; labels (N,) or (N, 1) come
+            after the images, or bear a name such as "labels".
         device: where to compute; None is where the model is.
 
     Returns:
-        Accuracy in percent.
+        Accuracy in percent. An `EvaluationWarning` says so where it is no better than guessing.
 
     Raises:
-        EvaluationError: no batches, batches without labels, or outputs that are no finite logits.
+        EvaluationError: no batches, batches without labels or with labels that are no classes of the model, a model that
+            fails on a batch, or outputs that are no finite logits.
     """
-    right = total = 0
+    right = total = classes = 0
     with _ready(model, device) as place:
-        for batch in loader:
-            images, labels = _images_and_labels(batch)
-            logits = _logits(model, images, place)
+        for number, batch in enumerate(loader):
+            inputs = _inputs(model, batch, number)
+            labels = _labels(batch, list(inputs.values()))
+            logits = _logits(model, inputs, place, number)
             if labels.numel() != len(logits):
-                raise EvaluationError(f"{len(logits)} outputs but labels of shape {tuple(labels.shape)}")
+                remedy = remedy_for(model, inputs)
+                raise EvaluationError(
+                    f"{len(logits)} outputs but labels of shape {tuple(labels.shape)}{remedy and '. '}{remedy}"
+                )
+            _check_labels(labels, logits.shape[1], number)
             right += int((logits.argmax(1) == labels.reshape(-1).to(place)).sum())
             total += len(logits)
+            classes = logits.shape[1]
     if total == 0:
         raise EvaluationError("the loader gave no batches; there is nothing to measure accuracy on")
+    if classes > 1 and right * classes <= total:
+        warnings.warn(
+            f"{type(model).__name__} is right on {right} of {total} images, which guessing one of {classes} classes would be "
+            "too: is this the data set that it was trained on, with its preprocessing and its order of classes?",
+            EvaluationWarning,
+            stacklevel=3,
+        )
     return 100.0 * right / total
 
 
+@undisturbed
 def agreement(
     model_a: nn.Module,
     model_b: nn.Module,
@@ -65,22 +95,22 @@ def agreement(
     Args:
         model_a: the reference, as a rule the dense model.
         model_b: the other, as a rule the pruned one.
-        loader: batches: a tensor of images, or a tuple, list or dict whose first item it is.
+        loader: batches in any form, see `fxprune.calibration.batches`.
         device: where to compute; None is where each model is.
 
     Returns:
-        (top1, kl): agreement in percent, and mean KL(a || b) in nats, in float64.
+        (top1, kl): agreement in percent, and mean KL(a || b) in nats, in float64. An `EvaluationWarning` says so where the
+        agreement is no better than chance.
 
     Raises:
-        EvaluationError: no batches, outputs that are no finite logits, or different class counts.
+        EvaluationError: no batches, a model that fails on one, outputs that are no finite logits, or different class counts.
     """
-    same = total = 0
+    same = total = classes = 0
     divergence = 0.0
     with _ready(model_a, device) as place_a, _ready(model_b, device) as place_b:
-        for batch in loader:
-            images = first_item(batch)
-            logits_a = _logits(model_a, images, place_a).double()
-            logits_b = _logits(model_b, images, place_b).to(place_a).double()
+        for number, batch in enumerate(loader):
+            logits_a = _logits(model_a, _inputs(model_a, batch, number), place_a, number).double()
+            logits_b = _logits(model_b, _inputs(model_b, batch, number), place_b, number).to(place_a).double()
             if logits_a.shape != logits_b.shape:
                 raise EvaluationError(
                     f"the models' outputs differ in shape: {tuple(logits_a.shape)}, {tuple(logits_b.shape)}"
@@ -89,45 +119,63 @@ def agreement(
             divergence += float(F.kl_div(log_b, log_a, reduction="sum", log_target=True))
             same += int((logits_a.argmax(1) == logits_b.argmax(1)).sum())
             total += len(logits_a)
+            classes = logits_a.shape[1]
     if total == 0:
         raise EvaluationError("the loader gave no batches; there is nothing to compare the models on")
+    if classes > 1 and same * classes <= total:
+        warnings.warn(
+            f"the two models agree on {same} of {total} images, which guessing one of {classes} classes would do too: are "
+            "these images of the data set that they were trained on, and do both have its classes in one order?",
+            EvaluationWarning,
+            stacklevel=3,
+        )
     return Agreement(100.0 * same / total, divergence / total)
 
 
-def first_item(batch: Any) -> torch.Tensor:
-    """Return a batch's images: the batch itself, or the first item of a tuple, list or dict.
+def _inputs(model: nn.Module, batch: Any, number: int) -> dict[str, Any]:
+    """The model's inputs in a batch, by name."""
+    inputs = inputs_by_name(batch, model_inputs(model), f"batch {number}", error=EvaluationError)
+    check_values(inputs.values(), f"batch {number}", error=EvaluationError)
+    return inputs
 
-    Raises:
-        EvaluationError: that is no tensor.
-    """
-    first = batch
-    if isinstance(batch, Mapping):
-        first = next(iter(batch.values()), None)
-    elif isinstance(batch, tuple | list):
-        first = batch[0] if batch else None
-    if not isinstance(first, torch.Tensor):
+
+def _labels(batch: Any, inputs: list[Any]) -> torch.Tensor:
+    labels = labels_of(batch, inputs)
+    if labels is None:
         raise EvaluationError(
-            f"a batch must be a tensor, or a tuple, list or dict that starts with one; found "
-            f"{type(batch).__name__} that starts with {type(first).__name__}"
-        )
-    return first
-
-
-def _images_and_labels(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    items = list(batch.values()) if isinstance(batch, Mapping) else batch
-    if not isinstance(items, tuple | list) or len(items) < 2 or not isinstance(items[1], torch.Tensor):
-        raise EvaluationError(
-            f"accuracy needs batches of (images, labels) tensors; found {type(batch).__name__}. "
+            f"accuracy needs batches of (images, labels) tensors; found {describe(batch)}. "
             "Without labels, agreement() compares two models"
         )
-    return first_item(batch), items[1]
+    return labels
 
 
-def _logits(model: nn.Module, images: torch.Tensor, place: torch.device) -> torch.Tensor:
-    output = model(images.to(place))
+def _check_labels(labels: torch.Tensor, classes: int, number: int) -> None:
+    least, most = (int(x) for x in labels.double().aminmax())
+    if least < 0 or most >= classes:
+        raise EvaluationError(
+            f"batch {number} has the label {least if least < 0 else most}, and the model has {classes} classes, 0 to "
+            f"{classes - 1}: this is another data set than the model's, or its labels count from 1"
+        )
+
+
+def _logits(model: nn.Module, inputs: Mapping[str, Any], place: torch.device, number: int) -> torch.Tensor:
+    placed = map_tensors(dict(inputs), lambda x: x.to(place))
+    try:
+        output = call(model, placed)
+    except Exception as error:
+        if stays_as_it_is(error):
+            raise
+        shapes = [tuple(x.shape) for x in tensors_in(placed)]
+        remedy = remedy_for(model, placed, error)
+        raise EvaluationError(
+            f"{type(model).__name__} failed on batch {number}, input shapes {shapes}: {said(error)}{remedy and '. '}{remedy}"
+        ) from error
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise EvaluationError(f"{type(model).__name__} must give logits (N, classes), not {found}")
+        remedy = remedy_for(model, placed)
+        raise EvaluationError(
+            f"{type(model).__name__} must give logits (N, classes), not {found}{remedy and '. '}{remedy}"
+        )
     if not bool(output.isfinite().all()):
         bad = int((~output.isfinite()).any(1).sum())
         raise EvaluationError(

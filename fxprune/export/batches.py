@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.calibration.batches import (
+    ModelInput,
+    check_values,
+    describe,
+    inputs_by_name,
+    labels_of,
+    model_inputs,
+    without_trailing_labels,
+)
 from fxprune.errors import ExportError, ValidationError
-
-LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 
 
 @dataclass(frozen=True)
@@ -29,42 +35,51 @@ class Batch:
 
 
 def input_names(model: nn.Module, count: int | None = None) -> tuple[str, ...]:
-    """Names of forward's positional parameters: the first `count`, or those without a default."""
-    names: list[str] = []
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL and count is not None:
-            names.extend(f"input_{i}" for i in range(len(names), count))
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            if count is None and parameter.default is not parameter.empty:
-                break
-            names.append(parameter.name)
-    return tuple(names if count is None else names[:count])
+    """Names of the model's inputs in order: the first `count`, or those without a default."""
+    inputs = model_inputs(model)
+    if count is None:
+        return tuple(x.name for x in inputs if x.required)
+    names = [x.name for x in inputs if not x.stars]
+    if any(x.stars == 1 for x in inputs):
+        names += [f"input_{i}" for i in range(len(names), count)]
+    return tuple(names[:count])
 
 
 def example_tensors(example_inputs: Any, model: nn.Module) -> tuple[Tensor, ...]:
-    """The positional inputs in `example_inputs`: a tensor, a tuple or list of tensors, or a dict of them by name.
+    """The positional inputs in `example_inputs`, which may be in any form that a batch of a loader may have.
 
-    A batch (images, labels) of a data loader will do too: what forward takes no more of is left out.
+    Of a batch (images, labels) the images are taken, unless the model needs a second input. Other tensors of a tuple are for
+    the inputs with a default.
 
     Raises:
         ExportError: there is no tensor, or too few of them.
     """
-    needed = input_names(model)
-    if isinstance(example_inputs, Tensor):
-        found = [example_inputs]
-    elif isinstance(example_inputs, Mapping):
-        named = [example_inputs[name] for name in input_names(model, len(example_inputs)) if name in example_inputs]
-        found = named if len(named) >= max(1, len(needed)) else list(example_inputs.values())
-    elif isinstance(example_inputs, list | tuple):
-        found = list(example_inputs)
-    else:
-        found = []
-    found = found[: len(input_names(model, len(found)))]
-    if not found or len(found) < len(needed) or not all(isinstance(value, Tensor) for value in found):
-        raise ExportError(
-            f"example_inputs must give a tensor for each input of {type(model).__name__} ({', '.join(needed)}); "
-            f"found {_describe(example_inputs)}"
-        )
+    inputs = model_inputs(model)
+    takes = ", ".join(x.name for x in inputs if x.required or x.stars)
+    problem = (
+        f"example_inputs must give a tensor for each input of {type(model).__name__} ({takes}); "
+        f"found {describe(example_inputs)}"
+    )
+    try:
+        given = inputs_by_name(example_inputs, inputs, "example_inputs", error=ExportError)
+        check_values(given.values(), "example_inputs", error=ExportError)
+    except ExportError as error:
+        raise ExportError(f"{problem}. {error}") from error
+    if isinstance(example_inputs, (tuple, list)):
+        optional = [x.name for x in inputs if not x.stars and x.name not in given]
+        more = without_trailing_labels(list(example_inputs))[len(given) :]
+        given |= dict(zip(optional, more, strict=False))
+    found: list[Any] = []
+    for x in inputs:
+        if x.name not in given:
+            if not x.stars:
+                break  # What comes after it cannot be given by position.
+            continue
+        if x.stars == 2 and not x.keys:
+            continue  # Nothing is read of it.
+        found += given[x.name] if x.stars == 1 else [given[x.name]]
+    if not found or not all(isinstance(value, Tensor) for value in found):
+        raise ExportError(problem)
     return tuple(found)
 
 
@@ -72,30 +87,30 @@ def read_batch(batch: Any, names: Sequence[str], number: int) -> Batch:
     """Split one batch of a loader into the inputs called `names` and labels.
 
     Args:
-        batch: a tensor; a tuple or list that starts with the inputs, with the labels next; or a dict.
+        batch: in any form, see `fxprune.calibration.batches`; labels may come after the inputs, or bear a name of their own.
         names: the model's inputs, in order.
         number: position of the batch in the loader, for messages.
 
     Raises:
         ValidationError: the batch lacks an input, or an input is no tensor, or empty.
     """
-    labels: Any = None
-    if isinstance(batch, Mapping):
-        by_name = all(name in batch for name in names)
-        values = [batch[name] for name in names] if by_name else list(batch.values())
-        labels = next((batch[key] for key in LABEL_KEYS if key in batch and key not in names), None)
-        if not by_name and labels is None and len(values) > len(names):
-            labels = values[len(names)]
-    else:
-        values = list(batch) if isinstance(batch, list | tuple) else [batch]
-        labels = values[len(names)] if len(values) > len(names) else None
-    inputs = tuple(values[: len(names)])
-    if len(inputs) < len(names) or not all(isinstance(value, Tensor) and value.numel() for value in inputs):
-        raise ValidationError(
-            f"batch {number} of the loader must give a non-empty tensor for each input ({', '.join(names)}); "
-            f"found {_describe(batch)}"
-        )
-    return Batch(inputs, labels if isinstance(labels, Tensor) else None)
+    inputs = [ModelInput(name) for name in names]
+    try:
+        given = inputs_by_name(batch, inputs, f"batch {number}", error=ValidationError)
+        check_values(given.values(), f"batch {number}", error=ValidationError)
+    except ValidationError as error:
+        raise ValidationError(f"{_problem(batch, names, number)}. {error}") from error
+    values = tuple(given[name] for name in names)
+    if not all(isinstance(value, Tensor) and value.numel() for value in values):
+        raise ValidationError(_problem(batch, names, number))
+    return Batch(values, labels_of(batch, values))
+
+
+def _problem(batch: Any, names: Sequence[str], number: int) -> str:
+    return (
+        f"batch {number} of the loader must give a non-empty tensor for each input ({', '.join(names)}); "
+        f"found {describe(batch)}"
+    )
 
 
 def named_outputs(output: Any) -> dict[str, Tensor]:
@@ -108,7 +123,7 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
     """
     found = dict(_walk(output, ""))
     if not found:
-        raise ExportError(f"the model returns no tensor, only {_describe(output)}")
+        raise ExportError(f"the model returns no tensor, only {describe(output)}")
     return found
 
 
@@ -128,21 +143,11 @@ def _walk(output: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
         items = list(enumerate(output))
     else:
         raise ExportError(
-            f"the model's output {prefix or 'value'!r} is {_describe(output)}; "
+            f"the model's output {prefix or 'value'!r} is {describe(output)}; "
             "ONNX files hold tensors, in tuples, lists or dicts"
         )
     for key, value in items:
         yield from _walk(value, f"{prefix}_{key}" if prefix else str(key))
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return "a dict of " + (", ".join(f"{key}: {_describe(item)}" for key, item in value.items()) or "nothing")
-    if isinstance(value, list | tuple):
-        return f"a {type(value).__name__} of " + (", ".join(_describe(item) for item in value) or "nothing")
-    return type(value).__name__
 
 
 def other_batch(inputs: tuple[Tensor, ...], *, same_size: bool) -> tuple[Tensor, ...]:

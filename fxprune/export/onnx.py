@@ -25,12 +25,14 @@ from fxprune.export.parity import evaluating
 from fxprune.export.sparse_initializer import sparsify
 from fxprune.export.torch_export import to_onnx_program
 from fxprune.export.validate import check_file, validate_onnx
+from fxprune.surroundings import undisturbed
 
 # One protobuf message may hold 2 GiB; the graph itself needs some of that.
 EXTERNAL_DATA_BYTES = 2**31 - 2**26
 PRECISIONS = ("fp32", "fp16")
 
 
+@undisturbed
 def export_onnx(
     compiled: nn.Module,
     path: str | Path,

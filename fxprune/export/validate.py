@@ -24,10 +24,12 @@ from fxprune.export.onnx_report import LayerCheck, OnnxReport
 from fxprune.export.parity import compare, evaluating, require_parity
 from fxprune.export.session import open_session
 from fxprune.export.weight_uses import WeightUse, graph_weights
+from fxprune.surroundings import undisturbed
 
 PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
 
+@undisturbed
 def validate_onnx(path: str | Path, model: nn.Module, loader: Iterable[Any], *, progress: bool = True) -> OnnxReport:
     """Check an ONNX file against a model on a whole data set.
 
@@ -38,8 +40,8 @@ def validate_onnx(path: str | Path, model: nn.Module, loader: Iterable[Any], *, 
     Args:
         path: the file.
         model: what `fxprune.compile` returned, or any other module; it runs in eval mode on its own device.
-        loader: iterable of batches: tensors, or tuples, lists or dicts that start with the model's inputs. Integer
-            labels that come next are used to measure the accuracy of both.
+        loader: iterable of batches in any form (`fxprune.calibration.batches`). Integer labels that come after the
+            inputs, or bear such a name, are used to measure the accuracy of both.
         progress: show a progress bar.
 
     Returns:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Size
 from torch.fx import GraphModule, Node
 
+from fxprune.calibration.batches import count, map_tensors
 from fxprune.calibration.calibration import observers_off
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.graph import input_of, module_of, value_shapes
@@ -20,7 +21,7 @@ LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, torch.nn.Linear)
 def layer_shapes(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[Node, tuple[Size, Size]]:
     """Input and output shape of every Conv and Linear module call, for example inputs of the graph."""
     with torch.no_grad(), observers_off(graph_module):
-        shapes = value_shapes(graph_module, *inputs)
+        shapes = value_shapes(graph_module, *map_tensors(list(inputs), torch.clone))
     found = {}
     for node in graph_module.graph.nodes:
         if isinstance(module_of(node), LAYERS):
@@ -33,7 +34,7 @@ def layer_shapes(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[Node,
 
 def macs_per_sample(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[Node, int]:
     """MACs of every Conv and Linear module call for one sample, for example inputs of several samples."""
-    samples = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), 1)
+    samples = count(list(inputs))
     counts = {}
     for node, (read, given) in layer_shapes(graph_module, inputs).items():
         module: Any = module_of(node)

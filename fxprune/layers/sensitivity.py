@@ -15,16 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
-from fxprune.calibration.batches import assign
+from fxprune.calibration.batches import inputs_of, map_tensors, tensors_in
 from fxprune.calibration.calibration import Calibration, observers_off
 from fxprune.calibration.output_error import OutputError
 from fxprune.calibration.stream import dense_statistics
 from fxprune.constraints.base import Chain, Part
 from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry
-from fxprune.graph import device_of
+from fxprune.graph import Runner, device_of
 from fxprune.layers.problem import layer_of
 from fxprune.layers.solve import product, solve_chain
 from fxprune.method import Method
@@ -149,7 +148,7 @@ def _probe(graph_module: GraphModule, calibration: Calibration) -> list[Inputs]:
     probe: list[Inputs] = []
     device = device_of(graph_module)
     for number, batch in enumerate(calibration.fitted_head(PROBE_IMAGES)):
-        probe.append(list(assign(placeholders, batch, number, device=device).values()))
+        probe.append(list(inputs_of(batch, placeholders, number, device=device).values()))
     return probe
 
 
@@ -157,7 +156,7 @@ def _outputs(graph_module: GraphModule, probe: list[Inputs]) -> list[Tensor]:
     """All floating point tensors, (N, ...) each, that the model puts out for a batch, as one (N, K); for each batch."""
     outputs = []
     for inputs in probe:
-        leaves = [x for x in tree_leaves(graph_module(*inputs)) if isinstance(x, Tensor)]
+        leaves = tensors_in(Runner(graph_module).run(*map_tensors(inputs, torch.clone)))
         tensors = [x.flatten(1) for x in leaves if x.is_floating_point() and x.dim()]
         if not tensors:
             raise PatternError(

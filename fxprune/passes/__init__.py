@@ -7,6 +7,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.annotations import Change, changes
 from fxprune.passes.allocate import Allocate
 from fxprune.passes.base import CalibratedPass, Pass
+from fxprune.passes.check_hooks import CheckHooks
 from fxprune.passes.check_images import CheckImages
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
 from fxprune.passes.insert_observers import InsertObservers
@@ -23,6 +24,7 @@ __all__ = [
     "Allocate",
     "CalibratedPass",
     "Change",
+    "CheckHooks",
     "CheckImages",
     "FoldBatchNorm",
     "InsertObservers",

@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from fxprune.graph import call_sites, input_of, is_tied, module_of
+from fxprune.annotations import annotation
+from fxprune.graph import call_sites, has_hooks, input_of, is_tied, module_of
 from fxprune.passes.base import Pass
 from fxprune.tracing import matches
 
@@ -89,6 +90,8 @@ class FoldBatchNorm(Pass):
             reason = _reason_to_keep(graph_module, node, norm, sites)
             if reason is None and any(matches(str(n.target), self.exclude) for n in (node, input_of(node))):
                 reason = "excluded, or the layer in front of it is"
+            if reason is None and (annotation(node).changed or annotation(input_of(node)).changed):
+                reason = "a hook changes its output, or that of the layer in front of it"
             if reason is None:
                 layer: Any = module_of(input_of(node))
                 weight, bias = folded_parameters(layer, norm)
@@ -150,7 +153,7 @@ def _reason_to_keep(
     """Why a BatchNorm call cannot be folded, or None."""
     if type(norm) not in _NORM_OF.values():
         return f"{type(norm).__name__} is not exactly a BatchNorm1d, BatchNorm2d or BatchNorm3d"
-    if _has_hooks(norm):
+    if has_hooks(norm):
         return "it has forward hooks"
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics: in eval mode too it normalises by each batch's own"
@@ -163,7 +166,7 @@ def _reason_to_keep(
         return f"the weight of {name} is parametrized; remove the parametrization first"
     if type(layer) not in _NORM_OF:
         return f"its input {name!r} is a {type(layer).__name__}, not exactly a convolution or linear layer"
-    if _has_hooks(layer) or not {"weight", "bias"} <= layer._parameters.keys():
+    if has_hooks(layer) or not {"weight", "bias"} <= layer._parameters.keys():
         return f"{name} has forward hooks or a computed weight (weight_norm, spectral_norm, a mask)"
     if norm.training or layer.training:
         return f"it or {name} is in training mode; call eval() first"
@@ -225,10 +228,6 @@ def _gives_two_dimensions(node: Node) -> bool:
             sizes = sizes[0]
         return len(sizes) == 2
     return False
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _delete_unused(graph_module: GraphModule, targets: set[str]) -> None:

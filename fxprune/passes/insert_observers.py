@@ -108,8 +108,12 @@ class InsertObservers(Pass):
             return "parametrized: its weight is computed; call torch.nn.utils.parametrize.remove_parametrizations first"
         if not is_matrix_layer(module):
             return f"{type(module).__name__} is not exactly a Conv1d, Conv2d, Conv3d or Linear"
-        if "weight" not in module._parameters:
-            return "its weight is computed by a hook; call torch.nn.utils.remove_weight_norm, prune.remove or the like first"
+        computed = next((name for name in ("weight", "bias") if name not in module._parameters), None)
+        if computed is not None:
+            remedy = "call torch.nn.utils.remove_weight_norm, prune.remove or the like first"
+            return f"its {computed} is computed by a hook; {remedy}"
+        if changed := annotation(node).changed:
+            return changed
         if len(sites[module]) > 1:
             return f"shared: called at {len(sites[module])} places with different inputs"
         if is_tied(graph_module, module.weight):

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
-from torch.utils._pytree import tree_leaves
 
-from fxprune.annotations import annotation
-from fxprune.calibration.batches import assign
+from fxprune.annotations import annotation, changed_modules
+from fxprune.calibration.batches import inputs_of, map_tensors, take, tensors_in
 from fxprune.calibration.calibration import Calibration, observers_off
+from fxprune.calibration.failures import said, stays_as_it_is
 from fxprune.calibration.observers import observer_of
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.channels import Channels, analyse_channels, permute_channels, value_shapes
@@ -30,7 +30,7 @@ from fxprune.channels.layout import Classes
 from fxprune.constraints.mask import Mask
 from fxprune.errors import CalibrationError, GraphError
 from fxprune.geometry import is_matrix_layer
-from fxprune.graph import device_of, input_of, module_of
+from fxprune.graph import Runner, device_of, input_of, module_of
 from fxprune.layers.problem import layer_of
 from fxprune.passes.base import CalibratedPass
 from fxprune.passes.insert_observers import InsertObservers
@@ -38,6 +38,7 @@ from fxprune.pattern import MixedPattern, NMPattern, Pattern
 from fxprune.precision import full_precision
 from fxprune.recipe import Recipe
 from fxprune.solvers import LayerProblem
+from fxprune.surroundings import same_random_numbers
 
 TOLERANCE = 1e-4
 IMAGES = 64
@@ -146,12 +147,14 @@ class PermuteChannels(CalibratedPass):
         """Analyse the channels, and score the weights of every layer whose input channels can be permuted."""
         device = device_of(graph_module)
         placeholders = graph_module.graph.find_nodes(op="placeholder")
-        inputs = list(assign(placeholders, calibration.first, device=device).values())
+        inputs = list(inputs_of(calibration.first, placeholders, device=device).values())
         self._example = _example(graph_module, inputs)
-        channels = analyse_channels(graph_module, value_shapes(graph_module, *self._example[0]), exclude=self.exclude)
+        fixed = (*self.exclude, *changed_modules(graph_module))
+        shapes = value_shapes(graph_module, *map_tensors(self._example[0], torch.clone))
+        channels = analyse_channels(graph_module, shapes, exclude=fixed)
         observed = copy.deepcopy(graph_module)  # The observers go into a copy.
         twins = dict(zip(graph_module.graph.nodes, list(observed.graph.nodes), strict=True))
-        InsertObservers(self.recipe, exclude=self.exclude, reconstruct=False)(observed)
+        InsertObservers(self.recipe, exclude=fixed, reconstruct=False)(observed)
         movable = {c for atom in channels.atoms for c in atom.tolist()}
         patterns = {node: p for node, twin in twins.items() if (p := _pattern_of(twin)) is not None}
         pattern = _most_held(patterns)
@@ -205,7 +208,7 @@ def _most_held(patterns: Mapping[Node, NMPattern]) -> NMPattern | None:
 
 def _example(graph_module: GraphModule, inputs: list[Any]) -> tuple[list[Any], list[Tensor]]:
     """A few images of a batch, and the output on them; all of them if the graph takes no other number."""
-    few = [x[:EXAMPLE_IMAGES] if isinstance(x, Tensor) and x.dim() else x for x in inputs]
+    few = map_tensors(take(inputs, slice(EXAMPLE_IMAGES)), torch.clone)
     try:
         return few, _run(graph_module, few)
     except CalibrationError:
@@ -215,13 +218,16 @@ def _example(graph_module: GraphModule, inputs: list[Any]) -> tuple[list[Any], l
 def _run(graph_module: GraphModule, inputs: Sequence[Any]) -> list[Tensor]:
     """The tensors in the graph's output, on images of the first batch."""
     try:
-        output = graph_module(*inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = [tuple(x.shape) for x in inputs if isinstance(x, Tensor)]
+        with same_random_numbers():
+            output = Runner(graph_module).run(*map_tensors(list(inputs), torch.clone))  # A hook may write into them.
+    except Exception as error:
+        if stays_as_it_is(error):
+            raise
+        shapes = [tuple(x.shape) for x in tensors_in(inputs)]
         raise CalibrationError(
-            f"the model failed on calibration batch 0, shapes {shapes}: {error}. Check the batch and the image size"
+            f"the model failed on calibration batch 0, shapes {shapes}: {said(error)}. Check the batch and the image size"
         ) from error
-    return [value for value in tree_leaves(output) if isinstance(value, Tensor)]
+    return list(tensors_in(output))
 
 
 def _reason_to_keep(channels: Channels, source: Node, movable: set[int]) -> str | None:

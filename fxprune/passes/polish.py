@@ -16,16 +16,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.annotations import annotate, annotate_graph, annotation, report_of
-from fxprune.calibration.batches import assign
+from fxprune.calibration.batches import count, inputs_of, take
 from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.failures import run_graph
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.consumers import consumers
 from fxprune.errors import GraphError, OptionsError
-from fxprune.graph import device_of
+from fxprune.graph import Runner, device_of
 from fxprune.layers.problem import layer_of
 from fxprune.passes.base import CalibratedPass
 
@@ -106,7 +107,7 @@ class Polish(CalibratedPass):
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=total, pct_start=WARM_UP)
         generator = torch.Generator().manual_seed(self.seed)
         for epoch in range(self.epochs):
-            for number in torch.randperm(len(steps), generator=generator).tolist():
+            for number in torch.randperm(len(steps), generator=generator, device="cpu").tolist():
                 inputs = _mirrored(steps[number], generator) if self.flip else steps[number]
                 with torch.enable_grad():
                     loss = distance(inputs)
@@ -144,7 +145,7 @@ class _Distance:
         return sum(float(self(inputs)) for inputs in steps) / len(steps)
 
 
-class _Recorder(Interpreter):
+class _Recorder(Runner):
     """Runs a graph and keeps the outputs of the nodes with the given names."""
 
     def __init__(self, graph_module: GraphModule, names: set[str]) -> None:
@@ -160,7 +161,12 @@ class _Recorder(Interpreter):
         return value
 
     def outputs(self, inputs: Inputs) -> dict[str, Tensor]:
-        self.result = self.run(*inputs)
+        self.result = run_graph(
+            self,
+            inputs,
+            f"{count(inputs)} images of a calibration batch",
+            remedy=f"Polish takes {STEP_IMAGES} at a time",
+        )
         return self.kept
 
 
@@ -175,16 +181,15 @@ def _steps(graph_module: GraphModule, calibration: Calibration) -> tuple[list[In
     device = device_of(graph_module)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     batches = calibration.hold()
-    values = [list(assign(placeholders, batch, n, device=device).values()) for n, batch in enumerate(batches)]
-    masks = calibration.held_out(sum(len(inputs[0]) for inputs in values)).split([len(inputs[0]) for inputs in values])
+    values = [list(inputs_of(batch, placeholders, n, device=device).values()) for n, batch in enumerate(batches)]
+    sizes = list(map(count, values))
+    masks = calibration.held_out(sum(sizes)).split(sizes)
     steps: tuple[list[Inputs], list[Inputs]] = ([], [])
     for inputs, mask in zip(values, masks, strict=True):
         for of, chosen in zip(steps, (~mask, mask), strict=True):
             for part in chosen.nonzero()[:, 0].to(device).split(STEP_IMAGES):
                 if len(part):
-                    of.append(
-                        [x[part] if isinstance(x, Tensor) and x.dim() and len(x) == len(mask) else x for x in inputs]
-                    )
+                    of.append(take(inputs, part))
     return steps
 
 
@@ -193,7 +198,7 @@ def _mirrored(inputs: Inputs, generator: torch.Generator) -> Inputs:
     images, *others = inputs
     if images.dim() != 4:
         raise OptionsError(f"flip mirrors images (N, C, H, W); the model's input has shape {tuple(images.shape)}")
-    chosen = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+    chosen = (torch.rand(len(images), generator=generator, device="cpu") < 0.5).to(images.device)
     return [torch.where(chosen[:, None, None, None], images.flip(-1), images), *others]
 
 

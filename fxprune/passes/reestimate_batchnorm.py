@@ -11,11 +11,14 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxprune.calibration.batches import first_item
+from fxprune.calibration.batches import EMPTY, check_loader, inputs_of
+from fxprune.calibration.failures import run_graph
 from fxprune.errors import CalibrationError
-from fxprune.graph import module_of
+from fxprune.graph import Runner, module_of
 from fxprune.passes.base import Pass
+from fxprune.surroundings import undisturbed
 
+REMEDY = "BatchNorm needs more than one value per channel"
 _FUNCTIONAL = (torch.nn.functional.batch_norm, torch.batch_norm)
 
 
@@ -31,12 +34,11 @@ class ReestimateBatchNorm(Pass):
     Source: Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization, sec. 3.2.
 
     Args:
-        loader: iterable of batches, read once per call: tensors, or tuples, lists or dicts whose first item
-            is the input.
+        loader: iterable of batches in any form, see `fxprune.calibration.batches`; read once per call.
         device: where to run; None runs the model where it is. The model is put back afterwards.
 
     Raises:
-        CalibrationError: if the loader is empty, or a batch is not a finite tensor that the model can be run
+        CalibrationError: if the loader is empty, or a batch holds no finite tensors that the model can be run
             on. The old statistics are then in place again.
     """
 
@@ -44,6 +46,7 @@ class ReestimateBatchNorm(Pass):
         self.loader = loader
         self.device = device
 
+    @undisturbed
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
         norms = self._norms(graph_module)
         if not norms:
@@ -94,15 +97,18 @@ class ReestimateBatchNorm(Pass):
         training = {module: module.training for module in graph_module.modules()}
         momenta = {norm: norm.momentum for norm in norms}
         number = -1
+        check_loader(self.loader)
         try:
             graph_module.to(device).eval()
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None
                 norm.train()
+            placeholders = graph_module.graph.find_nodes(op="placeholder")
             with torch.no_grad():
                 for number, batch in enumerate(self.loader):
-                    _run(graph_module, _checked(first_item(batch, number), number).to(device), number)
+                    values = list(inputs_of(batch, placeholders, number, device=device).values())
+                    run_graph(Runner(graph_module), values, f"calibration batch {number}", remedy=REMEDY)
         finally:
             for module, flag in training.items():
                 module.training = flag
@@ -110,34 +116,8 @@ class ReestimateBatchNorm(Pass):
                 norm.momentum = momentum
             graph_module.to(home)
         if number < 0:
-            raise CalibrationError(
-                "the calibration loader gave no batches; pass a non-empty iterable (a generator can be read only once)"
-            )
+            raise CalibrationError(EMPTY)
         return number + 1
-
-
-def _checked(x: Any, number: int) -> Tensor:
-    """The input of one batch, if it is a finite tensor."""
-    if not isinstance(x, Tensor):
-        raise CalibrationError(
-            f"calibration batch {number} is a {type(x).__name__}; expected a tensor, or a tuple, list or "
-            "dict whose first item is one"
-        )
-    if x.numel() == 0:
-        raise CalibrationError(f"calibration batch {number} is empty: shape {tuple(x.shape)}")
-    if not torch.isfinite(x).all():
-        raise CalibrationError(f"calibration batch {number} holds NaN or Inf; check its preprocessing")
-    return x
-
-
-def _run(graph_module: GraphModule, x: Tensor, number: int) -> None:
-    try:
-        graph_module(x)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise CalibrationError(
-            f"the model failed on calibration batch {number}, shape {tuple(x.shape)}: {error}. Check the batch "
-            "and image size; BatchNorm needs more than one value per channel"
-        ) from error
 
 
 def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:

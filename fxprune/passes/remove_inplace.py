@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from fxprune.annotations import annotation
 from fxprune.errors import GraphError
 from fxprune.graph import module_of
 from fxprune.passes.base import Pass
@@ -62,7 +63,8 @@ class RemoveInplace(Pass):
 
     Raises:
         GraphError: for item assignment, `out=`, an operation with no out-of-place form, a write into a
-            parameter or buffer, and a write into memory that is read later through another view.
+            parameter or buffer, and a write into memory that is read later through another view, or by a module that
+            hooks change.
 
     Example:
         >>> activation = nn.Sequential(nn.Hardswish(inplace=True), nn.Identity())
@@ -87,6 +89,11 @@ class RemoveInplace(Pass):
                 rewritten = _set_inplace_false(node) or _replace_target(node)
             if rewritten:
                 readers = memory.redirect_later_reads(overwritten, node) if overwritten is not None else []
+                if readers and annotation(node).changed:
+                    raise GraphError(
+                        f"node {node.name!r} overwrites {overwritten}, which {', '.join(readers)} read later, and a hook gives "
+                        "something else as its value; remove the hook, or make the module with inplace=False"
+                    )
                 told = f"; {', '.join(readers)} read its result in place of {overwritten}" if readers else ""
                 self.record(graph_module, "replaced", node, reason=f"it worked in place{told}")
                 modified = True

@@ -204,5 +204,5 @@ def _starts(views: Sequence[View], pattern: NMPattern, count: int, seed: int) ->
     ranked = totals.argsort(descending=True, stable=True)
     dealt = (slots % pattern.m * (int(slots.max()) + 1) + slots // pattern.m).argsort()
     for i in range(1, count):
-        ranks = torch.arange(n) if i == 1 else torch.randperm(n, generator=generator)
+        ranks = torch.arange(n, device="cpu") if i == 1 else torch.randperm(n, generator=generator, device="cpu")
         yield torch.empty_like(ranked).index_copy_(0, dealt, ranked[ranks.to(slots.device)])

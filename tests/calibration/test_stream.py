@@ -351,7 +351,7 @@ class TestBadBatches:
             ("image.png", "batch 1 is a str; expected a tensor"),
             ([], "batch 1 is an empty list"),
             ({}, "batch 1 is an empty dict"),
-            (3, "batch 1 is a int"),
+            (3, "batch 1 is an int"),
             (torch.zeros(2, 4, 6, 6), r"batch 1 at node 'a' \(a\), input shapes \[\(2, 4, 6, 6\)\].*4 channels"),
             (torch.zeros(2, 3, 0, 6), "batch 1"),
             (torch.zeros(2, 3, 6, 6, dtype=torch.float64), r"batch 1 at node 'a'.*double"),
@@ -376,7 +376,7 @@ class TestBadBatches:
         with pytest.raises(
             CalibrationError, match="the model has an input 'other' that calibration batch 0 does not give"
         ):
-            run_through(stream_of(graph_module, [(torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6))]), layers)
+            run_through(stream_of(graph_module, [(torch.randn(2, 3, 6, 6),)]), layers)
 
     def test_a_failure_in_the_middle_names_the_node(self):
         class Strict(Chain):
@@ -479,3 +479,17 @@ def test_held_out_images_take_no_part_in_the_statistics_and_are_what_errors_are_
     assert stream.outcome.agreement == pytest.approx(float((before.argmax(1) == after.argmax(1)).double().mean()))
     kl = F.kl_div(after.log_softmax(1), before.log_softmax(1), log_target=True, reduction="batchmean")
     assert stream.outcome.kl == pytest.approx(float(kl), rel=1e-9)
+
+
+@pytest.mark.parametrize(("batches", "held_out"), [(1, 0), (2, 40), (3, 40), (5, 40)])
+def test_a_model_of_one_batch_size_has_whole_batches_held_out(batches, held_out):
+    class Fixed(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.view(40, 3, 8, 8))
+
+    graph_module, layers = observed(Fixed())
+    stream = CalibrationStream(graph_module, calibration([torch.randn(40, 3, 8, 8)] * batches, holdout=0.2))
+    run_through(stream, layers)
+    source = stream.outcome.source
+    assert (source.images, source.held_out) == (40 * batches - held_out, held_out)
+    assert (stream.outcome.agreement is None) == (not held_out)

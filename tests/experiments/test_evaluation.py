@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections import UserDict, namedtuple
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 from fxprune import models
 from fxprune.data import load_data, load_npz, make_loader
-from fxprune.errors import EvaluationError
+from fxprune.errors import EvaluationError, EvaluationWarning
 from fxprune.experiments.checkpoints import load_weights
 from fxprune.experiments.evaluation import Agreement, agreement, evaluate
 
@@ -118,12 +120,20 @@ X, Y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
+        (
+            Logits(),
+            [(X, Y), (X, Y + 3)],
+            "batch 1 has the label 3, and the model has 3 classes, 0 to 2: .* another data set",
+        ),
+        (Logits(), [(X, Y - 1)], "batch 0 has the label -1, and"),
+        (nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten()), [(torch.zeros(2, 3, 5, 5), Y)], "give grey images"),
+        (nn.Sequential(nn.Conv2d(3, 3, 5), nn.Flatten()), [(torch.zeros(3, 5, 5), Y)], "no batch dimension"),
         (Logits(), [], "no batches"),
-        (Logits(), [X], r"\(images, labels\) tensors; found Tensor"),
+        (Logits(), [X], r"\(images, labels\) tensors; found a tensor of shape \(2, 3\)"),
         (Logits(), [(X,)], "agreement"),
-        (Logits(), [(X, [0, 1])], "found tuple"),
+        (Logits(), [(X, [0, 1])], "found a tuple of a tensor"),
         (Logits(), [(X, Y[:1])], r"2 outputs but labels of shape \(1,\)"),
-        (Logits(), [([X], Y)], "starts with list"),
+        (Logits(), [([X], Y)], r"Logits failed on batch 0, input shapes \[\(2, 3\)\]"),
         (Logits(math.nan), [(X, Y)], "NaN or infinity for 2 of a batch's 2"),
         (Fixed(torch.tensor([[0.0, 1.0], [math.inf, 0.0]])), [(X, Y)], "infinity for 1 of"),
         (Fixed((X, X)), [(X, Y)], r"must give logits \(N, classes\), not tuple"),
@@ -135,6 +145,35 @@ def test_accuracy_errors(model, data, message):
         evaluate(model, data)
 
 
+def test_what_guessing_would_give_is_said():
+    logits = torch.eye(3).repeat(10, 1)
+    wrong, half = (logits.argmax(1) + 1) % 3, torch.where(torch.arange(30) < 15, logits.argmax(1), 0)
+    with pytest.warns(EvaluationWarning, match="right on 0 of 30 images, which guessing one of 3 classes would be too"):
+        assert evaluate(Logits(), [(logits, wrong)]) == 0
+    with pytest.warns(EvaluationWarning, match="agree on 10 of 30 images"):
+        agreement(Logits(), Logits(9.0), [logits])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert evaluate(Logits(), [(logits, half)]) > 50
+        assert agreement(Logits(), Logits(0.5), [logits]).top1 == 100
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, y: {"labels": y, "x": x},
+        lambda x, y: UserDict(target=y, pixels=x),
+        lambda x, y: namedtuple("Batch", "label x")(y, x),
+        lambda x, y: ({"x": x, "name": "a"}, y),
+        lambda x, y: [x, y, torch.zeros(len(x))],
+    ],
+)
+def test_images_and_labels_are_found_in_any_form(form):
+    data = batches()
+    assert evaluate(Logits(), [form(x, y) for x, y in data]) == evaluate(Logits(), data)
+    assert evaluate(nn.DataParallel(Logits()), [form(x, y) for x, y in data]) == evaluate(Logits(), data)
+
+
 def test_agreement_errors():
     with pytest.raises(EvaluationError, match="no batches"):
         agreement(Logits(), Logits(), [])
@@ -142,7 +181,7 @@ def test_agreement_errors():
         agreement(Logits(), Fixed(torch.zeros(2, 5)), [X])
     with pytest.raises(EvaluationError, match="NaN"):
         agreement(Logits(), Logits(math.nan), [X])
-    with pytest.raises(EvaluationError, match="found dict that starts with NoneType"):
+    with pytest.raises(EvaluationError, match="batch 0 is an empty dict"):
         agreement(Logits(), Logits(), [{}])
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -19,6 +20,11 @@ class One(nn.Module):
 class Two(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
+
+
+class More(nn.Module):
+    def forward(self, image: Tensor, **more: Tensor) -> Tensor:
+        return image + 1
 
 
 class AnyNumber(nn.Module):
@@ -48,6 +54,13 @@ def test_input_names() -> None:
         (nn.Identity(), (A, LABELS), [A]),
         (nn.Identity(), {"pixels": A, "label": LABELS}, [A]),
         (AnyNumber(), (A, B), [A, B]),
+        (AnyNumber(), (A, LABELS), [A]),
+        (One(), (A, LABELS), [A]),
+        (One(), (A, B), [A, B]),
+        (Two(), ((A, B), LABELS), [A, B]),
+        (Two(), UserDict(b=B, a=A, label=LABELS), [A, B]),
+        (nn.DataParallel(One()), (A, LABELS), [A]),
+        (symbolic_trace(More()), {"image": A, "id": B}, [A]),
     ],
 )
 def test_example_tensors(model: nn.Module, example: Any, wanted: list[Tensor]) -> None:
@@ -73,6 +86,10 @@ def test_example_tensors_errors(example: Any) -> None:
         ({"image": A, "class": LABELS}, ["x"], [A], LABELS),
         ({"y": LABELS, "b": B, "a": A}, ["a", "b"], [A, B], LABELS),
         ((A, "text"), ["x"], [A], None),
+        (((A, B), LABELS), ["a", "b"], [A, B], LABELS),
+        (({"b": B, "a": A}, LABELS), ["a", "b"], [A, B], LABELS),
+        ({"labels": LABELS, "image": A}, ["x"], [A], LABELS),
+        (UserDict(x=A, target=LABELS), ["x"], [A], LABELS),
     ],
 )
 def test_read_batch(batch: Any, names: list[str], inputs: list[Tensor], labels: Tensor | None) -> None:
@@ -92,7 +109,7 @@ def test_named_outputs() -> None:
     assert list(named_outputs(A)) == ["output"]
     assert list(named_outputs((A, None, [B]))) == ["output_0", "output_2_0"]
     assert list(named_outputs({"z": A, "a": {"b": B}})) == ["z", "a_b"]
-    with pytest.raises(ExportError, match="output 'n' is int"):
+    with pytest.raises(ExportError, match="output 'n' is an int"):
         named_outputs({"n": 3})
     with pytest.raises(ExportError, match="returns no tensor"):
         named_outputs([None])

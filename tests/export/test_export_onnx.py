@@ -269,11 +269,11 @@ class GivesText(nn.Module):
     [
         (tiny(), torch.randn(2, 4, 8, 8), {"precision": "int8"}, "unknown precision 'int8'; choose one of fp32, fp16"),
         (tiny(), [], {}, "a tensor for each input of Sequential"),
-        (tiny(), "image", {}, "found str"),
+        (tiny(), "image", {}, "found a str"),
         (TwoInputs(), torch.randn(2, 4, 8, 8), {}, r"each input of TwoInputs \(image, scale\); found a"),
         (FixesTheBatch(), torch.randn(2, 4), {}, "pass dynamic_batch=False"),
         (DependsOnData(), torch.randn(2, 4), {}, "torch.onnx.export fails on DependsOnData"),
-        (GivesText(), torch.randn(2, 4), {}, "output 'name' is str"),
+        (GivesText(), torch.randn(2, 4), {}, "output 'name' is a str"),
     ],
 )  # fmt: skip
 def test_errors(model: nn.Module, example: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
