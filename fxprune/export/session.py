@@ -8,7 +8,8 @@ import onnxruntime
 
 from fxprune.errors import ValidationError
 from fxprune.export.batches import Batch
-from fxprune.export.onnx_file import Array, OnnxFile
+from fxprune.export.constant_folding import Array
+from fxprune.export.onnx_file import OnnxFile
 
 
 def open_session(path: Path) -> onnxruntime.InferenceSession:
