@@ -15,7 +15,8 @@ import onnx.inliner
 from onnx import FunctionProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 
 from fxprune.errors import ValidationError
-from fxprune.export.constant_folding import Array, opset_versions, stored_tensors
+from fxprune.export.constant_folding import Array as Array
+from fxprune.export.constant_folding import opset_versions, stored_tensors
 
 _CHUNK = 1 << 24
 # Nodes that a model may have once its local functions are written out: a kilobyte can ask for billions.

@@ -14,8 +14,7 @@ import torch
 from onnx import GraphProto, NodeProto, ValueInfoProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from fxprune.export.constant_folding import Array
-from fxprune.export.onnx_file import OnnxFile, initializer_arrays, read_onnx
+from fxprune.export.onnx_file import Array, OnnxFile, initializer_arrays, read_onnx
 from fxprune.export.weight_uses import WeightUse, graph_weights
 from fxprune.graph_diff.model_graph import GraphNode, ModelGraph, Weights, weight_multiply_adds
 
