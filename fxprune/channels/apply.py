@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from fxprune.channels.layout import Channels, Classes, Layout, new_places
@@ -14,6 +14,12 @@ from fxprune.graph import input_of, module_of
 
 # node.meta[ORDER] is (inputs, outputs): index tensors that say which of the layer's first channels stands where, or None.
 ORDER = "fxprune_order"
+
+
+def channel_order(node: Node) -> tuple[Tensor | None, Tensor | None]:
+    """Orders of a layer's input and output channels: place i holds the one that was at place order[i]; None if all stayed."""
+    inputs, outputs = node.meta.get(ORDER, (None, None))
+    return inputs, outputs
 
 
 @torch.no_grad()
@@ -38,7 +44,7 @@ def permute_channels(graph_module: GraphModule, channels: Channels, source: Clas
             _permute_vectors(module, outputs)
         else:
             _permute_matrix(module, inputs, outputs)
-        before = node.meta.get(ORDER, (None, None))
+        before = channel_order(node)
         node.meta[ORDER] = (_after(before[0], inputs), _after(before[1], outputs))
 
 

@@ -98,14 +98,14 @@ def read_onnx(path: str | Path, *, strict: bool = True) -> OnnxFile:
     try:
         model = onnx.load(str(path))
     except Exception as error:  # protobuf's DecodeError, onnx's checker.ValidationError for external data, OSError
-        raise _incomplete(path, _first_line(error)) from error
+        raise _incomplete(path, first_line(error)) from error
     if not model.HasField("graph"):
         raise _incomplete(path, "it holds no graph")
     complaint = ""
     try:
         onnx.checker.check_model(str(path))
     except Exception as error:  # checker.ValidationError, and others where a file is out of the ordinary
-        complaint = _first_line(error)
+        complaint = first_line(error)
         if strict:
             raise ValidationError(f"onnx.checker rejects {path}: {complaint}; export the model again") from error
     if len(model.functions):
@@ -188,7 +188,7 @@ def _inlined(model: ModelProto, complaint: str) -> tuple[ModelProto, str]:
             return model, complaint or f"its local functions stand for more than {_MOST_NODES:,} nodes"
         model = onnx.inliner.inline_local_functions(model, convert_version=True)
     except Exception as error:  # functions that call each other in a circle, or hold what no version can
-        return model, complaint or _first_line(error)
+        return model, complaint or first_line(error)
     left = ", ".join(sorted({function.name for function in model.functions}))
     return model, complaint or (
         f"its local functions {left} cannot be written out where they are called" if left else ""
@@ -231,6 +231,7 @@ def _incomplete(path: Path, why: str) -> ValidationError:
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its class."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
