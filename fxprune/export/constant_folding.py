@@ -109,6 +109,33 @@ def constants(model: ModelProto) -> Scope:
     return _graph_constants(model.graph, {}, opset_versions(model), _budget(model))
 
 
+def fold_constants(model: ModelProto) -> tuple[dict[str, Array], dict[str, str]]:
+    """Take the nodes whose values are known out of the main graph, in place; their values become initializers.
+
+    Returns:
+        All known values by name; and for each that was computed, the stored tensor that it is a form of.
+    """
+    known = {name: constant for name, constant in constants(model).items() if constant is not None}
+    stored = {tensor.name for tensor in model.graph.initializer} | {
+        t.values.name for t in model.graph.sparse_initializer
+    }
+    kept = []
+    for node in model.graph.node:
+        outputs = [name for name in node.output if name]
+        try:
+            tensors = [numpy_helper.from_array(known[name].array, name) for name in outputs]
+        except (KeyError, ValueError, TypeError, NotImplementedError):  # not known, or of a type without a tensor form
+            tensors = []
+        if tensors:
+            model.graph.initializer.extend(tensors)
+        else:
+            kept.append(NodeProto.FromString(node.SerializeToString()))
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    origins = {name: constant.initializer for name, constant in known.items() if name not in stored}
+    return {name: constant.array for name, constant in known.items()}, origins
+
+
 def nodes_with_constants(model: ModelProto) -> Iterator[tuple[NodeProto, Scope]]:
     """All nodes, those of subgraphs after the node that holds them, each with the constants of its graph."""
     yield from _walk(model.graph, {}, opset_versions(model), _budget(model))

@@ -49,7 +49,7 @@ def check_layers(
     foreign = 0
     for layer in layers:
         found = find_uses(layer, uses)
-        if not any(_equal(use.weight, layer.weight) for use in found) and not is_read(layer.name):
+        if all(_compare(layer, use)[1] for use in found) and not is_read(layer.name):
             checks.append(_unread(layer))
             continue
         if not found:

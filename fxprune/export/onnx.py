@@ -107,6 +107,11 @@ def export_onnx(
                 note = "No initializer takes fewer bytes when stored sparsely, so all are stored as usual."
                 sparse = _write_sparse(stored, path, compiled, batches)
                 report = sparse or replace(report, notes=(*report.notes, note))
+            if dynamic_size:
+                shapes = ", ".join("x".join(map(str, batch.inputs[0].shape)) for batch in batches[2:])
+                report = replace(
+                    report, notes=(*report.notes, f"Height and width are open; it was also run on {shapes}.")
+                )
             if loader is not None:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # said below
@@ -117,7 +122,13 @@ def export_onnx(
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error}; nothing was changed there") from error
     except ValidationError as error:
-        raise ValidationError(f"{error}\n(The file was not kept: {path} is as it was before.)") from error
+        advice = (
+            "\nIf it goes wrong at other heights and widths only, leave dynamic_size out: a pooling to more than 1 x 1 values, "
+            "for one, cannot be written for open sizes."
+        )
+        raise ValidationError(
+            f"{error}{advice if dynamic_size else ''}\n(The file was not kept: {path} is as it was before.)"
+        ) from error
     warn_of_notes(report, stacklevel=3)
     return report
 

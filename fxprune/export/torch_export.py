@@ -58,6 +58,8 @@ def to_onnx_program(
     # The file takes float32, in fp16 as well.
     inputs = tuple((x.float() if x.is_floating_point() else x).contiguous() for x in inputs)
     inputs = tuple(_two_samples(x, inputs[0]) for x in inputs) if dynamic_batch else inputs
+    if precision == "fp32" and module is not model and not _runs(module, inputs) and _runs(model, inputs):
+        module = _contiguous(copy.deepcopy(model))  # it casts to other types itself, and so does the file
     shapes: Any = _open_axes(inputs, batch=dynamic_batch, size=dynamic_size)
     if shapes is not None and isinstance(module, Float16Inside):
         shapes = (shapes,)
@@ -134,15 +136,27 @@ def _require_open_axes(
 def _prepared(model: nn.Module, precision: str) -> nn.Module:
     """The module to export: the model itself where it is float32 and contiguous already, else a copy."""
     if precision == "fp16":
-        module: nn.Module = Float16Inside(model).eval()
-    else:
-        tensors = [*model.parameters(), *model.buffers()]
-        if all(t.is_contiguous() and (t.dtype == torch.float32 or not t.is_floating_point()) for t in tensors):
-            return model
-        module = copy.deepcopy(model).float()
+        return _contiguous(Float16Inside(model).eval())
+    tensors = [*model.parameters(), *model.buffers()]
+    if all(t.is_contiguous() and (t.dtype == torch.float32 or not t.is_floating_point()) for t in tensors):
+        return model
+    return _contiguous(copy.deepcopy(model).float())
+
+
+def _contiguous(module: nn.Module) -> nn.Module:
+    """The same module with weights that lie in memory in row-major order."""
     for tensor in [*module.parameters(), *module.buffers()]:
         tensor.data = tensor.data.contiguous()
     return module
+
+
+def _runs(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    try:
+        with torch.no_grad():
+            module(*inputs)
+    except Exception:  # whatever the model raises, as where types do not fit each other
+        return False
+    return True
 
 
 def _names(
