@@ -322,10 +322,31 @@ def _evaluate(
         return [_quantize(*inputs[:3], axis=int(stated.get("axis", 1)), block=int(stated.get("block_size", 0)))]
     if node.domain not in DEFAULT_DOMAINS:
         return []
-    version = min(opsets[""], onnx.defs.onnx_opset_version())
     feeds = {name: array for name, array in zip(node.input, inputs, strict=True) if name}
+    newest = onnx.defs.onnx_opset_version()
+    version = min(opsets[""], newest)
+    if given := _given_as_attributes(node, newest):
+        # The reference implementation knows the newer form only.
+        node, version = NodeProto.FromString(node.SerializeToString()), newest
+        kept = [attribute for attribute in node.attribute if attribute.name not in given]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        for name, position in given.items():
+            node.input.extend([""] * (position + 1 - len(node.input)))
+            node.input[position] = f"attribute {name}"
+            feeds[node.input[position]] = np.asarray(
+                stated[name], np.float32 if isinstance(stated[name], float) else np.int64
+            )
     outputs: Any = ReferenceEvaluator(node, opsets={"": version}).run(None, feeds)
     return [np.asarray(output) for output in outputs]
+
+
+def _given_as_attributes(node: NodeProto, newest: int) -> dict[str, int]:
+    """Attributes that are inputs in the newest operator set (axes, split, starts, min, ...), with the input's position."""
+    schema = onnx.defs.get_schema(node.op_type, newest)
+    positions = {parameter.name: position for position, parameter in enumerate(schema.inputs)}
+    names = {attribute.name for attribute in node.attribute} - set(schema.attributes)
+    return {name: positions[name] for name in names & set(positions)}
 
 
 def _result_size(op: str, inputs: Sequence[Array | None], stated: Mapping[str, Any]) -> int:

@@ -15,8 +15,8 @@ import onnx.inliner
 from onnx import FunctionProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 
 from fxprune.errors import ValidationError
+from fxprune.export.constant_folding import DEFAULT_DOMAINS, opset_versions, stored_tensors
 from fxprune.export.constant_folding import Array as Array
-from fxprune.export.constant_folding import opset_versions, stored_tensors
 
 _CHUNK = 1 << 24
 # Nodes that a model may have once its local functions are written out: a kilobyte can ask for billions.
@@ -186,13 +186,26 @@ def _inlined(model: ModelProto, complaint: str) -> tuple[ModelProto, str]:
     try:
         if _written_out(model) > _MOST_NODES:
             return model, complaint or f"its local functions stand for more than {_MOST_NODES:,} nodes"
-        model = onnx.inliner.inline_local_functions(model, convert_version=True)
+        for function in model.functions:
+            _raise_opset(function, opset_versions(model)[""])
+        model = onnx.inliner.inline_local_functions(model)
     except Exception as error:  # functions that call each other in a circle, or hold what no version can
         return model, complaint or first_line(error)
     left = ", ".join(sorted({function.name for function in model.functions}))
     return model, complaint or (
         f"its local functions {left} cannot be written out where they are called" if left else ""
     )
+
+
+def _raise_opset(function: FunctionProto, version: int) -> None:
+    """Let a function use the model's operator set, without which it is not inlined, if its operations are the same in both."""
+    for opset in function.opset_import:
+        if opset.domain not in DEFAULT_DOMAINS or opset.version == version:
+            continue
+        operations = {node.op_type for node in function.node if node.domain in DEFAULT_DOMAINS}
+        since = [{onnx.defs.get_schema(op, v).since_version for v in (opset.version, version)} for op in operations]
+        if all(len(versions) == 1 for versions in since):
+            opset.version = version
 
 
 def _written_out(model: ModelProto) -> int:

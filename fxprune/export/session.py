@@ -14,6 +14,9 @@ from fxprune.export.onnx_file import OnnxFile
 if TYPE_CHECKING:
     import onnxruntime
 
+# What onnxruntime says where it has no kernel for a node, or the operator set none of that type.
+_NO_KERNEL = r"Could not find an implementation for (\w+)|tensor\(bfloat16\).*?operator \((\w+)"
+
 
 def open_session(path: Path) -> onnxruntime.InferenceSession:
     """Load a file into onnxruntime on the CPU.
@@ -28,11 +31,13 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions have no common base class
-        if missing := re.search(r"NOT_IMPLEMENTED.*?Could not find an implementation for (\w+)", str(error)):
+        if missing := re.search(
+            r"Could not find an implementation for (\w+)|tensor\(bfloat16\).*?operator \((\w+)", str(error)
+        ):
             raise ValidationError(
-                f"onnxruntime cannot run {path}: its CPU provider has no kernel for {missing[1]} in the number type that the "
-                "file gives it (it has none for bfloat16 and few for float64 and integers); export with precision='fp32' or "
-                "'fp16', which an engine may convert"
+                f"onnxruntime cannot run {path}: its CPU provider has no kernel for {missing[1] or missing[2]} in the number "
+                "type that the file gives it (it has none for bfloat16, and few for float64 and integers); export with "
+                "precision='fp32' or 'fp16', without casts to that type in the model's own forward"
             ) from error
         raise ValidationError(f"onnxruntime cannot load {path}: {error}; export the model again") from error
 

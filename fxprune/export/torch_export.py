@@ -258,10 +258,10 @@ def _tidy(program: torch.onnx.ONNXProgram, module: nn.Module) -> None:
                 break
     ports = [*graph.inputs, *graph.outputs]
     taken = {value.name for value in ports}
-    for node in graph.all_nodes():
-        for value in node.outputs:  # the exporter names ports without looking at what lies between them
-            if value.name in taken and not any(value is port for port in ports):
-                value.name = f"{value.name}_between"
+    between = [*graph.initializers.values(), *(value for node in graph.all_nodes() for value in node.outputs)]
+    for value in between:  # the exporter names ports without looking at what lies between them
+        if value.name in taken and not any(value is port for port in ports):
+            value.name = f"{value.name}_between"
     for values in (graph.inputs, graph.outputs, graph.initializers.values()):
         for value in values:
             value.metadata_props.clear()
