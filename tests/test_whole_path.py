@@ -49,7 +49,7 @@ def test_compile_export_validate_inspect_diff_save(name: str, tmp_path: Path) ->
     path = tmp_path / "model.onnx"
     exported = fxprune.export_onnx(compiled, path, images[0][:2])
     assert all(exported[layer.name].ok for layer in pruned)
-    checked = fxprune.validate_onnx(path, compiled, images, progress=False)
+    checked = fxprune.validate_onnx(compiled, path, images, progress=False)
     assert checked.parity.samples == 16
     assert sum("2:4" in layer.patterns for layer in fxprune.inspect_onnx(path).layers) >= len(pruned)
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from fxprune.annotations import annotate, annotation
 from fxprune.channels.layout import Channels, Classes, Layout, new_places
 from fxprune.channels.operations import MATRIX_MODULES, VECTOR_MODULES, VECTORS
 from fxprune.graph import input_of, module_of
+
+
+def channel_order(node: Node) -> tuple[Tensor | None, Tensor | None]:
+    """Orders of a layer's input and output channels: place i holds the one that was at place order[i]; None if all stayed."""
+    return annotation(node).order
 
 
 @torch.no_grad()
@@ -36,7 +41,7 @@ def permute_channels(graph_module: GraphModule, channels: Channels, source: Clas
             _permute_vectors(module, outputs)
         else:
             _permute_matrix(module, inputs, outputs)
-        before = annotation(node).order
+        before = channel_order(node)
         annotate(node, order=(_after(before[0], inputs), _after(before[1], outputs)))
 
 

@@ -75,6 +75,7 @@ class Inspection:
         computed: convolutions whose weight is not stored but computed, as "op node".
         others: further stored tensors of two or more dimensions, as (name, shape): embeddings, recurrent weights, ...
         complaint: what onnx.checker says against the file, "" if nothing.
+        unreadable: damaged tensors, and weights that do not fit their nodes, each as "name: what is wrong".
     """
 
     path: str
@@ -88,6 +89,7 @@ class Inspection:
     computed: tuple[str, ...]
     others: tuple[tuple[str, tuple[int, ...]], ...]
     complaint: str = ""
+    unreadable: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -148,6 +150,7 @@ class Inspection:
             lines.append(f"Stored sparsely: {', '.join(self.sparse_initializers)}.")
         if self.complaint:
             lines.append(f"onnx.checker finds fault with this file: {self.complaint}.")
+        lines += [f"Not inspected: {text}." for text in self.unreadable]
         if self.computed:
             lines.append(f"Weight computed at run time, not inspected: {', '.join(self.computed)}.")
         if self.others:
@@ -191,6 +194,7 @@ def inspect_onnx(path: str | Path) -> Inspection:
         computed=found.computed,
         others=found.others,
         complaint=file.complaint,
+        unreadable=found.unreadable,
     )
 
 

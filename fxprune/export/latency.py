@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
 
-import onnxruntime
 from torch import Tensor
 
 from fxprune.errors import ValidationError
@@ -43,6 +42,8 @@ def measure_latency(
     Raises:
         ValidationError: onnxruntime does not accept a file, or not these inputs.
     """
+    import onnxruntime  # takes long to load
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from fxprune.pattern import NMPattern, Pattern
 
 TRANSPOSED = "_transposed"  # what the exporter's folded Linear weights are called: fc.weight_transposed
 FOLDED = "BatchNorm folded in by the exporter"
+UNREAD = "not in the file: nothing reads what it gives"
 STALE = "The model's own weight breaks it too, so it was changed after fxprune.compile: compile the model again"
 # Share of a weight's norm within which a weight found by its values alone counts as the layer's.
 _LIKENESS = 0.5
@@ -23,7 +25,11 @@ _SHOWN = 5
 
 
 def check_layers(
-    layers: list[ModelLayer], uses: tuple[WeightUse, ...], path: Path, dtype: str
+    layers: list[ModelLayer],
+    uses: tuple[WeightUse, ...],
+    path: Path,
+    dtype: str,
+    is_read: Callable[[str], bool] = lambda name: True,
 ) -> tuple[LayerCheck, ...]:
     """Find every layer in the file and compare it.
 
@@ -32,6 +38,8 @@ def check_layers(
         uses: weights that the file's nodes read.
         path: the file, for messages.
         dtype: number type of the file's weights.
+        is_read: whether anything reads what a layer gives; asked for layers that the file does not hold, which it need not
+            hold if not.
 
     Raises:
         ValidationError: names every layer that is missing, has another weight, or breaks its pattern.
@@ -41,6 +49,9 @@ def check_layers(
     foreign = 0
     for layer in layers:
         found = find_uses(layer, uses)
+        if all(_compare(layer, use)[1] for use in found) and not is_read(layer.name):
+            checks.append(_unread(layer))
+            continue
         if not found:
             foreign += 1
             problems.append(
@@ -170,6 +181,22 @@ def holds(pattern: NMPattern, weight: Tensor) -> bool:
 
 def _x(weight: Tensor) -> str:
     return "x".join(map(str, weight.shape))
+
+
+def _unread(layer: ModelLayer) -> LayerCheck:
+    """A layer that the file does not hold, and rightly."""
+    return LayerCheck(
+        name=layer.name,
+        initializer="",
+        op=layer.op,
+        shape=tuple(layer.weight.shape),
+        axis=None,
+        pattern="",
+        ok=None,
+        sparsity=1 - int(torch.count_nonzero(layer.weight)) / max(layer.weight.numel(), 1),
+        verdict="",
+        note=UNREAD,
+    )
 
 
 def _layer_check(layer: ModelLayer, use: WeightUse, note: str, dtype: str) -> LayerCheck:

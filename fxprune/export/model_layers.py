@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fxprune.annotations import report_of
@@ -14,6 +15,10 @@ from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.report import PruneReport
 
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
+
+UNCHECKED = "No sparsity pattern was checked"
+# A dense weight with as large a share of zeros was most likely pruned.
+_MANY_ZEROS = 0.25
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,62 @@ def noting_calls(model: nn.Module, called: set[nn.Module]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def is_read(
+    model: nn.Module, layer: str, run: Callable[[tuple[Tensor, ...]], dict[str, Tensor]], inputs: tuple[Tensor, ...]
+) -> bool:
+    """Whether what a layer gives has any influence on the model's outputs, found out by putting other numbers in its place.
+
+    Args:
+        model: the model.
+        layer: name of the module.
+        run: the model as a function, from `evaluating`.
+        inputs: for one call.
+    """
+    before = run(inputs)
+    if not all(bool(output.isfinite().all()) for output in before.values()):
+        return True  # nothing could be seen
+    for change in (lambda output: torch.full_like(output, torch.nan), lambda output: 2 * output.abs() + 1):
+        hook = model.get_submodule(layer).register_forward_hook(lambda _, __, output, change=change: change(output))
+        try:
+            after = run(inputs)
+        except Exception:  # whatever the model raises on such numbers: it reads them
+            return True
+        finally:
+            hook.remove()
+        same = before.keys() == after.keys() and all(
+            torch.allclose(before[name].double(), after[name].double(), rtol=0, atol=0, equal_nan=True)
+            for name in before
+        )
+        if not same:
+            return True
+    return False
+
+
+def pruned_without_report(model: nn.Module) -> str:
+    """Says that a model looks pruned but carries no report, so that no pattern can be checked; "" if all is well."""
+    from fxprune.compiled import CompiledModule  # at the top it would be a circle
+
+    if prune_report(model) is not None:
+        return ""
+    sparse = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LAYERS) and isinstance(module.weight, Tensor) and _zeros(module.weight) >= _MANY_ZEROS
+    ]
+    if not sparse and not isinstance(model, CompiledModule):
+        return ""
+    shown = ", ".join(sparse[:3]) + (f" and {len(sparse) - 3} more" if len(sparse) > 3 else "")
+    holds = f"many weights of {shown} are zero, but" if sparse else "fxprune.compile made this model, but"
+    return (
+        f"{UNCHECKED}: {holds} the model carries no report of what it was pruned to. Pass what "
+        "fxprune.compile or fxprune.load returned; a model traced or assembled anew has lost it"
+    )
+
+
+def _zeros(weight: Tensor) -> float:
+    return 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
 
 
 def model_layers(model: nn.Module, called: set[nn.Module]) -> list[ModelLayer]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import itertools
-import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,14 @@ from torch import Tensor, nn
 
 from fxprune.errors import ExportError, ValidationError
 from fxprune.export.batches import Batch, example_tensors, other_batch
+from fxprune.export.file_metadata import file_metadata
 from fxprune.export.model_layers import prune_report
-from fxprune.export.onnx_file import OnnxFile, read_onnx
+from fxprune.export.onnx_file import OnnxFile, first_line, read_onnx
 from fxprune.export.onnx_report import OnnxReport
 from fxprune.export.parity import evaluating
 from fxprune.export.sparse_initializer import sparsify
 from fxprune.export.torch_export import to_onnx_program
-from fxprune.export.validate import check_file, validate_onnx
+from fxprune.export.validate import check_file, validate_onnx, warn_of_notes
 from fxprune.surroundings import undisturbed
 
 # One protobuf message may hold 2 GiB; the graph itself needs some of that.
@@ -40,6 +39,9 @@ def export_onnx(
     *,
     opset: int | None = None,
     dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
     precision: str = "fp32",
     sparse_initializers: bool = False,
     loader: Iterable[Any] | None = None,
@@ -57,6 +59,10 @@ def export_onnx(
             since they are also what the file is checked with. A batch (images, labels) will do.
         opset: ONNX operator set version; None is the exporter's own choice.
         dynamic_batch: leave the batch size open.
+        dynamic_size: leave height and width open (in general, the axes after the channels), of all inputs that have them; the
+            file is then run at other sizes too. Models that flatten before a linear layer cannot.
+        input_names: what to call the file's inputs, in order; None for the names of forward's parameters.
+        output_names: what to call its outputs; None for the keys or fields of what the model returns, or "output".
         precision: "fp32", or "fp16": float16 weights and activations, float32 inputs and outputs all the same.
         sparse_initializers: store those weights sparsely that take fewer bytes so (beyond 67% zeros in fp32, 80% in
             fp16). Few engines beside onnxruntime read such files.
@@ -71,32 +77,61 @@ def export_onnx(
     """
     path = Path(path)
     if precision not in PRECISIONS:
-        raise ExportError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+        reason = (
+            " (onnxruntime's CPU provider has no kernels to check a bfloat16 file with)" if "b" in precision else ""
+        )
+        raise ExportError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}{reason}")
     if not path.parent.is_dir():
         raise ExportError(f"there is no folder {path.parent} to write {path.name} in; make it, or choose another path")
     inputs = example_tensors(example_inputs, compiled)
     first = next(compiled.parameters(), None)
     on_device = tuple(x.to("cpu" if first is None else first.device) for x in inputs)
-    with evaluating(compiled):
-        program = to_onnx_program(compiled, on_device, opset=opset, dynamic_batch=dynamic_batch, precision=precision)
-    program.model.metadata_props.update(_metadata(compiled))
+    with evaluating(compiled) as run:
+        program = to_onnx_program(
+            compiled,
+            on_device,
+            opset=opset,
+            dynamic_batch=dynamic_batch,
+            dynamic_size=dynamic_size,
+            precision=precision,
+            names_in=input_names,
+            names_out=output_names,
+        )
+        batches = [Batch(inputs), Batch(other_batch(inputs, same_size=not dynamic_batch))]
+        if dynamic_size:
+            batches += other_sizes(batches[1].inputs, run, type(compiled).__name__)
+    program.model.metadata_props.update(file_metadata(compiled, prune_report(compiled)))
     try:
         with tempfile.TemporaryDirectory(prefix=".fxprune-", dir=path.parent) as folder:
             stored = Path(folder) / path.name
-            report = _write_and_check(program, stored, path, compiled, inputs, dynamic_batch)
+            report = _write_and_check(program, stored, path, compiled, batches)
             if sparse_initializers:
                 note = "No initializer takes fewer bytes when stored sparsely, so all are stored as usual."
-                sparse = _write_sparse(stored, path, compiled, inputs, dynamic_batch)
+                sparse = _write_sparse(stored, path, compiled, batches)
                 report = sparse or replace(report, notes=(*report.notes, note))
+            if dynamic_size:
+                shapes = ", ".join("x".join(map(str, batch.inputs[0].shape)) for batch in batches[2:])
+                report = replace(
+                    report, notes=(*report.notes, f"Height and width are open; it was also run on {shapes}.")
+                )
             if loader is not None:
-                validated = validate_onnx(stored, compiled, loader)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # said below
+                    validated = validate_onnx(compiled, stored, loader)
                 report = replace(validated, path=str(path), notes=report.notes)
             for file in sorted(Path(folder).iterdir(), key=lambda file: file == stored):
                 os.replace(file, path.parent / file.name)  # external data first, so that the model never lacks it
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error}; nothing was changed there") from error
     except ValidationError as error:
-        raise ValidationError(f"{error}\n(The file was not kept: {path} is as it was before.)") from error
+        advice = (
+            "\nIf it goes wrong at other heights and widths only, leave dynamic_size out: a pooling to more than 1 x 1 values, "
+            "for one, cannot be written for open sizes."
+        )
+        raise ValidationError(
+            f"{error}{advice if dynamic_size else ''}\n(The file was not kept: {path} is as it was before.)"
+        ) from error
+    warn_of_notes(report, stacklevel=3)
     return report
 
 
@@ -105,18 +140,15 @@ def _write_and_check(
     stored: Path,
     path: Path,
     model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    dynamic: bool,
+    batches: list[Batch],
 ) -> OnnxReport:
     weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value)
     program.save(str(stored), external_data=weights > EXTERNAL_DATA_BYTES)
     file = _read(stored, path)
-    return check_file(file, stored, model, _two_batches(inputs, dynamic))
+    return check_file(file, stored, model, iter(batches))
 
 
-def _write_sparse(
-    stored: Path, path: Path, model: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool
-) -> OnnxReport | None:
+def _write_sparse(stored: Path, path: Path, model: nn.Module, batches: list[Batch]) -> OnnxReport | None:
     """Replace the stored file by one with sparse initializers, checked like it; None if no tensor gets smaller."""
     proto = onnx.load(str(stored), load_external_data=False)
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
@@ -131,7 +163,7 @@ def _write_sparse(
         smaller.unlink()
         return None
     os.replace(smaller, stored)
-    return check_file(_read(stored, path), stored, model, _two_batches(inputs, dynamic))
+    return check_file(_read(stored, path), stored, model, iter(batches))
 
 
 def _read(stored: Path, path: Path) -> OnnxFile:
@@ -139,23 +171,36 @@ def _read(stored: Path, path: Path) -> OnnxFile:
     return replace(read_onnx(stored), path=path)
 
 
-def _two_batches(inputs: tuple[Tensor, ...], dynamic: bool) -> Iterator[Batch]:
-    return itertools.chain([Batch(inputs)], [Batch(other_batch(inputs, same_size=not dynamic))])
+def other_sizes(
+    inputs: tuple[Tensor, ...], run: Callable[[tuple[Tensor, ...]], dict[str, Tensor]], model: str
+) -> list[Batch]:
+    """The inputs at other heights and widths that the model takes: some multiples of 32 larger, twice as large, and odd ones.
+
+    Raises:
+        ExportError: the model takes none of them.
+    """
+    found: list[Batch] = []
+    causes: list[str] = []
+    for factor, offset, step in ((1, 32, 32), (2, 0, 0), (1, 3, 2)):
+        resized = tuple(
+            _resized(x, [factor * size + offset + step * i for i, size in enumerate(x.shape[2:])]) for x in inputs
+        )
+        try:
+            run(resized)
+        except Exception as error:  # whatever the model raises where the size does not fit it
+            causes.append(f"at {' and '.join('x'.join(map(str, x.shape[2:])) for x in resized)}: {first_line(error)}")
+        else:
+            found.append(Batch(resized))
+    if not found:
+        raise ExportError(
+            f"{model} takes no other height and width than that of the example ({causes[0]}); leave dynamic_size out. A model "
+            "with an AdaptiveAvgPool2d(1) before its flatten takes any"
+        )
+    return found
 
 
-def _metadata(model: nn.Module) -> dict[str, str]:
-    """What the file says about itself: pattern, method, every layer's sparsity, and the library's version."""
-    version = getattr(importlib.import_module("fxprune"), "__version__", "unknown")
-    metadata = {"fxprune.version": str(version)}
-    report = prune_report(model)
-    if report is not None:
-        layers = {
-            layer.name: {"pattern": layer.pattern, "status": layer.status, "sparsity": round(layer.sparsity, 6)}
-            for layer in report.layers
-        }
-        metadata |= {
-            "fxprune.pattern": report.pattern,
-            "fxprune.method": report.method,
-            "fxprune.layers": json.dumps(layers),
-        }
-    return metadata
+def _resized(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The tensor repeated and cut to other sizes after axis 1."""
+    for axis, size in enumerate(sizes, 2):
+        x = x.index_select(axis, torch.arange(size, device=x.device) % x.shape[axis])
+    return x

@@ -26,7 +26,7 @@ class LayerCheck:
 
     Attributes:
         name: module name.
-        initializer: name of the tensor in the file, "" if the file does not hold it (see `note`).
+        initializer: name of the tensor in the file, "" if the file does not hold it, as nothing reads what the layer gives.
         op: ONNX operation that reads it.
         shape: shape of the tensor in the file.
         axis: axis of that tensor along which the operation sums, and the pattern runs.

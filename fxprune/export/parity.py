@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +18,11 @@ from fxprune.export.onnx_file import OnnxFile
 from fxprune.export.session import run_session
 from fxprune.precision import full_precision
 
-# Largest difference allowed, relative to the largest output, by the number type of the file's weights.
-TOLERANCES = {"float32": 1e-4, "float64": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
+if TYPE_CHECKING:
+    import onnxruntime
+
+# Largest difference allowed, relative to the largest output, by the coarser of the number types of file and model.
+TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
 
 # Outputs that are all smaller than this are compared with this instead of their largest: float16 is coarse below 2^-14.
 _FLOORS = {"float16": 2**-14}
@@ -95,6 +98,13 @@ def evaluating(model: nn.Module) -> Iterator[Callable[[tuple[Tensor, ...]], dict
             module.training = training
 
 
+def coarsest_dtype(file: str, model: nn.Module) -> str:
+    """The coarsest number type of a file's weights and a model's parameters and buffers: what their outputs agree to."""
+    tensors = [*model.parameters(), *model.buffers()]
+    found = {file, *(str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point())}
+    return max((dtype for dtype in found if dtype in TOLERANCES), key=list(TOLERANCES).index, default="float32")
+
+
 def compare(
     run_model: Callable[[tuple[Tensor, ...]], dict[str, Tensor]],
     session: onnxruntime.InferenceSession,
@@ -110,7 +120,7 @@ def compare(
         session: the file in onnxruntime.
         file: the same file, as read.
         batches: what to run.
-        dtype: number type of the file's weights; sets the tolerance.
+        dtype: from `coarsest_dtype`; sets the tolerance.
 
     Raises:
         ValidationError: outputs differ in number or shape, or hold NaN or infinite values, or there are no batches. A
@@ -127,8 +137,8 @@ def compare(
                 "is this the file of another model?"
             )
         for (name, wanted), got in zip(expected.items(), found, strict=True):
-            _add(tally, name, wanted, torch.from_numpy(np.asarray(got)), batch.size, file, _FLOORS.get(dtype, 1e-12))
-        _add_classes(tally, next(iter(expected.values())), torch.from_numpy(np.asarray(found[0])), batch.labels)
+            _add(tally, name, wanted, _as_tensor(got), batch.size, file, _FLOORS.get(dtype, 1e-12))
+        _add_classes(tally, next(iter(expected.values())), _as_tensor(found[0]), batch.labels)
         tally.samples += batch.size
         sizes.add(batch.size)
     if not sizes:
@@ -204,6 +214,12 @@ def _add_classes(tally: _Tally, wanted: Tensor, got: Tensor, labels: Tensor | No
     tally.right_model += int((class_model == labels).sum())
     tally.right_onnx += int((class_onnx == labels).sum())
     tally.labelled += labels.numel()
+
+
+def _as_tensor(output: object) -> Tensor:
+    """One of onnxruntime's outputs; number types that torch cannot take from numpy become float32."""
+    array = np.asarray(output)
+    return torch.from_numpy(array if array.dtype.kind in "biuf" else array.astype(np.float32))
 
 
 def _percent(part: int, whole: int) -> float | None:

@@ -1,4 +1,8 @@
-"""torch's own ONNX exporter, run quietly, and its graph put in order: names kept, no traces of the machine left."""
+"""torch's own ONNX exporter, run quietly, and its graph put in order: names kept, no traces of the machine left.
+
+How tensors lie in memory is no business of a file: examples and weights are made contiguous before the export, and a view
+that only states strides, which a pooling to 1 x 1 leaves on images in channels_last, is left out.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,12 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import onnxscript
 import torch
+from onnxscript.function_libs.torch_lib.ops.core import aten_as_strided
 from torch import Tensor, nn
 
 from fxprune.errors import ExportError
@@ -18,9 +24,20 @@ from fxprune.export.batches import input_names, named_outputs
 from fxprune.export.half_precision import PREFIX, Float16Inside
 from fxprune.export.layer_check import TRANSPOSED
 
+# What the axes after the channels are called where they are left open, by their number.
+_OPEN_AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+
 
 def to_onnx_program(
-    model: nn.Module, inputs: tuple[Tensor, ...], *, opset: int | None, dynamic_batch: bool, precision: str
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    opset: int | None = None,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    precision: str = "fp32",
+    names_in: Sequence[str] | None = None,
+    names_out: Sequence[str] | None = None,
 ) -> torch.onnx.ONNXProgram:
     """Export a model in eval mode.
 
@@ -29,22 +46,31 @@ def to_onnx_program(
         inputs: example inputs on the model's device.
         opset: operator set version, None for the exporter's own choice.
         dynamic_batch: leave axis 0 open in all inputs that have as many samples as the first.
+        dynamic_size: leave the axes after the channels open in all inputs of three axes or more.
         precision: "fp32" or "fp16".
+        names_in: names of the file's inputs; None for those of forward's parameters.
+        names_out: names of its outputs; None for the keys and fields of what forward returns, or "output".
 
     Raises:
-        ExportError: the exporter fails, fixes the batch size, or cannot reach the opset.
+        ExportError: the exporter fails, fixes a size that was to be open, or cannot reach the opset; or the names do not fit.
     """
     module = _prepared(model, precision)
-    inputs = tuple(x.float() if x.is_floating_point() else x for x in inputs)  # what the file takes, in fp16 as well
+    # The file takes float32, in fp16 as well.
+    inputs = tuple((x.float() if x.is_floating_point() else x).contiguous() for x in inputs)
     inputs = tuple(_two_samples(x, inputs[0]) for x in inputs) if dynamic_batch else inputs
-    shapes: Any = None
-    if dynamic_batch:
-        batch = torch.export.Dim("batch")
-        shapes = tuple({0: batch} if x.dim() and len(x) == len(inputs[0]) else None for x in inputs)
-        shapes = (shapes,) if isinstance(module, Float16Inside) else shapes
+    if precision == "fp32" and module is not model and not _runs(module, inputs) and _runs(model, inputs):
+        module = _contiguous(copy.deepcopy(model))  # it casts to other types itself, and so does the file
+    shapes: Any = _open_axes(inputs, batch=dynamic_batch, size=dynamic_size)
+    if shapes is not None and isinstance(module, Float16Inside):
+        shapes = (shapes,)
+    advice = "; if its graph fixes the batch size, pass dynamic_batch=False" if dynamic_batch else ""
+    if dynamic_size:
+        advice = f"; if its graph fixes height and width, leave dynamic_size out{advice}"
     try:
         with _quiet(), torch.no_grad():
-            names = list(named_outputs(module(*inputs)))
+            own_names = list(named_outputs(module(*inputs)))
+            inner = module.model if isinstance(module, Float16Inside) else module
+            names = _names(inner, input_names(model, len(inputs)), own_names, names_in, names_out)
             program = torch.onnx.export(
                 module,
                 inputs,
@@ -52,13 +78,13 @@ def to_onnx_program(
                 verbose=False,
                 opset_version=opset,
                 dynamic_shapes=shapes,
-                input_names=_distinct(input_names(model, len(inputs)), names),
-                output_names=names,
+                input_names=names[: len(inputs)],
+                output_names=names[len(inputs) :],
+                custom_translation_table={torch.ops.aten.as_strided.default: _as_strided},
             )
     except ExportError:
         raise
     except Exception as error:  # the exporter lets through whatever its many stages raise
-        advice = "; if its graph fixes the batch size, pass dynamic_batch=False" if dynamic_batch else ""
         raise ExportError(f"torch.onnx.export fails on {type(model).__name__}: {_cause(error)}{advice}") from error
     assert program is not None
     reached = program.model.opset_imports.get("")
@@ -66,28 +92,127 @@ def to_onnx_program(
         raise ExportError(
             f"opset {opset} cannot be reached, the exporter stops at {reached}; choose another opset, or None"
         )
-    if dynamic_batch and any(isinstance(value.shape[0], int) for value in program.model.graph.inputs if value.shape):
-        raise ExportError(f"{type(model).__name__} fixes the batch size in its graph; pass dynamic_batch=False")
+    _require_open_axes(type(model).__name__, program, inputs, batch=dynamic_batch, size=dynamic_size)
     _tidy(program, module)
     return program
 
 
+def _open_axes(inputs: tuple[Tensor, ...], *, batch: bool, size: bool) -> tuple[dict[int, Any] | None, ...] | None:
+    """Names of the axes left open in each input; axes of one name and size share it, others get a number."""
+    taken: dict[str, int] = {}
+    together = (
+        torch.export.Dim("batch") if batch and not size else "batch"
+    )  # a Dim makes the exporter say what fixes it
+
+    def name(base: str, length: int) -> str:
+        for i in range(len(inputs)):
+            candidate = f"{base}_{i}" if i else base
+            if taken.setdefault(candidate, length) == length:
+                return candidate
+        return base
+
+    shapes: list[dict[int, Any] | None] = []
+    for x in inputs:
+        axes: dict[int, Any] = {0: together} if batch and x.dim() and len(x) == len(inputs[0]) else {}
+        if size:
+            axes |= {i: name(base, x.shape[i]) for i, base in enumerate(_OPEN_AXES.get(x.dim() - 2, ()), 2)}
+        shapes.append(axes or None)
+    return tuple(shapes) if any(shapes) else None
+
+
+def _require_open_axes(
+    model: str, program: torch.onnx.ONNXProgram, inputs: tuple[Tensor, ...], *, batch: bool, size: bool
+) -> None:
+    """Raise ExportError if the exporter has fixed an axis that was to be open."""
+    wanted = _open_axes(inputs, batch=batch, size=size) or ()
+    for value, axes in zip(program.model.graph.inputs, wanted, strict=False):
+        fixed = [axis for axis in axes or () if value.shape is not None and isinstance(value.shape[axis], int)]
+        if 0 in fixed:
+            raise ExportError(f"{model} fixes the batch size in its graph; pass dynamic_batch=False")
+        if fixed:
+            raise ExportError(f"{model} fixes height and width in its graph; leave dynamic_size out")
+
+
 def _prepared(model: nn.Module, precision: str) -> nn.Module:
-    """The module to export: the model itself where it is float32 already, else a copy."""
+    """The module to export: the model itself where it is float32 and contiguous already, else a copy."""
     if precision == "fp16":
-        return Float16Inside(model).eval()
-    dtypes = {p.dtype for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()}
-    return model if dtypes <= {torch.float32} else copy.deepcopy(model).float()
+        return _contiguous(Float16Inside(model).eval())
+    tensors = [*model.parameters(), *model.buffers()]
+    if all(t.is_contiguous() and (t.dtype == torch.float32 or not t.is_floating_point()) for t in tensors):
+        return model
+    return _contiguous(copy.deepcopy(model).float())
+
+
+def _contiguous(module: nn.Module) -> nn.Module:
+    """The same module with weights that lie in memory in row-major order."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        tensor.data = tensor.data.contiguous()
+    return module
+
+
+def _runs(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    try:
+        with torch.no_grad():
+            module(*inputs)
+    except Exception:  # whatever the model raises, as where types do not fit each other
+        return False
+    return True
+
+
+def _names(
+    model: nn.Module,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    names_in: Sequence[str] | None,
+    names_out: Sequence[str] | None,
+) -> list[str]:
+    """The file's input and output names: those asked for, else the model's own, made distinct.
+
+    Raises:
+        ExportError: too few or too many names, a name twice, or the name of a parameter.
+    """
+    stored = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    for kind, asked, own in (("input", names_in, inputs), ("output", names_out, outputs)):
+        if asked is None:
+            continue
+        if isinstance(asked, str) or len(asked) != len(own) or not all(isinstance(n, str) and n for n in asked):
+            raise ExportError(
+                f"{kind}_names must give a name for each of the {len(own)} {kind}s of {type(model).__name__} "
+                f"({', '.join(own)}), in this order; found {asked!r}"
+            )
+        if clash := sorted(stored.intersection(asked)):
+            raise ExportError(f"{kind}_names: {clash[0]!r} is the name of a parameter of the model; choose another")
+    found: list[str] = list(names_out) if names_out is not None else []
+    if names_out is None:
+        found = [f"output_{name}" if name in stored else name for name in outputs]
+    taken = {*found, *stored}
+    first = list(names_in) if names_in is not None else [f"input_{n}" if n in taken else n for n in inputs]
+    names = [*first, *found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ExportError(f"the name {twice[0]!r} is given to two inputs or outputs; give each one of its own")
+    return names
+
+
+def _as_strided(self: Any, size: Sequence[Any], stride: Sequence[Any], storage_offset: Any = None) -> Any:
+    """aten::as_strided for the exporter: the tensor itself where the view has its shape and its row-major strides.
+
+    Like the exporter's own version, it takes for granted that the tensor lies in memory in row-major order.
+    """
+    shape = list(self.shape or [])
+    alike = not storage_offset and len(shape) == len(size)
+    step = 1
+    for length, wanted, leap in zip(reversed(shape), reversed(size), reversed(stride), strict=False):
+        if isinstance(wanted, int) and wanted == 1 and length == 1:
+            continue
+        # An open size comes as a value of the graph; only the outermost axis may have one, whose stride is then known.
+        alike = alike and step > 0 and leap == step and (not isinstance(wanted, int) or wanted == length)
+        step = step * wanted if isinstance(wanted, int) else 0
+    return onnxscript.opset18.Identity(self) if alike else aten_as_strided(self, size, stride, storage_offset)
 
 
 def _two_samples(x: Tensor, first: Tensor) -> Tensor:
     """At least two samples: torch.export takes a size of 1 for a constant."""
     return torch.cat([x, x]) if first.dim() and len(first) == 1 and x.dim() and len(x) == 1 else x
-
-
-def _distinct(inputs: tuple[str, ...], outputs: list[str]) -> list[str]:
-    """Input names, changed where an output has the same."""
-    return [f"input_{name}" if name in outputs else name for name in inputs]
 
 
 @contextlib.contextmanager
@@ -131,6 +256,12 @@ def _tidy(program: torch.onnx.ONNXProgram, module: nn.Module) -> None:
                 if f"{name}{TRANSPOSED}" not in graph.initializers:
                     value.name = f"{name}{TRANSPOSED}"
                 break
+    ports = [*graph.inputs, *graph.outputs]
+    taken = {value.name for value in ports}
+    between = [*graph.initializers.values(), *(value for node in graph.all_nodes() for value in node.outputs)]
+    for value in between:  # the exporter names ports without looking at what lies between them
+        if value.name in taken and not any(value is port for port in ports):
+            value.name = f"{value.name}_between"
     for values in (graph.inputs, graph.outputs, graph.initializers.values()):
         for value in values:
             value.metadata_props.clear()

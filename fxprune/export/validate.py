@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -18,10 +19,17 @@ from torch import nn
 from fxprune.errors import ValidationError
 from fxprune.export.batches import Batch, input_names, read_batch
 from fxprune.export.layer_check import FOLDED, check_layers
-from fxprune.export.model_layers import model_layers, noting_calls, prune_report
+from fxprune.export.model_layers import (
+    UNCHECKED,
+    is_read,
+    model_layers,
+    noting_calls,
+    prune_report,
+    pruned_without_report,
+)
 from fxprune.export.onnx_file import OnnxFile, initializer_arrays, measure_size, read_onnx
 from fxprune.export.onnx_report import LayerCheck, OnnxReport
-from fxprune.export.parity import compare, evaluating, require_parity
+from fxprune.export.parity import coarsest_dtype, compare, evaluating, require_parity
 from fxprune.export.session import open_session
 from fxprune.export.weight_uses import WeightUse, graph_weights
 from fxprune.surroundings import undisturbed
@@ -30,16 +38,16 @@ PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64
 
 
 @undisturbed
-def validate_onnx(path: str | Path, model: nn.Module, loader: Iterable[Any], *, progress: bool = True) -> OnnxReport:
+def validate_onnx(model: nn.Module, path: str | Path, loader: Iterable[Any], *, progress: bool = True) -> OnnxReport:
     """Check an ONNX file against a model on a whole data set.
 
     Every layer's weight in the file must be the model's and satisfy the pattern that the model was pruned to, along the
     axis that the file's operation sums over; the outputs in onnxruntime must agree with the model's within a tolerance
-    set by the number type (see `fxprune.export.parity.TOLERANCES`).
+    set by the coarser of the number types of file and model (see `fxprune.export.parity.TOLERANCES`).
 
     Args:
-        path: the file.
         model: what `fxprune.compile` returned, or any other module; it runs in eval mode on its own device.
+        path: the file.
         loader: iterable of batches in any form (`fxprune.calibration.batches`). Integer labels that come after the
             inputs, or bear such a name, are used to measure the accuracy of both.
         progress: show a progress bar.
@@ -50,12 +58,26 @@ def validate_onnx(path: str | Path, model: nn.Module, loader: Iterable[Any], *, 
     Raises:
         ValidationError: anything is wrong; the message names the layer, what was found and what to do.
     """
+    if isinstance(path, nn.Module) or not isinstance(model, nn.Module):
+        raise ValidationError(
+            "validate_onnx takes the model first, as export_onnx does: validate_onnx(model, path, loader); "
+            f"found {type(model).__name__} and {type(path).__name__}"
+        )
     path = Path(path)
     file = read_onnx(path)
     names = input_names(model, len(file.inputs))
     console = Console(stderr=True)
     batches = track(loader, "validating", console=console, transient=True, disable=not progress)
-    return check_file(file, path, model, (read_batch(batch, names, i) for i, batch in enumerate(batches)))
+    report = check_file(file, path, model, (read_batch(batch, names, i) for i, batch in enumerate(batches)))
+    warn_of_notes(report, stacklevel=3)
+    return report
+
+
+def warn_of_notes(report: OnnxReport, *, stacklevel: int) -> None:
+    """A UserWarning where no pattern was checked on a model that was pruned."""
+    for note in report.notes:
+        if note.startswith(UNCHECKED):
+            warnings.warn(note, UserWarning, stacklevel=stacklevel)
 
 
 def check_file(file: OnnxFile, stored: Path, model: nn.Module, batches: Iterator[Batch]) -> OnnxReport:
@@ -81,9 +103,15 @@ def check_file(file: OnnxFile, stored: Path, model: nn.Module, batches: Iterator
     with evaluating(model) as run:
         with noting_calls(model, called):
             run(first.inputs)
-        layers = check_layers(model_layers(model, called), uses, file.path, dtype)
+        layers = check_layers(
+            model_layers(model, called),
+            uses,
+            file.path,
+            dtype,
+            lambda name: is_read(model, name, run, first.inputs),
+        )
         session = open_session(stored)
-        parity = compare(run, session, file, itertools.chain([first], batches), dtype=dtype)
+        parity = compare(run, session, file, itertools.chain([first], batches), dtype=coarsest_dtype(dtype, model))
     require_parity(parity, file.path, lambda: _other_differences(model, file, layers))
     read = {use.initializer: use.weight for use in uses}
     report = prune_report(model)
@@ -103,6 +131,7 @@ def check_file(file: OnnxFile, stored: Path, model: nn.Module, batches: Iterator
         pattern=report.pattern if report else "",
         method=report.method if report else "",
         sparse_initializers=file.sparse,
+        notes=(f"{unchecked}.",) if (unchecked := pruned_without_report(model)) else (),
     )
 
 

@@ -99,7 +99,7 @@ def test_two_inputs(form: Any, precision: str, tmp_path: Path) -> None:
     report = export_onnx(model, tmp_path / "m.onnx", inputs, precision=precision)
     assert [text.split(":")[0] for text in report.inputs] == ["image", "scale"]
     batches = [(torch.randn(3, 4, 8, 8), torch.rand(3, 1), torch.tensor([0, 1, 2]))]
-    assert validate_onnx(tmp_path / "m.onnx", model, batches, progress=False).parity.accuracy_model is not None
+    assert validate_onnx(model, tmp_path / "m.onnx", batches, progress=False).parity.accuracy_model is not None
 
 
 class Awkward(nn.Module):

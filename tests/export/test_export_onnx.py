@@ -105,7 +105,7 @@ def test_fixed_batch(tmp_path: Path) -> None:
     assert report.parity.batch_sizes == (3,)
     assert report.parity.samples == 6
     with pytest.raises(ValidationError, match="dynamic_batch=False for another batch size"):
-        validate_onnx(path, model, [torch.randn(2, 4, 8, 8)], progress=False)
+        validate_onnx(model, path, [torch.randn(2, 4, 8, 8)], progress=False)
 
 
 def test_one_example_is_enough_for_a_dynamic_batch(tmp_path: Path) -> None:
@@ -170,17 +170,17 @@ def test_external_data(monkeypatch: pytest.MonkeyPatch, net: GraphModule, images
     skeleton = onnx.load(str(path), load_external_data=False)
     assert any(tensor.data_location == TensorProto.EXTERNAL for tensor in skeleton.graph.initializer)
     assert report.size.file == path.stat().st_size + (tmp_path / "net.onnx.data").stat().st_size
-    assert validate_onnx(path, net, [images], progress=False)["square"].ok
+    assert validate_onnx(net, path, [images], progress=False)["square"].ok
     with pytest.raises(ExportError, match="external data"):
         export_onnx(net, path, images, sparse_initializers=True)
 
     data = (tmp_path / "net.onnx.data").read_bytes()
     (tmp_path / "net.onnx.data").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValidationError, match=r"net\.onnx"):
-        validate_onnx(path, net, [images], progress=False)
+        validate_onnx(net, path, [images], progress=False)
     (tmp_path / "net.onnx.data").unlink()
     with pytest.raises(ValidationError, match="lack its external data"):
-        validate_onnx(path, net, [images], progress=False)
+        validate_onnx(net, path, [images], progress=False)
 
 
 # --- a failure leaves the old file ------------------------------------------------------------------------------------

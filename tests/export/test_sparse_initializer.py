@@ -96,7 +96,7 @@ def test_export_and_revalidate(sparse_net: nn.Sequential, tmp_path: Path) -> Non
     assert report.size.file < dense.size.file
     assert report.size.zeros == dense.size.zeros
     assert report["0"].sparsity == dense["0"].sparsity > 0.85
-    assert validate_onnx(tmp_path / "sparse.onnx", sparse_net, [x], progress=False).parity.max_rel < 1e-5
+    assert validate_onnx(sparse_net, tmp_path / "sparse.onnx", [x], progress=False).parity.max_rel < 1e-5
     inspection = inspect_onnx(tmp_path / "sparse.onnx")
     assert inspection.sparse_initializers == ("0.weight",)
     assert inspection["0.weight"].shape == (32, 8, 3, 3)
@@ -111,7 +111,7 @@ def test_export_and_revalidate(sparse_net: nn.Sequential, tmp_path: Path) -> Non
     values.CopyFrom(numpy_helper.from_array(changed, "0.weight"))
     onnx.save(model, str(tmp_path / "sparse.onnx"))
     with pytest.raises(ValidationError, match=r"layer '0'.*1 of 2304 weights are not the model's"):
-        validate_onnx(tmp_path / "sparse.onnx", sparse_net, [x], progress=False)
+        validate_onnx(sparse_net, tmp_path / "sparse.onnx", [x], progress=False)
 
 
 def test_not_worth_it_is_said(tmp_path: Path) -> None:

@@ -43,6 +43,6 @@ def test_export_validate_inspect(name: str, precision: str, tmp_path: Path) -> N
     report = export_onnx(graph_module, path, torch.randn(2, 3, 64, 64), precision=precision)
     assert all(report[layer.name].ok for layer in layers)
     assert report.parity.max_rel < (1e-5 if precision == "fp32" else 2e-3)
-    assert validate_onnx(path, graph_module, [torch.randn(3, 3, 64, 64)], progress=False).parity.samples == 3
+    assert validate_onnx(graph_module, path, [torch.randn(3, 3, 64, 64)], progress=False).parity.samples == 3
     found = inspect_onnx(path)
     assert sum("2:4" in layer.patterns for layer in found.layers) >= 0.9 * len(layers)

@@ -23,7 +23,7 @@ Corrupt = Callable[[str, Callable[[np.ndarray], np.ndarray]], Path]
 
 def refuse(path: Path, model: nn.Module, images: Tensor, *words: str) -> str:
     with pytest.raises(ValidationError) as caught:
-        validate_onnx(path, model, [images], progress=False)
+        validate_onnx(model, path, [images], progress=False)
     message = str(caught.value)
     for word in words:
         assert word in message, message
@@ -32,7 +32,7 @@ def refuse(path: Path, model: nn.Module, images: Tensor, *words: str) -> str:
 
 def test_whole_loader(exported: Exported, net: GraphModule, images: Tensor) -> None:
     labels = torch.tensor([0, 1, 2, 3, 4, 5])
-    report = validate_onnx(exported[0], net, [(images[:4], labels[:4]), (images[4:], labels[4:])], progress=False)
+    report = validate_onnx(net, exported[0], [(images[:4], labels[:4]), (images[4:], labels[4:])], progress=False)
 
     with torch.no_grad():
         logits, other = net(images)["logits"], net(images)["map"]
@@ -54,7 +54,7 @@ def test_whole_loader(exported: Exported, net: GraphModule, images: Tensor) -> N
 def test_worst_sample_is_counted_over_batches(corrupt: Corrupt, net: GraphModule, images: Tensor) -> None:
     path = corrupt("fc.bias", lambda b: b * (1 + 1e-5))
     loader = [images[:2] * 0.1, images[2:4] * 0.1, images[4:] * torch.tensor([0.1, 30.0])[:, None, None, None]]
-    report = validate_onnx(path, net, loader, progress=False)
+    report = validate_onnx(net, path, loader, progress=False)
     with torch.no_grad():
         wanted = net(torch.cat(loader))["logits"]
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -218,7 +218,7 @@ def test_renamed_initializers_are_found_by_value(
     for node in model.graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
     onnx.save(model, str(tmp_path / "renamed.onnx"))
-    report = validate_onnx(tmp_path / "renamed.onnx", net, [images], progress=False)
+    report = validate_onnx(net, tmp_path / "renamed.onnx", [images], progress=False)
     assert report["tokens"].axis == 0
     assert report["stem"].initializer == names["stem.weight"]  # not equal, BatchNorm is folded in: the one most alike
     assert report["stem"].note == "BatchNorm folded in by the exporter"
@@ -242,12 +242,12 @@ def test_renamed_and_corrupted(exported: Exported, net: GraphModule, images: Ten
 
 def test_empty_loader(exported: Exported, net: GraphModule) -> None:
     with pytest.raises(ValidationError, match="no batches"):
-        validate_onnx(exported[0], net, [], progress=False)
+        validate_onnx(net, exported[0], [], progress=False)
 
 
 def test_generator_of_dicts(exported: Exported, net: GraphModule, images: Tensor) -> None:
     loader = ({"image": images[i : i + 3], "label": torch.zeros(3, dtype=torch.long)} for i in (0, 3))
-    report = validate_onnx(exported[0], net, loader, progress=False)
+    report = validate_onnx(net, exported[0], loader, progress=False)
     assert report.parity.samples == 6
     assert report.parity.accuracy_model == report.parity.accuracy_onnx
 
@@ -256,13 +256,13 @@ def test_batch_that_does_not_fit(exported: Exported, net: GraphModule, images: T
     with pytest.raises(
         ValidationError, match=re.escape("x: float32 (batch, 3, 16, 16) does not fit batch 1 of shape (2, 3, 8, 8)")
     ):
-        validate_onnx(exported[0], net, [images, images[:2, :, :8, :8]], progress=False)
+        validate_onnx(net, exported[0], [images, images[:2, :, :8, :8]], progress=False)
 
 
 def test_progress_bar_goes_to_stderr_only(
     exported: Exported, net: GraphModule, images: Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    validate_onnx(exported[0], net, [images])
+    validate_onnx(net, exported[0], [images])
     assert capsys.readouterr().out == ""
 
 
@@ -271,7 +271,7 @@ def test_training_flags_are_restored(exported: Exported, net: GraphModule, image
     other.train()
     other.get_submodule("bn").eval()
     flags = [module.training for module in other.modules()]
-    validate_onnx(exported[0], other, [images], progress=False)
+    validate_onnx(other, exported[0], [images], progress=False)
     assert [module.training for module in other.modules()] == flags
 
 
