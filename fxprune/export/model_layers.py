@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from fxprune.errors import ValidationError
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.report import PruneReport
 
+MANY_ZEROS = 0.25  # share of a weight; those of trained layers that nobody pruned have next to none
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
 
 
@@ -40,6 +43,25 @@ def prune_report(model: nn.Module) -> PruneReport | None:
     """The report that `compile` left with a model, if any."""
     report = getattr(model, "meta", {}).get("fxprune_report")
     return report if isinstance(report, PruneReport) else None
+
+
+def unchecked_pattern(model: nn.Module) -> str:
+    """Why no sparsity pattern of a model can be checked although it may have been pruned; "" where that is not so.
+
+    A model without a report may have lost it: torch.fx.symbolic_trace, torch.export and loading the weights into another
+    model all leave it behind. Graphs are suspect, and so is any model with many zeros.
+    """
+    if prune_report(model) is not None:
+        return ""
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    sparse = sum(int(torch.count_nonzero(weight)) <= (1 - MANY_ZEROS) * weight.numel() for weight in weights)
+    if not sparse and not any(isinstance(module, GraphModule) for module in model.modules()):
+        return ""
+    found = f", although {sparse} of its {len(weights)} weights have many zeros" if sparse else ""
+    return (
+        f"No sparsity pattern was checked: this {type(model).__name__} carries no report of fxprune's{found}. If it was "
+        "pruned, export the model that fxprune.compile returned, a copy of it, or what fxprune.load gives"
+    )
 
 
 @contextmanager
@@ -89,6 +111,7 @@ def model_layers(model: nn.Module, called: set[nn.Module]) -> list[ModelLayer]:
     if missing := set(patterns) - {layer.name for layer in layers}:
         raise ValidationError(
             f"the model's report says that {', '.join(sorted(missing))} was pruned, but the model has no such layer; "
-            "was it changed after fxprune.compile?"
+            "was it changed after fxprune.compile, or is it a graph of torch.export's? Export the model that "
+            "fxprune.compile returned"
         )
     return layers

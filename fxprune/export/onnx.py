@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import ExportError, ValidationError
 from fxprune.export.batches import Batch, example_tensors, other_batch
-from fxprune.export.model_layers import prune_report
+from fxprune.export.model_layers import prune_report, unchecked_pattern
 from fxprune.export.onnx_file import OnnxFile, read_onnx
 from fxprune.export.onnx_report import OnnxReport
 from fxprune.export.parity import evaluating
@@ -95,6 +96,9 @@ def export_onnx(
         raise ExportError(f"cannot write {path}: {error}; nothing was changed there") from error
     except ValidationError as error:
         raise ValidationError(f"{error}\n(The file was not kept: {path} is as it was before.)") from error
+    if unchecked := unchecked_pattern(compiled):
+        warnings.warn(unchecked, UserWarning, stacklevel=2)
+        report = replace(report, notes=(*report.notes, unchecked))
     return report
 
 

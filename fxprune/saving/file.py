@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,21 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
     """
     writer = Writer(tuple(allow))
     modules = ModuleWriter(writer)
-    content = {
-        "class_name": compiled._get_name(),
-        "nodes": encode_graph(compiled, writer),
-        "modules": modules.encode(compiled),
-        "meta": encode_meta(compiled.meta, writer),
-        "training": {name: module.training for name, module in compiled.named_modules()},
-    }
+    if not isinstance(compiled, GraphModule):
+        raise CheckpointError(
+            f"save takes what fxprune.compile returned, or another GraphModule, not a {type(compiled).__name__}; of a "
+            "plain module keep the state_dict, of a compiled or wrapped one the module inside"
+        )
+    try:
+        content = {
+            "class_name": _class_name(compiled),
+            "modules": modules.encode(compiled),
+            "nodes": encode_graph(compiled, writer),
+            "meta": encode_meta(compiled.meta, writer),
+            "training": {name: module.training for name, module in compiled.named_modules()},
+        }
+    except RecursionError as error:
+        raise CheckpointError("the model holds a value that contains itself, or values nested too deeply") from error
     whole = {
         "format": FORMAT,
         "version": VERSION,
@@ -84,7 +93,16 @@ def load(path: str | Path, *, allow: Allowed = ()) -> CompiledModule:
         return _build(json.loads(content["graph"]), content, tuple(allow))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError, RuntimeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        AssertionError,
+        RuntimeError,
+        SyntaxError,
+    ) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -105,10 +123,19 @@ def _build(data: dict[str, Any], content: Mapping[str, Any], allow: Allowed) -> 
     if not is_identifier(data["class_name"]):
         raise CheckpointError(f"the file's model has the name {data['class_name']!r}, which is no class name")
     compiled = CompiledModule(root, graph, data["class_name"])
+    # The constructor takes over what the graph calls, in that order; the model had all of these, in theirs.
+    for parts in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        compiled.__dict__[parts] = root.__dict__[parts]
     compiled.meta.update({key: reader.decode(value) for key, value in data["meta"].items()})
     for name, module in compiled.named_modules():
         module.training = bool(data["training"][name])
     return compiled
+
+
+def _class_name(compiled: GraphModule) -> str:
+    """The model's class name as an identifier."""
+    name = re.sub(r"\W|^(?=\d)", "_", compiled._get_name())
+    return name if is_identifier(name) else f"_{name}"
 
 
 def _read(path: Path) -> Mapping[str, Any]:
