@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from fxprune.saving.graphs import decode_graph, encode_graph, encode_meta
 from fxprune.saving.modules import ModuleReader, ModuleWriter
 from fxprune.saving.names import Allowed, is_identifier
 from fxprune.saving.values import Reader, Writer
+from fxprune.torch_files import read_torch_file
 
 FORMAT = "fxprune graph"
 VERSION = 1
@@ -83,7 +83,8 @@ def load(path: str | Path, *, allow: Allowed = ()) -> CompiledModule:
     content = _read(Path(path))
     if content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is not a file of fxprune.save's; weights alone go into a model with fxprune.models.load_weights"
+            f"{path} is not a file of fxprune.save's. If it holds weights alone, they go into a model: "
+            "model.load_state_dict(torch.load(path)), or fxprune evaluate with --model"
         )
     if content.get("version") != VERSION:
         raise CheckpointError(
@@ -139,14 +140,4 @@ def _class_name(compiled: GraphModule) -> str:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        return {}
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
-    return content if isinstance(content, Mapping) else {}
+    return {} if path.suffix == ".safetensors" and path.is_file() else read_torch_file(path)

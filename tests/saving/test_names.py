@@ -18,7 +18,8 @@ from fxprune.saving import load, save
 # Keywords; what Python reads in another form (the ligature fi, an accent on its own); what no identifier can hold; what
 # generated code uses itself.
 NAMES = (
-    "class", "global", "None", "lambda", "match", "\ufb01", "e\u0301", "\u00e9", "\u65e5\u672c", "block1-0", "global pool", "1x1",
+    "class", "global", "None", "lambda", "match",
+    "\ufb01", "e\u0301", "\u00e9", "\u65e5\u672c", "block1-0", "global pool", "1x1",
     "'", "{0}", "%s", "a;b", "#", "self", "torch", "device", "inf", "input", "output", "getattr", "_x", "__x",
 )  # fmt: skip
 
