@@ -88,6 +88,12 @@ class _EarlierRun:
     finished: bool
     files: tuple[Path, ...]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it failed before it wrote anything: a corrected command may use the folder."""
+        results = [file for file in self.files if file.name != CONFIG and not file.name.startswith(".")]
+        return bool(self.command) and not self.finished and not results
+
 
 def check_folder(folder: str | Path, command: str, *, overwrite: bool = False, resume: bool = False) -> None:
     """Refuse a folder that holds another run, so that none is ever a mix of two.
@@ -102,7 +108,7 @@ def check_folder(folder: str | Path, command: str, *, overwrite: bool = False, r
         OptionsError: the folder is used; the message says by what, and the remedy.
     """
     earlier = _earlier_run(Path(folder), command)
-    if earlier is None or overwrite or (resume and earlier.command == command):
+    if earlier is None or earlier.is_empty or overwrite or (resume and earlier.command == command):
         return
     run = f"{'a' if earlier.finished else 'an unfinished'} run of fxprune {earlier.command}" if earlier.command else (
         f"{', '.join(sorted(file.name for file in earlier.files))}, which fxprune {command} would write"

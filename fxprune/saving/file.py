@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -64,6 +65,7 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
         "state_dict": modules.weights,
         "tensors": writer.tensors,
     }
+    whole["digest"] = _digest(whole)
     save_tensors(whole, path)
 
 
@@ -91,6 +93,8 @@ def load(path: str | Path, *, allow: Allowed = ()) -> CompiledModule:
             f"{path} has format version {content.get('version')}, this fxprune reads {VERSION}; upgrade it"
         )
     try:
+        if "digest" in content and content["digest"] != _digest(content):  # absent from files of older versions
+            raise CheckpointError("its content is not what was written; it is damaged: copy or download it again")
         return _build(json.loads(content["graph"]), content, tuple(allow))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -131,6 +135,18 @@ def _build(data: dict[str, Any], content: Mapping[str, Any], allow: Allowed) -> 
     for name, module in compiled.named_modules():
         module.training = bool(data["training"][name])
     return compiled
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """A fingerprint of graph and tensors, since torch.load does not notice a changed byte of a weight."""
+    found = hashlib.sha256(content["graph"].encode())
+    for kind in ("state_dict", "tensors"):
+        for name, tensor in content[kind].items():
+            found.update(f"{kind} {name} {tensor.dtype} {tuple(tensor.shape)}".encode(errors="surrogatepass"))
+            if tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized:
+                plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+                found.update(plain.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _class_name(compiled: GraphModule) -> str:

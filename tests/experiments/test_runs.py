@@ -70,6 +70,14 @@ def test_an_unfinished_run_is_known_by_its_configuration(tmp_path: Path) -> None
     assert read_yaml(tmp_path / "config.yaml") == {"a": 1}
 
 
+def test_a_run_that_failed_before_it_wrote_anything_is_not_in_the_way(tmp_path: Path) -> None:
+    start_run(tmp_path, "prune", {})
+    (tmp_path / ".123-pruned.pt").write_text("half")
+    start_run(tmp_path, "train", {"a": 1})
+    assert names(tmp_path) == {"config.yaml"}
+    assert read_yaml(tmp_path / "config.yaml") == {"a": 1}
+
+
 def test_files_that_no_run_wrote_are_not_replaced_either(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_text("mine")
     check_folder(tmp_path, "train")
