@@ -34,8 +34,8 @@ def read_torch_file(path: str | Path) -> Mapping[str, Any]:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"Python objects ({found[1]})" if found else "Python objects"
         raise CheckpointError(
-            f"{path} holds {what}, which are never run here. Where the model's code is at hand, load it there and write "
-            "the weights alone: torch.save(model.state_dict(), path)"
+            f"{path} cannot be read: it holds {what}, which are never run here. Where the model's code is at hand, "
+            "load it there and write the weights alone: torch.save(model.state_dict(), path)"
         ) from error
     except Exception as error:  # damage shows in any form: struct.error, AssertionError, TypeError, ...
         if "TorchScript" in str(error):
@@ -43,7 +43,9 @@ def read_torch_file(path: str | Path) -> Mapping[str, Any]:
                 f"{path} is a TorchScript file; write the weights alone: "
                 "torch.save(torch.jit.load(path).state_dict(), another_path)"
             ) from error
-        raise CheckpointError(f"{path} is damaged or was cut off; write, copy or download it again") from error
+        raise CheckpointError(
+            f"{path} cannot be read: it is damaged or was cut off; write, copy or download it again"
+        ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, not a dict of weights; write torch.save(model.state_dict(), path)"
