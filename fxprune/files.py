@@ -59,5 +59,9 @@ def save_tensors(content: Mapping[str, Any], path: str | Path) -> None:
     try:
         with atomic(path) as part, part.open("wb") as file:
             torch.save(content, file)
-    except (RuntimeError, OSError) as error:  # torch reports a full disk by a RuntimeError.
-        raise CheckpointError(f"cannot write {path}: {error}; what was there is unchanged") from error
+    except (RuntimeError, OSError) as error:
+        # Of a full disk torch says that a position in the file is unexpected; the system's own words come before that.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise CheckpointError(f"cannot write {path}: {cause or error}; what was there is unchanged") from error

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node, Proxy, Tracer
 from torch.nn.parameter import is_lazy
 
 from fxprune.calibration.batches import names_in
+from fxprune.code_names import allow_any_name, refuse_reserved_names
 from fxprune.errors import FxPruneError, TraceError
 from fxprune.trace_check import difference
 
@@ -58,7 +59,10 @@ def trace(model: nn.Module, *, exclude: Sequence[str] = (), example: Any = None)
     while True:
         tracer = _PathTracer(leaves, given)
         try:
-            graph_module = GraphModule(model, tracer.trace(model), type(model).__name__).eval()
+            graph = allow_any_name(tracer.trace(model))
+            graph_module = GraphModule(model, graph, type(model).__name__).eval()
+        except TraceError:
+            raise
         except Exception as error:
             stopped_in, problem, cause = tracer.path, _explain(model, tracer, error), error
         else:
@@ -98,6 +102,7 @@ def _usable(model: nn.Module, exclude: Sequence[str]) -> nn.Module:
     if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         return _usable(inner, exclude)
     check_exclude(model, exclude)
+    refuse_reserved_names(model)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor) or tensor.is_meta:
             raise TraceError(

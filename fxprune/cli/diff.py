@@ -12,7 +12,7 @@ from torch import nn
 from fxprune.cli.command import stdout
 from fxprune.cli.prune import PRUNED
 from fxprune.cli.run_folder import dense_model
-from fxprune.errors import OptionsError
+from fxprune.errors import FxPruneError, ModelError, OptionsError
 from fxprune.experiments.tasks import module_classes
 from fxprune.files import atomic
 from fxprune.graph_diff import diff as compare
@@ -38,7 +38,13 @@ def diff(
     if after is None:
         if not before.is_dir():
             raise OptionsError(f"{before} is no folder of fxprune prune; name a second file to compare it with")
-        old, config = dense_model(before)
+        try:
+            old, config = dense_model(before)
+        except FxPruneError as error:
+            raise ModelError(
+                f"{before} is compared with the dense model that it was made from, which cannot be built: {error}. Bring "
+                "back what is missing, or name two files: fxprune diff BEFORE AFTER"
+            ) from error
         new = load(before / PRUNED, allow=module_classes(old))
         channels, height, width = model_info(config["model"]).input_shape
         side = config["image_size"]

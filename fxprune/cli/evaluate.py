@@ -15,11 +15,11 @@ from fxprune.cli.command import stderr, stdout
 from fxprune.cli.parameters import TASK, BatchSize, Device, Register, TestImages
 from fxprune.compiler import default_device
 from fxprune.data import DataSplits
-from fxprune.errors import ModelError
+from fxprune.errors import CheckpointError, DataError, ModelError
 from fxprune.experiments.checkpoints import load_weights
 from fxprune.experiments.evaluation import agreement
 from fxprune.experiments.evaluation import evaluate as accuracy_of
-from fxprune.experiments.runs import CONFIG
+from fxprune.experiments.runs import CONFIG, read_record
 from fxprune.experiments.tasks import Task, import_user_code, module_classes, scoring_loader, task_from
 from fxprune.experiments.yaml_files import read_yaml
 from fxprune.files import atomic
@@ -48,7 +48,8 @@ def evaluate(
     What is not given is taken from the config.yaml beside the file, where `fxprune train` or `fxprune prune` made it.
     """
     task, made = _filled(task, file)
-    import_user_code([*(register or ()), *(made.get("register") or ())])
+    import_user_code(register or ())
+    task = _with_user_code(task, made, file)
     splits = task.load_data()
     test = scoring_loader(splits, images=test_images or made.get("test_images"), batch_size=batch_size)
     place = default_device(device)
@@ -90,13 +91,44 @@ def _filled(task: Task, file: Path) -> tuple[Task, dict[str, Any]]:
     return dataclasses.replace(task, **found), made
 
 
+def _with_user_code(task: Task, made: dict[str, Any], file: Path) -> Task:
+    """The task, with the code imported that its run registered; without the model, where that is no longer there.
+
+    A pruned graph needs neither: how its images are normalised is in the run's record.
+    """
+    try:
+        import_user_code(made.get("register") or ())
+    except ModelError as error:
+        try:
+            found = read_record(file.parent)["results"]
+        except DataError:
+            raise error from None
+        if task.model != made.get("model") or not found.get("mean"):
+            raise
+        stderr.print(f"without the code of {task.model}: {error}", markup=False, soft_wrap=True)
+        side = found["input_shape"][1] if task.data is not None and Path(task.data).is_dir() else None
+        return dataclasses.replace(
+            task,
+            model=None,
+            mean=task.mean or tuple(found["mean"]),
+            std=task.std or tuple(found["std"]),
+            image_size=task.image_size or side,
+        )
+    return task
+
+
 def _open(file: Path, task: Task, splits: DataSplits, place: torch.device) -> nn.Module:
     """The model in a file; on `place`, but for ONNX files, which run on the CPU."""
     if file.suffix == ".onnx":
         return OnnxModule(file)
     if is_saved(file):
-        own = module_classes(task.new_model(splits.info.num_classes)) if task.model else ()
-        return load(file, allow=own).to(place)
+        try:
+            return load(file).to(place)
+        except CheckpointError:
+            if task.model is None:
+                raise
+            # It may name classes of the user's own.
+            return load(file, allow=module_classes(task.new_model(splits.info.num_classes))).to(place)
     if task.model is None:
         raise ModelError(f"{file} holds weights alone: name the model that they belong to (--model)")
     return load_weights(task.new_model(splits.info.num_classes), file).to(place)

@@ -19,6 +19,9 @@ TestImages = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one by default.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the results; one under out/ by default.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run that --out holds: remove what it wrote, and nothing else.")
+]
 
 
 def data_name(data: str | None) -> str:

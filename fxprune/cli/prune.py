@@ -11,11 +11,11 @@ from rich.table import Table
 
 from fxprune import solvers
 from fxprune.cli.command import stderr, stdout
-from fxprune.cli.parameters import TASK, BatchSize, Device, Out, Register, TestImages, data_name
+from fxprune.cli.parameters import TASK, BatchSize, Device, Out, Overwrite, Register, TestImages, data_name
 from fxprune.compiler import compile, default_device
 from fxprune.data import calibration_loader
 from fxprune.experiments.evaluation import agreement, evaluate
-from fxprune.experiments.runs import start_run
+from fxprune.experiments.runs import check_folder, start_run
 from fxprune.experiments.tasks import Task, import_user_code, module_classes, scoring_loader
 from fxprune.export import OnnxReport, export_onnx
 from fxprune.files import atomic
@@ -41,18 +41,20 @@ def prune(
     onnx: Annotated[bool, typer.Option(help="Write an ONNX file and validate it in onnxruntime.")] = True,
     device: Device = None,
     out: Out = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Prune a trained model in one shot, score it, and export it to a validated ONNX file."""
     import_user_code(register or ())
     pattern = str(Pattern.parse(pattern))
     solvers.get(method)  # a misspelt name must not cost a dense evaluation first
+    folder = out or Path("out", "prune", f"{task.model}-{data_name(task.data)}-{pattern.replace(':', '-')}-{method}")
+    check_folder(folder, "prune", overwrite=overwrite)
     splits = task.load_data()
     model = task.trained_model(splits.info.num_classes)
     calibration = calibration_loader(splits.train, calibration_images, batch_size, seed=options.seed)
     test = scoring_loader(splits, images=test_images)
     place = default_device(device)
-    folder = out or Path("out", "prune", f"{task.model}-{data_name(task.data)}-{pattern.replace(':', '-')}-{method}")
-    run = start_run(folder, "prune", config)
+    run = start_run(folder, "prune", config, overwrite=overwrite)
 
     with stderr.status("scoring the dense model"):
         dense_accuracy = evaluate(model, test, place)
@@ -84,6 +86,9 @@ def prune(
         "layers_pruned": sum(layer.status == "pruned" for layer in report.layers),
         "compile_seconds": report.seconds,
         "num_classes": splits.info.num_classes,
+        "input_shape": splits.info.input_shape,
+        "mean": splits.info.mean,
+        "std": splits.info.std,
     }
     exported: OnnxReport | None = None
     if onnx:
@@ -93,10 +98,12 @@ def prune(
         stdout.print(exported.summary, markup=False, soft_wrap=True)
         results["onnx_accuracy"] = exported.parity.accuracy_onnx
         results["onnx_max_difference"] = exported.parity.max_abs
-    run.finish(results)
+    files = [PRUNED, *([ONNX, "onnx.json"] if onnx else []), "report.csv", "report.json"]
+    if (folder / f"{ONNX}.data").is_file():  # weights beyond 2 GB
+        files.append(f"{ONNX}.data")
+    run.finish(results, files)
     stdout.print(_table(results, exported))
-    files = [PRUNED, *([ONNX] if onnx else []), "report.csv", "report.json", "run.json"]
-    stdout.print(f"{folder}: {', '.join(files)}", soft_wrap=True)
+    stdout.print(f"{folder}: {', '.join(files)}, run.json", soft_wrap=True)
 
 
 def _write(writer: Callable[[Path], None], path: Path) -> None:

@@ -11,14 +11,14 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fxprune.cli.command import stderr, stdout
-from fxprune.cli.parameters import TASK, BatchSize, Device, Out, Register, TestImages, data_name
+from fxprune.cli.parameters import TASK, BatchSize, Device, Out, Overwrite, Register, TestImages, data_name
 from fxprune.compiler import default_device
 from fxprune.data import make_loader
 from fxprune.errors import OptionsError
 from fxprune.experiments.recipe import Recipe
-from fxprune.experiments.runs import start_run
+from fxprune.experiments.runs import WRITES, check_folder, start_run
 from fxprune.experiments.tasks import Task, import_user_code, scoring_loader
-from fxprune.experiments.training import BEST, LAST, Epoch, Step
+from fxprune.experiments.training import BEST, Epoch, Step
 from fxprune.experiments.training import train as run_training
 
 
@@ -35,7 +35,7 @@ def train(
     device: Device = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from last.pt, if there is one.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier training.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a model; best.pt, last.pt and log.csv are written after every epoch.
 
@@ -43,10 +43,9 @@ def train(
     """
     import_user_code(register or ())
     folder = out or Path("out", "train", f"{task.model}-{data_name(task.data)}")
-    if (folder / LAST).is_file() and not (resume or overwrite):
-        raise OptionsError(
-            f"{folder} holds a training: go on with --resume, replace it with --overwrite, or name another --out"
-        )
+    if resume and overwrite:
+        raise OptionsError("resume goes on with an earlier training and overwrite removes it; give one of them")
+    check_folder(folder, "train", overwrite=overwrite, resume=resume)
     splits = task.load_data(augment=augment)
     torch.manual_seed(recipe.seed)
     start = task.trained_model if task.weights or task.pretrained else task.new_model
@@ -55,7 +54,7 @@ def train(
     train_loader = make_loader(splits.train, batch_size=batch_size, shuffle=True, num_workers=workers)
     scored = splits if splits.val is None else dataclasses.replace(splits, test=splits.val)
     test_loader = scoring_loader(scored, images=test_images)
-    run = start_run(folder, "train", config)
+    run = start_run(folder, "train", config, overwrite=overwrite, resume=resume)
     with _Bar(recipe.epochs, len(train_loader)) as bar:
         log = run_training(
             model, train_loader, test_loader, recipe,
@@ -63,7 +62,8 @@ def train(
         )  # fmt: skip
     best = max(log, key=lambda epoch: epoch.test_accuracy)
     chosen_on = "test" if splits.val is None else "validation"
-    run.finish({"last": dataclasses.asdict(log[-1]), "best": dataclasses.asdict(best), "chosen_on": chosen_on})
+    results = {"last": dataclasses.asdict(log[-1]), "best": dataclasses.asdict(best), "chosen_on": chosen_on}
+    run.finish(results, WRITES["train"])
     last, top = f"last epoch {log[-1].test_accuracy:.2f}%", f"best (epoch {best.epoch}) {best.test_accuracy:.2f}%"
     stdout.print(f"{last}, {top}, of the {chosen_on} images", soft_wrap=True)
     stdout.print(f"weights: {folder / BEST}", soft_wrap=True)

@@ -150,6 +150,7 @@ def model_layers(model: nn.Module, called: set[nn.Module]) -> list[ModelLayer]:
     if missing := set(patterns) - {layer.name for layer in layers}:
         raise ValidationError(
             f"the model's report says that {', '.join(sorted(missing))} was pruned, but the model has no such layer; "
-            "was it changed after fxprune.compile?"
+            "was it changed after fxprune.compile, or is it a graph of torch.export's? Export the model that "
+            "fxprune.compile returned"
         )
     return layers

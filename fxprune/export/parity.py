@@ -89,7 +89,10 @@ def evaluating(model: nn.Module) -> Iterator[Callable[[tuple[Tensor, ...]], dict
             inputs = tuple(x.to(first.device, first.dtype if x.is_floating_point() else x.dtype) for x in inputs)
         return {name: value.cpu() for name, value in named_outputs(model(*inputs)).items()}
 
-    model.eval()
+    try:
+        model.eval()
+    except NotImplementedError:  # A graph of torch.export's has one mode for ever.
+        flags = []
     try:
         with torch.no_grad(), full_precision():
             yield run

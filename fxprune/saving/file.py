@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fxprune.saving.graphs import decode_graph, encode_graph, encode_meta
 from fxprune.saving.modules import ModuleReader, ModuleWriter
 from fxprune.saving.names import Allowed, is_identifier
 from fxprune.saving.values import Reader, Writer
+from fxprune.torch_files import read_torch_file
 
 FORMAT = "fxprune graph"
 VERSION = 1
@@ -40,13 +42,21 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
     """
     writer = Writer(tuple(allow))
     modules = ModuleWriter(writer)
-    content = {
-        "class_name": compiled._get_name(),
-        "nodes": encode_graph(compiled, writer),
-        "modules": modules.encode(compiled),
-        "meta": encode_meta(compiled.meta, writer),
-        "training": {name: module.training for name, module in compiled.named_modules()},
-    }
+    if not isinstance(compiled, GraphModule):
+        raise CheckpointError(
+            f"save takes what fxprune.compile returned, or another GraphModule, not a {type(compiled).__name__}; of a "
+            "plain module keep the state_dict, of a compiled or wrapped one the module inside"
+        )
+    try:
+        content = {
+            "class_name": _class_name(compiled),
+            "modules": modules.encode(compiled),
+            "nodes": encode_graph(compiled, writer),
+            "meta": encode_meta(compiled.meta, writer),
+            "training": {name: module.training for name, module in compiled.named_modules()},
+        }
+    except RecursionError as error:
+        raise CheckpointError("the model holds a value that contains itself, or values nested too deeply") from error
     whole = {
         "format": FORMAT,
         "version": VERSION,
@@ -55,6 +65,7 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
         "state_dict": modules.weights,
         "tensors": writer.tensors,
     }
+    whole["digest"] = _digest(whole)
     save_tensors(whole, path)
 
 
@@ -74,17 +85,29 @@ def load(path: str | Path, *, allow: Allowed = ()) -> CompiledModule:
     content = _read(Path(path))
     if content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is not a file of fxprune.save's; weights alone go into a model with fxprune.models.load_weights"
+            f"{path} is not a file of fxprune.save's. If it holds weights alone, they go into a model: "
+            "model.load_state_dict(torch.load(path)), or fxprune evaluate with --model"
         )
     if content.get("version") != VERSION:
         raise CheckpointError(
             f"{path} has format version {content.get('version')}, this fxprune reads {VERSION}; upgrade it"
         )
     try:
+        if "digest" in content and content["digest"] != _digest(content):  # absent from files of older versions
+            raise CheckpointError("its content is not what was written; it is damaged: copy or download it again")
         return _build(json.loads(content["graph"]), content, tuple(allow))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError, RuntimeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        AssertionError,
+        RuntimeError,
+        SyntaxError,
+    ) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -105,21 +128,32 @@ def _build(data: dict[str, Any], content: Mapping[str, Any], allow: Allowed) -> 
     if not is_identifier(data["class_name"]):
         raise CheckpointError(f"the file's model has the name {data['class_name']!r}, which is no class name")
     compiled = CompiledModule(root, graph, data["class_name"])
+    # The constructor takes over what the graph calls, in that order; the model had all of these, in theirs.
+    for parts in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        compiled.__dict__[parts] = root.__dict__[parts]
     compiled.meta.update({key: reader.decode(value) for key, value in data["meta"].items()})
     for name, module in compiled.named_modules():
         module.training = bool(data["training"][name])
     return compiled
 
 
+def _digest(content: Mapping[str, Any]) -> str:
+    """A fingerprint of graph and tensors, since torch.load does not notice a changed byte of a weight."""
+    found = hashlib.sha256(content["graph"].encode())
+    for kind in ("state_dict", "tensors"):
+        for name, tensor in content[kind].items():
+            found.update(f"{kind} {name} {tensor.dtype} {tuple(tensor.shape)}".encode(errors="surrogatepass"))
+            if tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized:
+                plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+                found.update(plain.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _class_name(compiled: GraphModule) -> str:
+    """The model's class name as an identifier."""
+    name = re.sub(r"\W|^(?=\d)", "_", compiled._get_name())
+    return name if is_identifier(name) else f"_{name}"
+
+
 def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        return {}
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
-    return content if isinstance(content, Mapping) else {}
+    return {} if path.suffix == ".safetensors" and path.is_file() else read_torch_file(path)

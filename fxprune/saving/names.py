@@ -7,13 +7,13 @@ of mathematics on tensors, written down here, plus what the caller of `save` and
 from __future__ import annotations
 
 import builtins
+import enum
 import functools
 import importlib
 import inspect
 import keyword
 import math
 import operator
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -33,7 +33,8 @@ OP_NAMESPACES = ("aten", "torchvision")
 _REACHES_FILES_OR_CALLS = frozenset({"from_file", "save", "load", "attrgetter", "itemgetter", "methodcaller", "call"})
 _BUILTINS = ("abs", "bool", "divmod", "float", "getattr", "int", "len", "max", "min", "round", "sum")
 _SWIN = ("_get_relative_position_bias", "_patch_merging_pad", "shifted_window_attention")
-_MODULE_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)
+# Methods of what leaf modules return beside tensors: tuples, lists, dicts.
+_CONTAINER_METHODS = ("get", "items", "keys", "values", "index")
 
 
 def is_identifier(name: object) -> bool:
@@ -41,14 +42,24 @@ def is_identifier(name: object) -> bool:
     return isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
 
 
+def is_part_name(name: object) -> bool:
+    """Whether a module, parameter or buffer may have this name in a saved file.
+
+    That is every name that PyTorch allows, such as block1-0 or "global pool", but for those that could end a string in
+    generated code.
+    """
+    return isinstance(name, str) and name.isprintable() and name != "" and not set(name) & set('."\\')
+
+
 def is_module_path(name: object) -> bool:
-    """Whether a name is a dotted path such as layer1.0.conv1, and nothing that could end a string in generated code."""
-    return isinstance(name, str) and _MODULE_PATH.fullmatch(name) is not None
+    """Whether a name is a dotted path of such names, such as layer1.0.conv1."""
+    return isinstance(name, str) and all(map(is_part_name, name.split(".")))
 
 
 def is_method(name: object) -> bool:
-    """Whether a name is a public method of tensors."""
-    return is_identifier(name) and not str(name).startswith("_") and hasattr(torch.Tensor, str(name))
+    """Whether a name is a public method of tensors, or one that reads a dict, list or tuple."""
+    known = is_identifier(name) and not str(name).startswith("_")
+    return known and (hasattr(torch.Tensor, str(name)) or name in _CONTAINER_METHODS)
 
 
 @functools.cache
@@ -101,7 +112,7 @@ def function_name(function: Callable[..., Any], allow: Allowed) -> str:
     if any(function is other for other in allow):
         return _own_name(function)
     raise CheckpointError(
-        f"the graph calls {_own_name(function)}, which is not on the list of functions that a saved file may name. "
+        f"{_own_name(function)} is not on the list of functions that a saved file may name. "
         "Pass allow=(that function,) to save and to load, or export the model to ONNX"
     )
 
@@ -151,17 +162,46 @@ def find_class(name: str, allow: Allowed) -> type[nn.Module]:
     return found
 
 
-def _library_class(name: str) -> type[nn.Module] | None:
+def enum_name(cls: type[enum.Enum], allow: Allowed) -> str:
+    """The name to store for a class of named values.
+
+    Raises:
+        CheckpointError: as `class_name`.
+    """
+    name = _own_name(cls)
+    if _library_class(name, enum.Enum) is cls or any(cls is other for other in allow):
+        return name
+    raise CheckpointError(
+        f"values of {name} can be stored only if that class is handed over: pass allow=({cls.__name__},) to save and load"
+    )
+
+
+def find_enum(name: str, allow: Allowed) -> type[enum.Enum]:
+    """The class of named values of a stored name.
+
+    Raises:
+        CheckpointError: as `find_class`.
+    """
+    found = _handed_over(name, allow) or _library_class(name, enum.Enum)
+    if not inspect.isclass(found) or not issubclass(found, enum.Enum):
+        raise CheckpointError(
+            f"the file holds a value of {name!r}, which is neither a library's that fxprune knows nor handed over. "
+            f"If you trust the file, pass allow=({name.rpartition('.')[2]},)"
+        )
+    return found
+
+
+def _library_class(name: str, kind: type[Any] = nn.Module) -> type[Any] | None:
     root = next((root for root in CLASS_ROOTS if name.startswith(f"{root}.")), None)
     place, _, cls = name.rpartition(".")
-    if root is None or not is_module_path(name):
+    if root is None or not all(map(str.isidentifier, name.split("."))):
         return None
     try:
         found = getattr(importlib.import_module(place), cls, None)
     except ImportError:
         return None
     # Defined there and not merely imported there.
-    own = inspect.isclass(found) and issubclass(found, nn.Module) and _own_name(found) == name
+    own = inspect.isclass(found) and issubclass(found, kind) and _own_name(found) == name
     return found if own else None
 
 

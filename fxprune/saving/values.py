@@ -6,6 +6,8 @@ Numbers, strings, None and lists are themselves; everything else is a dict with 
 from __future__ import annotations
 
 import dataclasses
+import enum
+import functools
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -17,10 +19,19 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxprune.errors import CheckpointError
-from fxprune.saving.names import Allowed, class_name, find_class, find_function, function_name
+from fxprune.saving.names import (
+    Allowed,
+    class_name,
+    enum_name,
+    find_class,
+    find_enum,
+    find_function,
+    function_name,
+)
 
 # torch's own constants, which are stored by name.
 _CONSTANTS = (torch.dtype, torch.memory_format, torch.layout)
+_SEQUENCES: dict[str, type[Any]] = {"tuple": tuple, "size": torch.Size, "set": set, "frozenset": frozenset}
 
 
 @dataclass(frozen=True)
@@ -30,10 +41,15 @@ class Writer:
     Attributes:
         allow: functions and classes that may be named beyond those on the list.
         tensors: the tensors put aside.
+        weights: names of the model's own parameters and buffers, by id; an attribute that is one of them stays so.
+        modules: paths of the model's modules, by id; likewise.
     """
 
     allow: Allowed = ()
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[int, str] = field(default_factory=dict)
+    modules: dict[int, str] = field(default_factory=dict)
+    _numbered: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
 
     def encode(self, value: Any) -> Any:
         """The JSON form of a value.
@@ -41,24 +57,42 @@ class Writer:
         Raises:
             CheckpointError: values of its type cannot be stored.
         """
-        if value is None or isinstance(value, bool | int | float | str):
+        if isinstance(value, enum.Enum) and value.name in type(value).__members__:
+            return {"enum": enum_name(type(value), self.allow), "name": value.name}
+        if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum)):
             return value
+        if isinstance(value, complex):
+            return {"complex": [value.real, value.imag]}
         if isinstance(value, Node):
             return {"node": value.name}
         if isinstance(value, Tensor):
-            name = str(len(self.tensors))
-            self.tensors[name] = value.detach()
-            return {"tensor": name}
+            return self._tensor(value)
+        if isinstance(value, nn.Module):
+            if id(value) not in self.modules:
+                raise CheckpointError(
+                    f"it holds a {type(value).__name__}, which is no registered part of the model; "
+                    "register it (as an attribute of its own, or in an nn.ModuleList) before compiling"
+                )
+            return {"module": self.modules[id(value)]}
         if isinstance(value, list):
             return [self.encode(item) for item in value]
-        if type(value) is tuple or isinstance(value, torch.Size):
-            return {"tuple": [self.encode(item) for item in value]}
+        for kind, cls in _SEQUENCES.items():
+            if type(value) is cls:
+                return {kind: [self.encode(item) for item in value]}
         if isinstance(value, Mapping):
             return {"dict": [[self.encode(key), self.encode(item)] for key, item in value.items()]}
         if isinstance(value, slice):
             return {"slice": [self.encode(item) for item in (value.start, value.stop, value.step)]}
+        if isinstance(value, range):
+            return {"range": [value.start, value.stop, value.step]}
         if value is Ellipsis:
             return {"ellipsis": True}
+        if isinstance(value, functools.partial):
+            return {
+                "partial": self.encode(value.func),
+                "args": [self.encode(item) for item in value.args],
+                "kwargs": [[name, self.encode(item)] for name, item in value.keywords.items()],
+            }
         if isinstance(value, _CONSTANTS):
             return {"constant": str(value).removeprefix("torch.")}
         if isinstance(value, torch.device):
@@ -72,6 +106,16 @@ class Writer:
             return {"function": function_name(value, self.allow)}
         raise CheckpointError(f"values of type {type(value).__module__}.{type(value).__qualname__} cannot be stored")
 
+    def _tensor(self, tensor: Tensor) -> dict[str, str]:
+        if id(tensor) in self.weights:
+            return {"weight": self.weights[id(tensor)]}
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            raise CheckpointError(f"it is a {type(tensor).__name__}, which no plain weights file holds")
+        # The tensor is kept beside its number, so that no later one has its id.
+        name, _ = self._numbered.setdefault(id(tensor), (str(len(self.tensors)), tensor))
+        self.tensors[name] = tensor.detach()
+        return {"tensor": name}
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -81,11 +125,15 @@ class Reader:
         allow: functions and classes that may be named beyond those on the list.
         tensors: what `Writer` put aside.
         nodes: the nodes of the graph made so far, by name.
+        weights: the model's parameters and buffers made so far, by name.
+        modules: its modules made so far, by path.
     """
 
     allow: Allowed
     tensors: Mapping[str, Tensor]
     nodes: dict[str, Node] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
 
     def decode(self, data: Any) -> Any:
         """The value of a JSON form.
@@ -103,8 +151,21 @@ class Reader:
             return self.nodes[content]
         if kind == "tensor":
             return self.tensors[content]
-        if kind == "tuple":
-            return tuple(self.decode(item) for item in content)
+        if kind == "weight":
+            return self.weights[content]
+        if kind == "module":
+            return self.modules[content]
+        if kind == "complex":
+            return complex(*content)
+        if kind == "enum":
+            return find_enum(content, self.allow)[data["name"]]
+        if kind in _SEQUENCES:
+            return _SEQUENCES[kind](self.decode(item) for item in content)
+        if kind == "range":
+            return range(*content)
+        if kind == "partial":
+            given = {name: self.decode(item) for name, item in data["kwargs"]}
+            return functools.partial(self.decode(content), *map(self.decode, data["args"]), **given)
         if kind == "dict":
             return {self.decode(key): self.decode(item) for key, item in content}
         if kind == "slice":

@@ -63,7 +63,7 @@ def test_training_goes_on_from_given_weights(fxprune: Fxprune, trained: Path, tm
         (("--data", DIGITS, "--mean", "0.5", "--std", "1"), "no model is named"),
         (("--model", "simple_cnn", "--data", "digits", "--learning-rate", "-1"), "learning_rate is -1.0"),
         (("--model", "simple_cnn", "--data", "digits", "--register", "no_such.py"), "cannot import 'no_such.py'"),
-        (("--model", "simple_cnn", "--data", DIGITS, "--weights", "no.pt"), "there is no weights file no.pt"),
+        (("--model", "simple_cnn", "--data", DIGITS, "--weights", "no.pt"), "there is no file no.pt"),
     ],
 )
 def test_errors_name_what_is_wrong(
