@@ -77,7 +77,9 @@ def register(
         known = _ENTRIES.get(name)
         if known is not None and _origin(known.factory) != _origin(factory):
             raise ModelError(f"model name {name!r} is taken by {_origin(known.factory)}; register under another name")
-        if known is None and torchvision_zoo.has(name):
+        # This package's own names are known to be free; to ask torchvision takes as long as importing torch.
+        own = _origin(factory).startswith("fxprune.models.")
+        if known is None and not own and torchvision_zoo.has(name):
             raise ModelError(f"model name {name!r} is torchvision's; register under another name")
         _ENTRIES[name] = _Entry(info, factory)
         return factory
