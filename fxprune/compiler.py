@@ -14,8 +14,9 @@ from fxprune import solvers
 from fxprune.calibration.batches import peek, read_all
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.compiled import CompiledModule
+from fxprune.devices import default_device
 from fxprune.graph import device_of
-from fxprune.options import Options
+from fxprune.options import Options, given_options
 from fxprune.passes import (
     AllocateSparsity,
     FoldBatchNorm,
@@ -66,7 +67,7 @@ def compile(
     """
     started = time.perf_counter()
     pattern = Pattern.parse(pattern)
-    options = (options or Options()).resolved(method, pattern)
+    options = given_options(options).resolved(method, pattern)
     device = default_device(device)
     stopwatch = Stopwatch(device)
     solvers.get(method)  # A misspelt name is told before anything is read.
@@ -103,8 +104,3 @@ def compile(
         verify(graph_module)
 
     return CompiledModule.of(graph_module.to(home), seconds=time.perf_counter() - started)
-
-
-def default_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for; CUDA where there is one, else the CPU, for None."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxprune.calibration.batches import first_item, read_all
 from fxprune.compiled import CompiledModule
-from fxprune.compiler import default_device
+from fxprune.devices import default_device
 from fxprune.graph import device_of
 from fxprune.options import Options
 from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace, RemoveObservers, verify
@@ -64,6 +64,7 @@ def low_rank(
         FxPruneError: a subclass that names what is wrong, and the remedy.
     """
     started = time.perf_counter()
+    device = default_device(device)
     options = low_rank_options(options, method)
     rule = rank if isinstance(rank, RankPlan) else RankRule.parse(rank)
     by_time = isinstance(rule, RankRule) and rule.kind == "speedup"
@@ -73,7 +74,7 @@ def low_rank(
         batches = read_all(calib_loader)
         graph_module = trace(model, exclude=exclude, example=batches[0])
         home = device_of(graph_module)
-        graph_module.to(default_device(device))
+        graph_module.to(device)
         RemoveInplace()(graph_module)
         if options.fold_batchnorm:
             FoldBatchNorm(exclude=exclude)(graph_module)

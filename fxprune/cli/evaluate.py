@@ -13,8 +13,8 @@ from torch import nn
 
 from fxprune.cli.command import stderr, stdout
 from fxprune.cli.parameters import TASK, BatchSize, Device, Register, TestImages
-from fxprune.compiler import default_device
 from fxprune.data import DataSplits
+from fxprune.devices import default_device
 from fxprune.errors import ModelError
 from fxprune.experiments.checkpoints import load_weights
 from fxprune.experiments.evaluation import agreement

@@ -12,8 +12,9 @@ from rich.table import Table
 from fxprune import solvers
 from fxprune.cli.command import stderr, stdout
 from fxprune.cli.parameters import TASK, BatchSize, Device, Out, Register, TestImages, data_name
-from fxprune.compiler import compile, default_device
+from fxprune.compiler import compile
 from fxprune.data import calibration_loader
+from fxprune.devices import default_device
 from fxprune.experiments.evaluation import agreement, evaluate
 from fxprune.experiments.runs import start_run
 from fxprune.experiments.tasks import Task, import_user_code, module_classes, scoring_loader

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fxprune.cli.command import stderr, stdout
 from fxprune.cli.parameters import TASK, BatchSize, Device, Out, Register, TestImages, data_name
-from fxprune.compiler import default_device
 from fxprune.data import make_loader
+from fxprune.devices import default_device
 from fxprune.errors import OptionsError
 from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.runs import start_run

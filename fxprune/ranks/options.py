@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 from fxprune.errors import OptionsError
-from fxprune.options import OURS, PUBLISHED, Options
+from fxprune.options import OURS, PUBLISHED, Options, given_options
 from fxprune.ranks.survey import METHODS, Method
 
 UNUSED = ("permute", "global_budget", "polish", "checkpoint_dir")
@@ -19,7 +19,7 @@ def low_rank_options(options: Options | None, method: Method) -> Options:
     """
     if method not in METHODS:
         raise OptionsError(f"unknown method {method!r}; choose one of {', '.join(map(repr, METHODS))}")
-    given = options or Options()
+    given = given_options(options)
     if unused := [name for name in UNUSED if getattr(given, name, None)]:
         raise OptionsError(f"{', '.join(unused)}: low_rank has no such step; give it to fxprune.compile on the result")
     own = OURS if method == "data_aware" else PUBLISHED

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fxprune.errors import FxPruneError
+from fxprune.errors import OptionsError
 from fxprune.pattern import Pattern
 from fxprune.solvers.admm import admm
 from fxprune.solvers.exact_obs import exact_obs
@@ -39,10 +39,10 @@ def get(name: str) -> Solver:
     """The solver called `name`.
 
     Raises:
-        FxPruneError: if there is none; the message lists those there are.
+        OptionsError: if there is none; the message lists those there are.
     """
     if name not in SOLVERS:
-        raise FxPruneError(f"unknown method {name!r}; choose one of {', '.join(map(repr, SOLVERS))}")
+        raise OptionsError(f"unknown method {name!r}; choose one of {', '.join(map(repr, SOLVERS))}")
     return SOLVERS[name]
 
 
