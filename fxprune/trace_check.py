@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from fxprune.calibration.batches import assign
-from fxprune.graph import device_of
+from fxprune.graph import call, device_of
 
 IMAGES = 4
 TOLERANCE = 1e-3  # Relative. Both run the same kernels, but TF32 or bfloat16 ones need not repeat exactly.
@@ -66,7 +66,7 @@ def _outcome(module: nn.Module, inputs: dict[str, Tensor]) -> Any:
     with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         try:
-            return module(**{name: x.clone() for name, x in inputs.items()})
+            return call(module, **{name: x.clone() for name, x in inputs.items()})
         except Exception as error:
             return error
 

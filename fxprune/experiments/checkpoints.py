@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 
 from fxprune.errors import CheckpointError
 from fxprune.files import save_tensors
+from fxprune.torch_files import read_torch_file
 
 # Where the usual training scripts keep the weights, in the order in which they are looked for.
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model_state", "model")
@@ -116,31 +116,22 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.O
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"there is no weights file {path}")
     if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise CheckpointError(f"there is no file {path}")
         try:
             safetensors = importlib.import_module("safetensors.torch")
         except ModuleNotFoundError as error:
-            raise CheckpointError(f"{path} needs the safetensors package, which is not installed") from error
+            raise CheckpointError(
+                f"{path} needs the safetensors package, which is not installed: pip install safetensors"
+            ) from error
         broken: type[Exception] = importlib.import_module("safetensors").SafetensorError
         try:
             tensors: Mapping[str, Any] = safetensors.load_file(str(path))
         except broken as error:
             raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
         return tensors
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is no plain weights file: it is damaged or holds Python objects, never run here. "
-            f"Save model.state_dict() in its place. ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read as a torch file: {error}") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    return content
+    return read_torch_file(path)
 
 
 def _fill(model: nn.Module, content: Mapping[str, Any], path: Path) -> None:

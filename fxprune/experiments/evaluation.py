@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxprune.devices import checked_device
 from fxprune.errors import EvaluationError
+from fxprune.graph import call
 
 
 class Agreement(NamedTuple):
@@ -124,7 +126,13 @@ def _images_and_labels(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _logits(model: nn.Module, images: torch.Tensor, place: torch.device) -> torch.Tensor:
-    output = model(images.to(place))
+    try:
+        output = call(model, images.to(place))
+    except Exception as error:  # what a model raises on images that it was not made for is up to the model
+        raise EvaluationError(
+            f"{type(model).__name__} fails on images of shape {tuple(images.shape)}: {error}. Are these the images that "
+            "it was trained on, in size and channels?"
+        ) from error
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise EvaluationError(f"{type(model).__name__} must give logits (N, classes), not {found}")
@@ -142,7 +150,7 @@ def _ready(model: nn.Module, device: torch.device | str | None) -> Iterator[torc
     flags = [(module, module.training) for module in model.modules()]
     tensor = next(model.parameters(), next(model.buffers(), None))
     home = torch.device("cpu") if tensor is None else tensor.device
-    place = home if device is None else torch.device(device)
+    place = home if device is None else checked_device(device)
     model.eval()
     try:
         if place != home:

@@ -25,7 +25,7 @@ from fxprune.calibration.output_error import OutputError
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.errors import PatternError
-from fxprune.graph import device_of
+from fxprune.graph import call, device_of
 from fxprune.layer_solution import layer_of, sparse_solution
 from fxprune.options import Options
 from fxprune.passes.base import Pass
@@ -152,7 +152,7 @@ def _outputs(graph_module: GraphModule, probe: list[list[Any]]) -> list[Tensor]:
     """All floating point tensors, (N, ...) each, that the model puts out for a batch, as one (N, K); for each batch."""
     outputs = []
     for inputs in probe:
-        leaves = [x for x in tree_leaves(graph_module(*inputs)) if isinstance(x, Tensor)]
+        leaves = [x for x in tree_leaves(call(graph_module, *inputs)) if isinstance(x, Tensor)]
         tensors = [x.flatten(1) for x in leaves if x.is_floating_point() and x.dim()]
         if not tensors:
             raise PatternError(

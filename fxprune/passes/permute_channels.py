@@ -28,7 +28,7 @@ from fxprune.channels.grouping import Reader, search_grouping
 from fxprune.channels.layout import Classes
 from fxprune.errors import CalibrationError, GraphError
 from fxprune.geometry import is_matrix_layer
-from fxprune.graph import device_of, input_of, module_of
+from fxprune.graph import call, device_of, input_of, module_of
 from fxprune.layer_solution import layer_of
 from fxprune.passes.base import Pass
 from fxprune.passes.insert_observers import TASK, InsertObservers, LayerTask
@@ -200,7 +200,7 @@ def _example(graph_module: GraphModule, inputs: list[Any]) -> tuple[list[Any], l
 def _run(graph_module: GraphModule, inputs: Sequence[Any]) -> list[Tensor]:
     """The tensors in the graph's output, on images of the first batch."""
     try:
-        output = graph_module(*inputs)
+        output = call(graph_module, *inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = [tuple(x.shape) for x in inputs if isinstance(x, Tensor)]
         raise CalibrationError(

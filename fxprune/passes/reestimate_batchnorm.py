@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.calibration.batches import first_item
 from fxprune.errors import CalibrationError
-from fxprune.graph import module_of
+from fxprune.graph import call, module_of
 from fxprune.passes.base import Pass
 
 _FUNCTIONAL = (torch.nn.functional.batch_norm, torch.batch_norm)
@@ -132,7 +132,7 @@ def _checked(x: Any, number: int) -> Tensor:
 
 def _run(graph_module: GraphModule, x: Tensor, number: int) -> None:
     try:
-        graph_module(x)
+        call(graph_module, x)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise CalibrationError(
             f"the model failed on calibration batch {number}, shape {tuple(x.shape)}: {error}. Check the batch "

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from fxprune.compiled import CompiledModule
 from fxprune.errors import CheckpointError
 from fxprune.files import save_tensors
+from fxprune.model_argument import not_a_model
 from fxprune.saving.graphs import decode_graph, encode_graph, encode_meta
 from fxprune.saving.modules import ModuleReader, ModuleWriter
 from fxprune.saving.names import Allowed, is_identifier
 from fxprune.saving.values import Reader, Writer
+from fxprune.torch_files import read_torch_file
 
 FORMAT = "fxprune graph"
 VERSION = 1
@@ -38,6 +40,7 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
         CheckpointError: the graph holds something that cannot be stored by name; the message says what, and the remedy.
         OSError: the file cannot be written.
     """
+    _check_model(compiled)
     writer = Writer(tuple(allow))
     modules = ModuleWriter(writer)
     content = {
@@ -74,7 +77,8 @@ def load(path: str | Path, *, allow: Allowed = ()) -> CompiledModule:
     content = _read(Path(path))
     if content.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is not a file of fxprune.save's; weights alone go into a model with fxprune.models.load_weights"
+            f"{path} is not a file of fxprune.save's. If it holds weights alone, they go into a model: "
+            "model.load_state_dict(torch.load(path)), or fxprune evaluate with --model"
         )
     if content.get("version") != VERSION:
         raise CheckpointError(
@@ -111,15 +115,15 @@ def _build(data: dict[str, Any], content: Mapping[str, Any], allow: Allowed) -> 
     return compiled
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        return {}
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+def _check_model(model: object) -> None:
+    if isinstance(model, GraphModule):
+        return
+    if isinstance(model, nn.Module):
         raise CheckpointError(
-            f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
-    return content if isinstance(content, Mapping) else {}
+            f"save takes a GraphModule, not a {type(model).__name__}; for that, torch.save(model.state_dict(), path)"
+        )
+    raise CheckpointError(not_a_model(model))
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    return {} if path.suffix == ".safetensors" and path.is_file() else read_torch_file(path)

@@ -112,7 +112,7 @@ def test_long_lists_are_cut_and_counted(tmp_path, trained):
 
 
 def test_absent_file(tmp_path, fresh):
-    with pytest.raises(CheckpointError, match="no weights file"):
+    with pytest.raises(CheckpointError, match="there is no file"):
         load_weights(fresh, tmp_path / "none.pt")
 
 
