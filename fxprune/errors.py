@@ -50,6 +50,10 @@ class DataError(FxPruneError):
     """A data set is unknown, absent, malformed, or too small for what is asked of it."""
 
 
+class DataWarning(UserWarning):
+    """A data set is not quite what was asked for, and is used as it is."""
+
+
 class EvaluationError(FxPruneError):
     """A model cannot be scored on the batches given."""
 
