@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from fxprune.data.array_dataset import ArrayDataset, Arrays, check_normalisation
 from fxprune.data.image_arrays import is_normalised
@@ -17,6 +17,7 @@ from fxprune.data.image_folder import read_folder
 from fxprune.data.named import NAMED, read_named
 from fxprune.data.npz_files import has_labels, holds_jpeg, read_npz, read_unlabelled, splits_of
 from fxprune.data.pictures import Pictures, find_pictures
+from fxprune.data.sampling import calibration_split
 from fxprune.errors import DataError, DataWarning
 
 DEFAULT_ROOT = Path.home() / ".cache" / "fxprune" / "data"
@@ -56,6 +57,17 @@ class DataSplits:
     test: Dataset[Any] | None
     info: DataInfo
     val: Dataset[Any] | None = None
+
+    def with_validation(self, share: float, seed: int = 0) -> DataSplits:
+        """The same, with a share of the training images as validation images where there are none yet.
+
+        The classes are as even among them as the data allows; they are not augmented.
+        """
+        count = round(share * len(self.train))  # type: ignore[arg-type]
+        if self.val is not None or count < 1:
+            return self
+        val, rest = calibration_split(self.train, count, seed, balanced=self.labelled)
+        return replace(self, train=Subset(self.train, rest.indices), val=val)
 
     @property
     def labelled(self) -> bool:

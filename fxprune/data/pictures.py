@@ -37,7 +37,7 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """Open a picture as RGB: grey is repeated, transparency is laid on white, 16 bits become 8.
+    """Open a picture as RGB: grey is repeated, transparency left out, as torchvision does; 16 bits become 8.
 
     Raises:
         DataError: the file is damaged, or of a kind that is not known.
@@ -49,11 +49,8 @@ def open_picture(path: str | Path) -> Image.Image:
                 deep = np.asarray(picture, dtype=np.int64)
                 grey = Image.fromarray((deep // 256 if deep.max() > 255 else deep).astype(np.uint8))
                 return grey.convert("RGB")
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                layer = picture.convert("RGBA")
-                white = Image.new("RGBA", layer.size, "white")
-                return Image.alpha_composite(white, layer).convert("RGB")
-            return picture.convert("RGB")
+            rgb: Image.Image = picture.convert("RGB")
+            return rgb
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"the picture {path} cannot be read: {error}; mend it or take it out of the folder") from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,6 +15,28 @@ from torch import nn
 from fxprune.devices import checked_device
 from fxprune.errors import EvaluationError
 from fxprune.graph import call
+
+FEW_OTHERS = 90.0  # percent: where one class has nearly all images, accuracy tells little either way
+
+
+class Score(NamedTuple):
+    """Top-1 accuracy, and what to hold it against.
+
+    Attributes:
+        accuracy: in percent.
+        images: how many.
+        guessing: accuracy of always naming the most frequent class, in percent.
+    """
+
+    accuracy: float
+    images: int
+    guessing: float
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether guessing would have done as well, within two standard deviations: most likely the wrong data."""
+        spread = 100 * math.sqrt(self.guessing / 100 * (1 - self.guessing / 100) / self.images)
+        return self.guessing < FEW_OTHERS and self.accuracy <= self.guessing + 2 * spread
 
 
 class Agreement(NamedTuple):
@@ -28,6 +52,11 @@ class Agreement(NamedTuple):
 
 
 def evaluate(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> float:
+    """Measure top-1 accuracy in percent; see `score`."""
+    return score(model, loader, device).accuracy
+
+
+def score(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> Score:
     """Measure top-1 accuracy, batch by batch, in eval mode.
 
     Args:
@@ -37,23 +66,31 @@ def evaluate(model: nn.Module, loader: Iterable[Any], device: torch.device | str
         device: where to compute; None is where the model is.
 
     Returns:
-        Accuracy in percent.
+        Accuracy, number of images, and what guessing would give.
 
     Raises:
-        EvaluationError: no batches, batches without labels, or outputs that are no finite logits.
+        EvaluationError: no batches, batches without labels, labels beyond the outputs, or outputs that are no finite
+            logits.
     """
     right = total = 0
+    classes: Counter[int] = Counter()
     with _ready(model, device) as place:
         for batch in loader:
             images, labels = _images_and_labels(batch)
             logits = _logits(model, images, place)
             if labels.numel() != len(logits):
                 raise EvaluationError(f"{len(logits)} outputs but labels of shape {tuple(labels.shape)}")
+            if len(logits) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+                raise EvaluationError(
+                    f"labels go from {int(labels.min())} to {int(labels.max())} but {type(model).__name__} knows "
+                    f"{logits.shape[1]} classes, 0 to {logits.shape[1] - 1}: this is not the data that it was trained on"
+                )
             right += int((logits.argmax(1) == labels.reshape(-1).to(place)).sum())
+            classes.update(labels.reshape(-1).tolist())
             total += len(logits)
     if total == 0:
         raise EvaluationError("the loader gave no batches; there is nothing to measure accuracy on")
-    return 100.0 * right / total
+    return Score(100.0 * right / total, total, 100.0 * max(classes.values()) / total)
 
 
 def agreement(

@@ -22,23 +22,23 @@ class Task:
     """Names of a model, its weights and its data. None means: as the model or the data set has it.
 
     Attributes:
-        model: simple_cnn, cifar_cnn, resnet20, vgg16_cifar, any of torchvision's, timm/..., or a class of your own as
+        model: name, such as simple_cnn, resnet20, any of torchvision's, timm/...; or a class of your own as
             mynet.py:MyNet or package.module:MyNet.
-        model_args: what your own class or function is called with, such as width=32; once for each argument.
-        data: digits, mnist, fashion_mnist, cifar10, cifar100, an .npz file, or a folder with train/ and test/.
+        data: name (digits, mnist, fashion_mnist, cifar10, cifar100), an .npz file, or a folder with train/ and test/.
         weights: file with the model's trained weights.
-        pretrained: download the weights that torchvision or timm publish for the model.
+        pretrained: download the weights that torchvision or timm publish for the model; a class or function of your own
+            brings its weights itself.
         num_classes: width of the output, where it is not the data set's number of classes.
         in_channels: input channels of the model, where they are not its usual ones.
         image_size: side to resize images to; a folder of images takes the model's.
-        mean: per channel, of images scaled to [0, 1]; once for each channel. The model's by default.
+        mean: per channel, of images scaled to [0, 1]; such as .485,.456,.406. The model's by default.
         std: per channel, same scale; likewise.
         root: folder of torchvision's data files.
         download: download a named data set that is not there.
+        model_args: what your own class or function is called with, such as width=32; once for each argument.
     """
 
     model: str | None = None
-    model_args: Mapping[str, Any] | None = None
     data: str | None = None
     weights: str | None = None
     pretrained: bool = False
@@ -49,6 +49,7 @@ class Task:
     std: tuple[float, ...] | None = None
     root: str | None = None
     download: bool = False
+    model_args: Mapping[str, Any] | None = None
 
     def load_data(self, *, augment: bool = False, labelled: bool = True) -> DataSplits:
         """Load the data set, normalised as the model has it; images without labels too, where none are needed.
@@ -92,8 +93,6 @@ class Task:
         own = is_own(self.model)
         if self.pretrained and not own:
             given |= {"pretrained": True} if self.model.startswith("timm/") else {"weights": "DEFAULT"}
-        elif self.pretrained:
-            raise ModelError(f"{self.model}: pretrained is for models of torchvision and timm; name a file (--weights)")
         if own and self.num_classes is None and ("num_classes" in given or not takes(self.model, "num_classes")):
             num_classes = 0  # the class decides for itself
         classes = self.num_classes or num_classes or None
@@ -108,15 +107,18 @@ class Task:
             ModelError: the task names neither weights nor `pretrained`.
             CheckpointError: the weights do not fit.
         """
-        if self.weights is None and not self.pretrained:
-            raise ModelError(
-                f"{self.model} has no weights: name a file (--weights), or take the published ones (--pretrained), "
-                "where torchvision or timm have the model"
+        from fxprune.experiments.checkpoints import load_weights
+        from fxprune.models.user_code import is_own
+
+        if self.weights is None and not self.pretrained and self.model is not None:
+            otherwise = (
+                f"say --pretrained where {self.model} brings its weights itself"
+                if is_own(self.model)
+                else "take the published ones (--pretrained), where torchvision or timm have the model"
             )
+            raise ModelError(f"{self.model} has no weights: name a file (--weights), or {otherwise}")
         if self.weights is not None and self.pretrained:
             raise ModelError(f"{self.model}: weights ({self.weights}) and pretrained exclude each other")
-        from fxprune.experiments.checkpoints import load_weights
-
         model = self.new_model(num_classes)
         if self.weights is not None:
             load_weights(model, self.weights)
