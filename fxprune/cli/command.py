@@ -24,6 +24,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.models import OptionInfo
 
 from fxprune.errors import FxPruneError, OptionsError
 from fxprune.experiments.yaml_files import check_keys, parse_scalar, read_yaml, to_yaml
@@ -97,7 +98,7 @@ def command(
         # typer keeps the line ends of a docstring, which are made for another width.
         paragraphs = (inspect.getdoc(function) or "").split("\n\n")
         text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-        app.command(name, help=text, epilog=f"Example\n{example}" if example else None)(run)
+        app.command(name, help=text, epilog=f"Example\n{escape(example)}" if example else None)(run)
         return function
 
     return add
@@ -200,6 +201,8 @@ class Signature:
                     options.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
         options += inspect.signature(common, eval_str=True).parameters.values()
         # Panels follow each other as their first options do: what has none comes first.
+        for option in (*first, *options):
+            _shorten(option)
         free = [option for option in options if not _panel(option)]
         flat = inspect.Signature([*first, *free, *(option for option in options if _panel(option))])
         return cls(flat, records, tuple(plain), frozenset(mappings), frozenset(figures))
@@ -259,9 +262,17 @@ def _flag(name: str) -> str:
 
 
 # A flag's type, where typer's own word would take the room of the help text beside it.
-_SHORT: dict[Any, str] = {
-    kind: text for one, text in ((bool, ""), (int, "N"), (float, "X"), (str, "TEXT")) for kind in (one, one | None)
-}
+_SHORT = ((bool, ""), (int, "N"), (float, "X"), (str, "TEXT"), (list[str], "TEXT"), (Path, "PATH"))
+
+
+def _shorten(option: inspect.Parameter) -> None:
+    """Give a flag the shortest name of its type."""
+    if get_origin(option.annotation) is not Annotated:
+        return
+    hint, note = get_args(option.annotation)[:2]
+    for kind, text in _SHORT:
+        if hint in (kind, kind | None) and isinstance(note, OptionInfo) and note.metavar is None:
+            note.metavar = text
 
 
 def _fields(record: type[Any], group: Group) -> list[inspect.Parameter]:
@@ -276,7 +287,8 @@ def _fields(record: type[Any], group: Group) -> list[inspect.Parameter]:
         option = typer.Option(
             help=_capital(texts.get(field.name, "")),
             rich_help_panel=None if field.name in group.everyday else group.title,
-            metavar=metavar or _SHORT.get(hint),
+            metavar=metavar,
+            show_default=field.default is not False,
         )
         parameters.append(
             inspect.Parameter(

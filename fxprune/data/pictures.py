@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 from fxprune.errors import DataError
 
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 # ImageNet's habit: resize the short side to 256, cut 224 out of the middle.
 CROP_FRACTION = 224 / 256
 
@@ -26,12 +27,12 @@ def find_pictures(folder: Path) -> list[Path]:
     found = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
     )
     if not found:
         inside = ", ".join(sorted(item.name for item in folder.iterdir())[:8]) or "nothing"
         raise DataError(
-            f"there are no pictures in the folder {folder}; it holds {inside}. Pictures end in {', '.join(IMG_EXTENSIONS)}"
+            f"there are no pictures in the folder {folder}; it holds {inside}. Pictures end in {', '.join(EXTENSIONS)}"
         )
     return found
 

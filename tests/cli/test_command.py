@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 import fxprune
 from fxprune.cli import app as fxprune_app
-from fxprune.cli.command import command
-from fxprune.cli.signature import attribute_texts
+from fxprune.cli.command import Group, attribute_texts, command
 from fxprune.errors import FxPruneError, OptionsError
 from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.yaml_files import read_yaml
@@ -52,13 +51,13 @@ def main() -> None: ...
 
 def draw(
     place: Path,
-    shape: Annotated[Shape, "Shape"],
+    shape: Annotated[Shape, Group("Shape")],
     config: dict[str, Any],
     *,
     pattern: Annotated[str, typer.Option(help="p")] = "2:4",
     rate: float = 0.5,
     names: Annotated[list[str] | None, typer.Option()] = None,
-    left_out: Annotated[Shape, "Other", ("sides", "sizes", "convex", "name")] = Shape(),
+    left_out: Annotated[Shape, Group("Other", left_out=("sides", "sizes", "convex", "name"))] = Shape(),
     fail: str = "",
 ) -> None:
     """Draw."""

@@ -24,7 +24,10 @@ def test_it_learns_and_writes_a_run_folder(trained: Path) -> None:
     assert {file.name for file in trained.iterdir()} == {"best.pt", "last.pt", "log.csv", "config.yaml", "run.json"}
     rows = list(csv.DictReader((trained / "log.csv").open()))
     record = json.loads((trained / "run.json").read_text())
-    assert float(rows[-1]["test_accuracy"]) == record["results"]["last"]["test_accuracy"] > 60
+    results = record["results"]
+    assert float(rows[-1]["val_accuracy"]) == results["last"]["val_accuracy"] > 60
+    assert results["best"]["val_accuracy"] == max(float(row["val_accuracy"]) for row in rows)
+    assert results["best"]["test_accuracy"] > 60
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
     assert record["config"]["epochs"] == 2
     assert record["command"] == "train"
@@ -47,6 +50,16 @@ def test_resuming_goes_on_and_an_old_training_is_kept(fxprune: Fxprune, trained:
     assert load_checkpoint(tmp_path / "last.pt", create("tiny_cli")).epoch == 2
 
 
+def test_validation_images_are_held_out_of_training(fxprune: Fxprune, trained: Path, tmp_path: Path) -> None:
+    base = ("train", "--config", trained / "config.yaml", "--epochs", 1)
+    assert "best on 250 validation images" in fxprune(*base, "--validation", 0.25, "--out", tmp_path / "some")
+    assert "validation" not in fxprune(*base, "--validation", 0, "--out", tmp_path / "none")
+    best, last = (
+        torch.load(tmp_path / "none" / name, weights_only=True)["state_dict"] for name in ("best.pt", "last.pt")
+    )
+    assert all(torch.equal(best[key], last[key]) for key in last)
+
+
 def test_training_goes_on_from_given_weights(fxprune: Fxprune, trained: Path, tmp_path: Path) -> None:
     fxprune("train", "--config", trained / "config.yaml", "--out", tmp_path, "--weights", trained / "last.pt",
             "--epochs", 1, "--learning-rate", 1e-3, "--optimizer", "adamw", "--schedule", "cosine")  # fmt: skip
@@ -63,7 +76,7 @@ def test_training_goes_on_from_given_weights(fxprune: Fxprune, trained: Path, tm
         (("--data", DIGITS, "--mean", "0.5", "--std", "1"), "no model is named"),
         (("--model", "simple_cnn", "--data", "digits", "--learning-rate", "-1"), "learning_rate is -1.0"),
         (("--model", "simple_cnn", "--data", "digits", "--register", "no_such.py"), "cannot import 'no_such.py'"),
-        (("--model", "simple_cnn", "--data", DIGITS, "--weights", "no.pt"), "there is no weights file no.pt"),
+        (("--model", "simple_cnn", "--data", DIGITS, "--weights", "no.pt"), "there is no file no.pt"),
     ],
 )
 def test_errors_name_what_is_wrong(
