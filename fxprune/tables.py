@@ -52,7 +52,7 @@ def table(
     columns leave as `Column.leaves` has it. Only a first column too wide by itself is folded.
 
     Args:
-        columns: headings; the first one holds the rows' names.
+        columns: headings; the first one holds the rows' names. A column without any figure is left out.
         rows: a cell a column.
         notes: a sentence a row, "" for none; () where no row has any.
         width: of the terminal.
@@ -69,7 +69,9 @@ def table(
     widths = [
         max([cell_len(column.heading), *(row[place].cell_len for row in cells)]) for place, column in enumerate(columns)
     ]
-    shown = [place for place, size in enumerate(widths) if size]
+    shown = [
+        place for place in range(len(columns)) if place == 0 or not cells or any(row[place].plain for row in cells)
+    ]
 
     def room() -> int:
         return width - sum(widths[place] + GAP for place in shown)

@@ -119,6 +119,16 @@ def warn(message: str) -> None:
     stderr.print(f"[yellow]warning:[/yellow] {escape(message)}", soft_wrap=True)
 
 
+@contextmanager
+def working(on: str) -> Iterator[None]:
+    """Show on a terminal what a command is doing; a log has no use for it."""
+    if stderr.is_terminal:
+        with stderr.status(on):
+            yield
+    else:
+        yield
+
+
 def _import(modules: Sequence[str]) -> None:
     """Import what a command runs on, which takes seconds; until then Ctrl-C ends the process."""
     if any(module not in sys.modules for module in modules):

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxprune.cli.command import fail, stderr, stdout, warn
+from fxprune.cli.command import fail, stdout, warn, working
 from fxprune.cli.parameters import OnnxOptions
+from fxprune.errors import OptionsError
 from fxprune.experiments.tasks import Task, import_user_code, module_classes, scoring_loader
 from fxprune.tables import Column, as_text, table, terminal_width
 
@@ -67,9 +68,11 @@ def compress(
     from fxprune.experiments.runs import start_run
     from fxprune.saving import save
 
+    if task.model is None or task.data is None:
+        raise OptionsError(f"name a model and images to calibrate on, with --model and --data; fxprune {command} --help")
     place = default_device(device)
     import_user_code(register or ())
-    with stderr.status(f"reading {task.data}"):
+    with working(f"reading {task.data}"):
         splits = task.load_data(labelled=False)
     model = task.trained_model(splits.info.num_classes)
     chosen, others = calibration_split(splits.train, calibration_images, seed, balanced=splits.labelled)
@@ -87,7 +90,7 @@ def compress(
 
     results: dict[str, Any] = {}
     if splits.labelled:
-        with stderr.status("scoring the dense model"):
+        with working("scoring the dense model"):
             dense = score(model, test, place)
         results["dense_accuracy"] = dense.accuracy
         if dense.says_nothing:
@@ -103,7 +106,7 @@ def compress(
     _write(report.to_json, folder / "report.json")
     save(compiled, folder / PRUNED, allow=module_classes(model))
 
-    with stderr.status("scoring the compressed model"):
+    with working("scoring the compressed model"):
         if splits.labelled:
             results["accuracy"] = score(compiled, test, place).accuracy
         close = agreement(model, compiled, test, place)
@@ -131,7 +134,7 @@ def compress(
 def _export(
     compiled: CompiledModule, path: Path, test: DataLoader[Any], onnx: OnnxOptions, *, labelled: bool
 ) -> OnnxReport:
-    with stderr.status("exporting to ONNX and validating the file"):
+    with working("exporting to ONNX and validating the file"):
         from fxprune.export import export_onnx
 
         batch = next(iter(test))
@@ -144,18 +147,17 @@ def _export(
 
 def _finish(run: Run, results: dict[str, Any], exported: OnnxReport | None, where: str, *, layers: int) -> None:
     """The closing table and the files; an error where nothing came of the run."""
-    columns = [Column(where), *(Column(heading, right=True) for heading in ("accuracy", "agrees", "KL", "zeros"))]
 
     def percent(key: str) -> str:
         return f"{results[key]:.2f}%" if key in results else ""
 
-    figures = (percent("accuracy"), percent("agreement"), f"{results['kl']:.4f}", f"{results['sparsity']:.1%}")
-    rows = [
-        ("dense", percent("dense_accuracy"), "", "", ""),
-        ("pruned" if run.command == "prune" else "low rank", *figures),
-    ]
+    name = "pruned" if run.command == "prune" else "low rank"
+    rows = [("dense", percent("dense_accuracy"), "", "", "")] if "dense_accuracy" in results else []
+    figures = (percent("agreement"), f"{results['kl']:.4f}", f"{results['sparsity']:.1%}")
+    rows.append((name, percent("accuracy"), *figures))
     if exported is not None:
         rows.append(("in onnxruntime", percent("onnx_accuracy"), "", "", f"{exported.sparsity:.1%}"))
+    columns = [Column(where), *(Column(heading, right=True) for heading in ("accuracy", "agrees", "KL", "zeros"))]
     stdout.print()
     stdout.out(as_text(table(columns, rows, width=terminal_width()), color=stdout.is_terminal), highlight=False)
     files = [PRUNED, *([ONNX] if exported is not None else []), "report.csv", "report.json", "run.json"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxprune.cli.command import Group, fail, stderr, stdout
+from fxprune.cli.command import Group, fail, stderr, stdout, working
 from fxprune.cli.parameters import DATA, BatchSize, Device, Register, TestImages
 from fxprune.errors import ModelError
 from fxprune.experiments.tasks import Task, import_user_code, module_classes, scoring_loader, task_from
@@ -47,17 +47,17 @@ def evaluate(
     place = default_device(device)
     task, made = filled(task, file)
     import_user_code([*(register or ()), *(made.get("register") or ())])
-    with stderr.status(f"reading {task.data}"):
+    with working(f"reading {task.data}"):
         splits = task.load_data()
     test = scoring_loader(splits, images=test_images or made.get("test_images"), batch_size=batch_size)
     model = open_model(file, task, splits.info.num_classes, place)
-    with stderr.status(f"scoring {file}"):
+    with working(f"scoring {file}"):
         found = score(model, test)
     figures: dict[str, Any] = {
         "file": str(file), "data": task.data, "images": found.images, "accuracy": found.accuracy
     }  # fmt: skip
     if against is not None:
-        with stderr.status(f"comparing with {against}"):
+        with working(f"comparing with {against}"):
             close = agreement(open_model(against, task, splits.info.num_classes, place), model, test)
         figures |= {"against": str(against), "agreement": close.top1, "kl": close.kl}
     if json_file is not None:

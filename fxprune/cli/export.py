@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fxprune.cli.command import Group, stderr, stdout
+from fxprune.cli.command import Group, stdout, working
 from fxprune.cli.evaluate import filled, open_model
 from fxprune.cli.parameters import DATA, ONNX_FILE, OnnxOptions, Register
 from fxprune.cli.run_folder import input_shape as shape_of_run
@@ -65,7 +65,7 @@ def export(
         loader = scoring_loader(splits)
         examples = next(iter(loader))[0][:EXAMPLES]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with stderr.status(f"writing {path} and validating it"):
+    with working(f"writing {path} and validating it"):
         report = export_onnx(model, path, examples, loader=loader, **onnx_options.arguments())
     if json_file is not None:
         with atomic(json_file) as part:

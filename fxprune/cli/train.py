@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fxprune.cli.command import Group, stderr, stdout
+from fxprune.cli.command import Group, stderr, stdout, working
 from fxprune.cli.parameters import (
     DATA,
     RUNNING,
@@ -76,7 +76,7 @@ def train(
         raise OptionsError(
             f"{folder} holds a training: go on with --resume, replace it with --overwrite, or name another --out"
         )
-    with stderr.status(f"reading {task.data}"):
+    with working(f"reading {task.data}"):
         splits = task.load_data(augment=augment)
     torch.manual_seed(recipe.seed)
     start = task.trained_model if task.weights or task.pretrained else task.new_model
@@ -92,10 +92,12 @@ def train(
         )  # fmt: skip
     best = best_epoch(log)
     test = scoring_loader(splits, images=test_images)
-    with stderr.status("scoring on the test images"):
+    with working("scoring on the test images"):
         results: dict[str, Any] = {"last": dataclasses.asdict(log[-1]) | {"test_accuracy": evaluate(model, test)}}
         load_weights(model, folder / BEST)
         results["best"] = dataclasses.asdict(best) | {"test_accuracy": evaluate(model, test)}
+    results["input_shape"] = list(splits.info.input_shape)
+    results["num_classes"] = splits.info.num_classes
     run.finish(results)
     last, top = (f"{results[which]['test_accuracy']:.2f}% of the test images" for which in ("last", "best"))
     if held_out is not None:
