@@ -69,7 +69,9 @@ def compress(
     from fxprune.saving import save
 
     if task.model is None or task.data is None:
-        raise OptionsError(f"name a model and images to calibrate on, with --model and --data; fxprune {command} --help")
+        raise OptionsError(
+            f"name a model and images to calibrate on, with --model and --data; fxprune {command} --help"
+        )
     place = default_device(device)
     import_user_code(register or ())
     with working(f"reading {task.data}"):
