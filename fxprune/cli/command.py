@@ -204,7 +204,7 @@ class Signature:
                     (first if option.name in group.everyday else options).append(option)
                 kinds = get_type_hints(record)
                 mappings |= {key for key, kind in kinds.items() if _is(kind, Mapping)}
-                figures |= {key for key, kind in kinds.items() if _is(kind, tuple)}
+                figures |= {key for key, kind in kinds.items() if _figures(kind)}
             else:
                 plain.append(parameter.name)
                 if parameter.name != CONFIG:
@@ -244,6 +244,11 @@ def _is(kind: Any, wanted: type[Any]) -> bool:
     """Whether a type hint is a generic of this class, or that or None."""
     options = (get_origin(kind), *(get_origin(option) for option in get_args(kind)))
     return wanted in options or getattr(wanted, "__origin__", wanted) in options
+
+
+def _figures(kind: Any) -> bool:
+    """Whether a type hint is a row of numbers, or that or None."""
+    return tuple[float, ...] in (kind, *get_args(kind))
 
 
 def _panel(parameter: inspect.Parameter) -> str | None:
@@ -293,7 +298,7 @@ def _fields(record: type[Any], group: Group) -> list[inspect.Parameter]:
         if field.name in group.left_out:
             continue
         hint = hints[field.name]
-        metavar = KEY_VALUE if _is(hint, Mapping) else "X,Y,..." if _is(hint, tuple) else None
+        metavar = KEY_VALUE if _is(hint, Mapping) else "X,Y,..." if _figures(hint) else None
         option = typer.Option(
             help=_capital(texts.get(field.name, "")),
             rich_help_panel=None if field.name in group.everyday else group.title,
@@ -305,7 +310,7 @@ def _fields(record: type[Any], group: Group) -> list[inspect.Parameter]:
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
-                annotation=Annotated[list[str] | None if metavar else hint, option],
+                annotation=Annotated[list[str] | None if metavar or _is(hint, tuple) else hint, option],
             )
         )
     return parameters

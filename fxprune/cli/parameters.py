@@ -45,15 +45,24 @@ class OnnxOptions:
         opset: ONNX operator set version; the exporter's own choice by default.
         precision: of weights and activations; inputs and outputs stay fp32.
         sparse_initializers: store weights sparsely where that takes fewer bytes; few engines beside onnxruntime read it.
+        dynamic_size: leave height and width open, as the batch size is.
+        input_names: of the inputs, in their order; once for each. The model's own by default.
+        output_names: likewise.
     """
 
     opset: int | None = None
     precision: Literal["fp32", "fp16"] = "fp32"
     sparse_initializers: bool = False
+    dynamic_size: bool = False
+    input_names: tuple[str, ...] | None = None
+    output_names: tuple[str, ...] | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `export_onnx`."""
-        return dataclasses.asdict(self)
+        """Arguments of `export_onnx`: those that differ from its own defaults."""
+        values = dataclasses.asdict(self)
+        return {
+            field.name: values[field.name] for field in dataclasses.fields(self) if values[field.name] != field.default
+        }
 
 
 def data_name(data: str | None) -> str:

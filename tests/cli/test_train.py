@@ -53,7 +53,7 @@ def test_resuming_goes_on_and_an_old_training_is_kept(fxprune: Fxprune, trained:
 def test_validation_images_are_held_out_of_training(fxprune: Fxprune, trained: Path, tmp_path: Path) -> None:
     base = ("train", "--config", trained / "config.yaml", "--epochs", 1)
     assert "best on 250 validation images" in fxprune(*base, "--validation", 0.25, "--out", tmp_path / "some")
-    assert "validation" not in fxprune(*base, "--validation", 0, "--out", tmp_path / "none")
+    assert "validation images" not in fxprune(*base, "--validation", 0, "--out", tmp_path / "none")
     best, last = (
         torch.load(tmp_path / "none" / name, weights_only=True)["state_dict"] for name in ("best.pt", "last.pt")
     )
