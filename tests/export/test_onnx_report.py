@@ -19,7 +19,7 @@ def test_table(exported: tuple[Path, OnnxReport]) -> None:
         assert cell in row
     assert "batches of 3, 6" in text
     assert f"{exported[1].size.file:,} bytes" in text
-    assert text.count("2:4, small: gain unlikely") == 1
+    assert "2:4, small: gain unlikely" in text
     assert "N:M zeros bring no speed-up" in text
     assert "\x1b[" not in text
     assert "\x1b[" in exported[1].render(color=True)
