@@ -84,7 +84,7 @@ def main() -> None:
     recipe = Recipe(given.epochs, channels_last=True)
     train(
         model, make_loader(images, shuffle=True), test, recipe, device="cpu", folder=Path("out/mobile"), resume=True,
-        on_epoch=lambda e: print(f"epoch {e.epoch}: {e.test_accuracy:.2f}%, {e.seconds:.0f} s", flush=True),
+        on_epoch=lambda e: print(f"epoch {e.epoch}: {e.val_accuracy:.2f}%, {e.seconds:.0f} s", flush=True),
     )  # fmt: skip
     model.to(memory_format=torch.contiguous_format).eval()
     dense = evaluate(model, test)

@@ -153,7 +153,7 @@ class _Prepared:
         model = create(task.model, **({} if task.width is None else {"width": task.width}))
         log = train(
             model, make_loader(images, shuffle=True), test, task.recipe, device=device, folder=folder, resume=True,
-            on_epoch=lambda e: print(f"{task.name}: epoch {e.epoch}, {e.test_accuracy:.2f}%, {e.seconds:.0f} s"),
+            on_epoch=lambda e: print(f"{task.name}: epoch {e.epoch}, {e.val_accuracy:.2f}%, {e.seconds:.0f} s"),
         )  # fmt: skip
         # What is scored is the last epoch: the best one would have been chosen by the test images.
         seconds, count = sum(epoch.seconds for epoch in log), len(splits.test)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ def main(folder: Path = Path("out/demo"), epochs: int = 6) -> None:
     model = fxprune.models.create("simple_cnn", width=16)
 
     def say(epoch: Epoch) -> None:
-        console.print(f"epoch {epoch.epoch}: {epoch.test_accuracy:.1f}% of the test digits are right")
+        console.print(f"epoch {epoch.epoch}: {epoch.val_accuracy:.1f}% of the test digits are right")
 
     # 2. Train it: a normal, dense network.
     console.print(f"Training a simple CNN on {len(digits.train)} digits")  # type: ignore[arg-type]

@@ -12,10 +12,11 @@ from torch import nn
 from fxprune import solvers
 from fxprune.calibration.calibration import Calibration
 from fxprune.compiled import CompiledModule
+from fxprune.devices import default_device
 from fxprune.errors import OptionsError
 from fxprune.graph import device_of
 from fxprune.method import Method
-from fxprune.options import Options
+from fxprune.options import Options, given_options
 from fxprune.passes import (
     Allocate,
     CheckHooks,
@@ -83,7 +84,7 @@ def compile(
         FxPruneError: a subclass that names what is wrong, and the remedy.
     """
     started = time.perf_counter()
-    options = options or Options()
+    options = given_options(options)
     if passes is None:
         passes = default_passes(pattern, method=method, exclude=exclude, options=options)
     elif pattern != DEFAULT_RECIPE or method != "admm":
@@ -116,7 +117,7 @@ def default_passes(
 ) -> list[Pass]:
     """The passes that `compile` runs, to insert others into; arguments as there."""
     recipe, solver = Recipe.parse(pattern), solvers.get(method)
-    return solving_passes(recipe, Method(solver, (options or Options()).resolved(solver, recipe)), exclude=exclude)
+    return solving_passes(recipe, Method(solver, given_options(options).resolved(solver, recipe)), exclude=exclude)
 
 
 def solving_passes(recipe: Recipe, method: Method, *, exclude: Sequence[str] = ()) -> list[Pass]:
@@ -136,11 +137,6 @@ def solving_passes(recipe: Recipe, method: Method, *, exclude: Sequence[str] = (
     if options.polish:
         passes.append(Polish(epochs=options.polish, flip=options.flip, seed=options.seed))
     return passes
-
-
-def default_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for; CUDA where there is one, else the CPU, for None."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def checked_memory(limit: int | None) -> int | None:

@@ -1,4 +1,7 @@
-"""Every error that fxprune raises on purpose; each message names the thing, what was found and what to do."""
+"""Every error that fxprune raises on purpose; each message names the thing, what was found and what to do.
+
+Errors about an argument are ValueErrors too.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ class TraceError(FxPruneError):
     """The model could not be traced by torch.fx."""
 
 
-class PatternError(FxPruneError):
+class PatternError(FxPruneError, ValueError):
     """A sparsity pattern cannot be parsed, or does not fit a weight."""
 
 
-class CalibrationError(FxPruneError):
+class CalibrationError(FxPruneError, ValueError):
     """The calibration set is empty, has the wrong form, or holds NaN or infinite values."""
 
 
@@ -31,15 +34,15 @@ class GraphError(FxPruneError):
     """A graph does not satisfy what a pass requires or ensures."""
 
 
-class OptionsError(FxPruneError):
-    """An option has a value outside its range, or options contradict each other."""
+class OptionsError(FxPruneError, ValueError):
+    """An argument or option is unknown, has a value outside its range, or contradicts another."""
 
 
 class ModelError(FxPruneError):
     """A named model cannot be built or registered as asked."""
 
 
-class UnknownModelError(ModelError):
+class UnknownModelError(ModelError, ValueError):
     """No model has this name."""
 
 
@@ -49,6 +52,10 @@ class CheckpointError(FxPruneError):
 
 class DataError(FxPruneError):
     """A data set is unknown, absent, malformed, or too small for what is asked of it."""
+
+
+class DataWarning(UserWarning):
+    """A data set is not quite what was asked for, and is used as it is."""
 
 
 class EvaluationError(FxPruneError):

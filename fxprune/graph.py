@@ -22,6 +22,17 @@ def module_of(node: Node) -> nn.Module | None:
     return None if owner is None else owner.get_submodule(str(node.target))
 
 
+def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module as `module(...)` does, hooks included; whatever it raises reaches the caller and nobody else.
+
+    A GraphModule called directly would also print its source and a traceback to stderr, which says nothing to a user
+    who wrote neither.
+    """
+    if isinstance(module, GraphModule):
+        return nn.Module.__call__(module, *args, **kwargs)
+    return module(*args, **kwargs)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where its parameters are; the CPU if it has none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from fxprune.errors import OptionsError
-from fxprune.pattern import MixedPattern, NMPattern
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `fxprune prune --help` shows these options, and must not wait for torch
     from fxprune.recipe import Recipe
     from fxprune.solvers.solver import Solver
 
@@ -64,6 +64,9 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, (int, float, type(None))) or isinstance(value, bool):
                 raise OptionsError(f"{name} is {value!r}; it should be a number")
+        for name in ("bias_correction", "refit", "reconstruct", "fold_batchnorm", "permute", "global_budget", "flip"):
+            if getattr(self, name) not in (True, False, None):
+                raise OptionsError(f"{name} is {getattr(self, name)!r}; it should be True or False")
         if not 0 <= self.damping < 1e3:
             raise OptionsError(f"damping is {self.damping}; it should be at least 0, and is usually 0.001 to 0.1")
         if self.inputs not in (None, "pruned", "dense"):
@@ -83,6 +86,8 @@ class Options:
         Raises:
             OptionsError: if the options ask for what the recipe cannot do.
         """
+        from fxprune.pattern import MixedPattern, NMPattern
+
         patterns = recipe.patterns
         grouped = any(isinstance(pattern, (NMPattern, MixedPattern)) for pattern in patterns)
         if self.permute and not grouped:
@@ -95,6 +100,22 @@ class Options:
             missing["target"] = "skip"
         missing["permute"] = grouped and bool(own.permute if self.permute is None else self.permute)
         return replace(self, **missing)
+
+
+def given_options(options: object) -> Options:
+    """The options themselves, the defaults for None.
+
+    Raises:
+        OptionsError: it is something else, a dict mostly.
+    """
+    if options is None:
+        return Options()
+    if isinstance(options, Options):
+        return options
+    if isinstance(options, Mapping):
+        fields = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise OptionsError(f"options is a {type(options).__name__}; write fxprune.Options({fields})")
+    raise OptionsError(f"options is {options!r}; write fxprune.Options(...), with the fields that are to differ")
 
 
 PUBLISHED = Options(

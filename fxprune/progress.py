@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 OnLayer = Callable[[str, int], None]
 
 
 @contextmanager
 def layer_progress(enabled: bool) -> Iterator[OnLayer]:
     """Yield a function (layer name, number of stages) -> None that moves the bar on by one stage."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (
         TextColumn("pruning"),
         BarColumn(),

@@ -15,7 +15,7 @@ from fxprune.constraints.rank import Rank
 from fxprune.errors import OptionsError
 from fxprune.layers.splits import Split, splits_of
 from fxprune.method import Factorisation, Method
-from fxprune.options import OURS, PUBLISHED, Options
+from fxprune.options import OURS, PUBLISHED, Options, given_options
 from fxprune.ranks.choices import RankPlan
 from fxprune.ranks.rule import RankRule
 from fxprune.recipe import Recipe
@@ -96,7 +96,7 @@ def low_rank_options(options: Options | None, method: Factorisation) -> Options:
     """
     if method not in get_args(Factorisation):
         raise OptionsError(f"unknown method {method!r}; choose one of {', '.join(map(repr, get_args(Factorisation)))}")
-    given = options or Options()
+    given = given_options(options)
     if unused := [name for name in UNUSED if getattr(given, name, None)]:
         raise OptionsError(f"{', '.join(unused)}: low_rank has no such step; use fxprune.compile with 'rank:0.7+2:4'")
     own = replace(OURS, target="skip", permute=False) if method == "data_aware" else PUBLISHED

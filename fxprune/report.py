@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import json
 import math
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from fxprune.tables import Column, as_text, said_once, table, terminal_width
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+COLUMNS = (
+    Column("layer"),
+    Column("op", leaves=2),
+    Column("weight", leaves=3),
+    Column("status"),
+    Column("zeros", right=True),
+    Column("rel. error", right=True, leaves=4),
+    Column("s", right=True, leaves=1),
+)
 STATUS_STYLE = {"pruned": "green", "factored": "green", "reconstructed": "cyan", "kept": "yellow"}
 
 
@@ -117,15 +126,14 @@ class PruneReport:
     def __str__(self) -> str:
         return self.render()
 
-    def render(self, *, width: int = 110, color: bool = False) -> str:
-        """The table as text of at most `width` columns, with ANSI colours if asked for."""
-        console = Console(
-            width=width, file=io.StringIO(), force_terminal=color, color_system="standard" if color else None
+    def render(self, *, width: int | None = None, color: bool = False) -> str:
+        """The table as text of at most `width` columns (None: the terminal's), with ANSI colours if asked for."""
+        verdict = said_once([layer.verdict for layer in self.layers])
+        once = [f"Every pruned layer: {verdict}."] if verdict else []
+        width = terminal_width() if width is None else width
+        return as_text(
+            self._table(width, without=verdict), "\n".join(["", *once, self.summary]), width=width, color=color
         )
-        console.print(self._table())
-        console.print(Text(self.summary))
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip("\n")
 
     @property
     def summary(self) -> str:
@@ -150,23 +158,24 @@ class PruneReport:
             lines.append("No image was held out: the errors are of images that were fitted, and there is no score.")
         return "\n".join([*lines, *(f"Warning: {warning}." for warning in self.warnings)])
 
-    def _table(self) -> Table:
-        table = Table(title=f"fxprune {self.pattern} ({self.method})", title_justify="left", pad_edge=False)
-        for heading in ("layer", "op", "weight", "status", "zeros", "rel. error", "s", "why / note"):
-            right = heading in ("zeros", "rel. error", "s")
-            table.add_column(heading, justify="right" if right else "left", overflow="fold")
-        for layer in self.layers:
-            table.add_row(
-                Text(layer.name),
+    def _table(self, width: int, without: str) -> RenderableType:
+        from rich.text import Text
+
+        rows = [
+            (
+                layer.name,
                 layer.op,
                 "x".join(map(str, layer.shape)),
                 Text(layer.status, style=STATUS_STYLE[layer.status]),
                 f"{layer.sparsity:.1%}",
                 "" if layer.relative_error is None else f"{layer.relative_error:.2e}",
                 f"{layer.seconds:.2f}",
-                Text(_note(layer)),
             )
-        return table
+            for layer in self.layers
+        ]
+        notes = [_note(layer, without) for layer in self.layers]
+        title = f"fxprune {self.pattern} ({self.method})"
+        return table(COLUMNS, rows, notes, width=width, title=title, note_heading="why / note")
 
     def to_csv(self, path: str | PathLike[str]) -> None:
         """Write one row a layer, with the field names of LayerReport as the header."""
@@ -196,9 +205,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _note(layer: LayerReport) -> str:
-    """Rank, reason, dead inputs and verdict in one cell."""
-    notes = [layer.reason, layer.verdict]
+def _note(layer: LayerReport, without: str) -> str:
+    """Rank, reason, dead inputs and verdict in one sentence, the verdict only if it is not `without`."""
+    notes = [layer.reason, "" if layer.verdict == without else layer.verdict]
     if layer.rank and layer.multiply_adds:
         before, after = layer.multiply_adds
         notes.insert(0, f"rank {layer.rank}, {after / before:.0%} of its multiply-adds")

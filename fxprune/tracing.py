@@ -18,7 +18,8 @@ from torch.nn.parameter import is_lazy
 
 from fxprune.calibration.batches import names_in
 from fxprune.code_names import allow_any_name, refuse_reserved_names
-from fxprune.errors import FxPruneError, TraceError
+from fxprune.errors import OptionsError, TraceError
+from fxprune.model_argument import not_a_model
 from fxprune.trace_check import difference
 
 _NOT_THE_USERS_CODE = (str(Path(torch.__file__).parent), __file__)
@@ -50,7 +51,7 @@ def trace(model: nn.Module, *, exclude: Sequence[str] = (), example: Any = None)
     Raises:
         TraceError: names the module and the source line where tracing stopped, and the remedy; or says that the graph
             does not compute what the model does.
-        FxPruneError: if a name in `exclude` matches no module.
+        OptionsError: if a name in `exclude` matches no module.
     """
     model = _copied(_usable(model, exclude))
     leaves: set[str] = set()
@@ -77,13 +78,15 @@ def trace(model: nn.Module, *, exclude: Sequence[str] = (), example: Any = None)
 
 
 def check_exclude(model: nn.Module, exclude: Sequence[str]) -> None:
-    """Raise FxPruneError for a pattern that matches no module: most likely a misspelt name."""
+    """Raise OptionsError for a pattern that matches no module: most likely a misspelt name."""
     if isinstance(exclude, str):
-        raise FxPruneError(f"exclude takes a sequence of names; write exclude=({exclude!r},)")
+        raise OptionsError(f"exclude takes a sequence of names; write exclude=({exclude!r},)")
     names = [name for name, _ in model.named_modules() if name]
     for pattern in exclude:
+        if not isinstance(pattern, str):
+            raise OptionsError(f"exclude takes names of modules, such as {names[:1]}, not {pattern!r}")
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise FxPruneError(
+            raise OptionsError(
                 f"exclude: {pattern!r} matches no module of {type(model).__name__}; "
                 f"names look like {', '.join(map(repr, names[:5]))}"
             )
@@ -92,7 +95,7 @@ def check_exclude(model: nn.Module, exclude: Sequence[str]) -> None:
 def _usable(model: nn.Module, exclude: Sequence[str]) -> nn.Module:
     """The model itself, out of a wrapper for parallel runs or torch.compile; or an error if there is nothing to trace."""
     if not isinstance(model, nn.Module):
-        raise TraceError(f"expected a torch.nn.Module to compile, got {model!r} ({type(model).__name__})")
+        raise TraceError(not_a_model(model))
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(
             f"{type(model).__name__} is TorchScript, which cannot be traced; compile the nn.Module it came from"

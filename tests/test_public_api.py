@@ -47,6 +47,56 @@ def test_every_error_is_an_fxprune_error():
         assert error.__doc__
 
 
+def test_errors_about_arguments_are_value_errors():
+    for error in (errors.OptionsError, errors.PatternError, errors.CalibrationError, errors.UnknownModelError):
+        assert issubclass(error, ValueError)
+    with pytest.raises(ValueError, match="cannot read the pattern"):
+        fxprune.Pattern.parse("wand")
+
+
+@pytest.mark.parametrize("compress", [fxprune.compile, fxprune.low_rank])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"options": {"damping": 0.1}}, r"options is a dict; write fxprune\.Options\(damping=0\.1\)"),
+        ({"options": fxprune.Options}, r"write fxprune\.Options\(\.\.\.\)"),
+        ({"device": "potato"}, "no device 'potato'; write cpu"),
+        ({"device": "meta"}, "holds no values"),
+        ({"method": "wand"}, "unknown method 'wand'"),
+        ({"exclude": ("9",)}, "'9' matches no module"),
+        ({"exclude": (0,)}, "exclude takes names"),
+    ],
+)
+def test_wrong_arguments_are_named_with_the_remedy(compress, arguments, said):
+    with pytest.raises(errors.OptionsError, match=said):
+        compress(torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3)), [torch.randn(2, 4, 8, 8)], progress=False, **arguments)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda weights: fxprune.compile(weights, []),
+        lambda weights: fxprune.low_rank(weights, [torch.zeros(1)], progress=False),
+        lambda weights: fxprune.save(weights, "never.pt"),
+        lambda weights: fxprune.export_onnx(weights, "never.onnx", torch.zeros(1)),
+        lambda weights: fxprune.diff(weights, weights),
+    ],
+)
+def test_a_state_dict_is_no_model_and_is_not_printed(use):
+    weights = torch.nn.Conv2d(4, 8, 3).state_dict()
+    with pytest.raises(fxprune.FxPruneError) as caught:
+        use(weights)
+    assert "tensor(" not in str(caught.value)
+
+
+def test_a_failing_batch_prints_nothing(capfd):
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 4))
+    for compress in (fxprune.compile, fxprune.low_rank):
+        with pytest.raises(fxprune.FxPruneError):
+            compress(model, [torch.randn(4, 8, 8)], progress=False)
+    assert capfd.readouterr().err == ""
+
+
 def test_every_pass_and_solver_is_documented():
     for name in passes.__all__:
         assert inspect.getdoc(getattr(passes, name)), name

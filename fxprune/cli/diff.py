@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from torch import nn
 
 from fxprune.cli.command import stdout
-from fxprune.cli.prune import PRUNED
-from fxprune.cli.run_folder import dense_model
+from fxprune.cli.compression import PRUNED
+from fxprune.cli.run_folder import dense_model, input_shape
 from fxprune.errors import FxPruneError, ModelError, OptionsError
 from fxprune.experiments.tasks import module_classes
-from fxprune.files import atomic
-from fxprune.graph_diff import diff as compare
-from fxprune.models import model_info
-from fxprune.saving import load
+from fxprune.tables import terminal_width
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 def diff(
@@ -32,6 +31,12 @@ def diff(
 
     A folder of `fxprune prune` alone: from the dense model that it started from to the pruned one.
     """
+    import torch
+
+    from fxprune.files import atomic
+    from fxprune.graph_diff import diff as compare
+    from fxprune.saving import load
+
     old: nn.Module | Path
     new: nn.Module | Path
     example: torch.Tensor | None = None
@@ -39,16 +44,14 @@ def diff(
         if not before.is_dir():
             raise OptionsError(f"{before} is no folder of fxprune prune; name a second file to compare it with")
         try:
-            old, config = dense_model(before)
+            old, _ = dense_model(before)
         except FxPruneError as error:
             raise ModelError(
                 f"{before} is compared with the dense model that it was made from, which cannot be built: {error}. Bring "
                 "back what is missing, or name two files: fxprune diff BEFORE AFTER"
             ) from error
         new = load(before / PRUNED, allow=module_classes(old))
-        channels, height, width = model_info(config["model"]).input_shape
-        side = config["image_size"]
-        example = torch.zeros(1, config["in_channels"] or channels, side or height, side or width)
+        example = torch.zeros(1, *input_shape(before))
     else:
         old, new = (file if file.suffix == ".onnx" else load(file) for file in (before, after))
     found = compare(old, new, example_inputs=example)
@@ -58,5 +61,5 @@ def diff(
     if json_file is not None:
         with atomic(json_file) as part:
             found.to_json(part)
-    text = found.render(all=all_nodes, color=stdout.is_terminal, width=max(stdout.width, 100))
-    typer.echo(text)
+    text = found.render(all=all_nodes, color=stdout.is_terminal, width=terminal_width())
+    stdout.out(text, highlight=False)

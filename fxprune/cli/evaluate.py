@@ -5,77 +5,80 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import nn
 
-from fxprune.cli.command import stderr, stdout
-from fxprune.cli.parameters import TASK, BatchSize, Device, Register, TestImages
-from fxprune.compiler import default_device
-from fxprune.data import DataSplits
+from fxprune.cli.command import Group, fail, stderr, stdout, working
+from fxprune.cli.parameters import DATA, BatchSize, Device, Register, TestImages
 from fxprune.errors import CheckpointError, DataError, ModelError
-from fxprune.experiments.checkpoints import load_weights
-from fxprune.experiments.evaluation import agreement
-from fxprune.experiments.evaluation import evaluate as accuracy_of
-from fxprune.experiments.runs import CONFIG, read_record
 from fxprune.experiments.tasks import Task, import_user_code, module_classes, scoring_loader, task_from
-from fxprune.experiments.yaml_files import read_yaml
-from fxprune.files import atomic
-from fxprune.onnx_module import OnnxModule
-from fxprune.saving import is_saved, load
 
-# Options of a task that make no sense here: the file holds the weights.
-LEFT_OUT = ("weights", "pretrained")
+if TYPE_CHECKING:  # imported when a command starts
+    import torch
+    from torch import nn
+
+# The file holds the weights.
+TASK = Group(DATA, everyday=("model", "data"), left_out=("weights", "pretrained"))
 
 
 def evaluate(
     file: Annotated[Path, typer.Argument(help="pruned.pt, a weights file (with --model), or an .onnx file.")],
-    task: Annotated[Task, TASK, LEFT_OUT],
+    task: Annotated[Task, TASK],
     *,
     against: Annotated[
         Path | None, typer.Option(help="Another such file, as a rule the dense model's: measure agreement with it.")
     ] = None,
-    batch_size: BatchSize = 256,
+    json_file: Annotated[Path | None, typer.Option("--json-file", help="Write the figures to this file too.")] = None,
     test_images: TestImages = None,
     register: Register = None,
+    batch_size: BatchSize = 256,
     device: Device = None,
-    json_file: Annotated[Path | None, typer.Option("--json-file", help="Write the figures to this file too.")] = None,
 ) -> None:
     """Score a file on a data set's test images.
 
-    What is not given is taken from the config.yaml beside the file, where `fxprune train` or `fxprune prune` made it.
+    What is not given is taken from the config.yaml beside the file, where fxprune train, prune or low-rank made it. The exit
+    code is 1 where guessing would have done as well: most likely the data set is not the model's.
     """
-    task, made = _filled(task, file)
+    from fxprune.devices import default_device
+    from fxprune.experiments.evaluation import agreement, score
+    from fxprune.files import atomic
+
+    place = default_device(device)
+    task, made = filled(task, file)
     import_user_code(register or ())
     task = _with_user_code(task, made, file)
-    splits = task.load_data()
+    with working(f"reading {task.data}"):
+        splits = task.load_data()
     test = scoring_loader(splits, images=test_images or made.get("test_images"), batch_size=batch_size)
-    place = default_device(device)
-    model = _open(file, task, splits, place)
-    images = len(test.dataset)  # type: ignore[arg-type]
-    with stderr.status(f"scoring {file}"):
-        figures: dict[str, Any] = {
-            "file": str(file),
-            "data": task.data,
-            "images": images,
-            "accuracy": accuracy_of(model, test),
-        }
+    model = open_model(file, task, splits.info.num_classes, place)
+    with working(f"scoring {file}"):
+        found = score(model, test)
+    figures: dict[str, Any] = {
+        "file": str(file), "data": task.data, "images": found.images, "accuracy": found.accuracy
+    }  # fmt: skip
     if against is not None:
-        with stderr.status(f"comparing with {against}"):
-            close = agreement(_open(against, task, splits, place), model, test)
+        with working(f"comparing with {against}"):
+            close = agreement(open_model(against, task, splits.info.num_classes, place), model, test)
         figures |= {"against": str(against), "agreement": close.top1, "kl": close.kl}
     if json_file is not None:
         with atomic(json_file) as part:
             part.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    stdout.print(f"{file}: {figures['accuracy']:.2f}% of {images} test images of {task.data}", soft_wrap=True)
+    stdout.print(f"{file}: {found.accuracy:.2f}% of {found.images} test images of {task.data}", soft_wrap=True)
     if against is not None:
         stdout.print(f"agrees with {against} on {figures['agreement']:.2f}%, KL {figures['kl']:.4f}", soft_wrap=True)
+    if found.says_nothing:
+        fail(
+            f"{found.accuracy:.2f}% is no better than guessing ({found.guessing:.2f}%). Is {task.data} the data set that the "
+            "model was trained on, with the same order of classes, mean and std?"
+        )
 
 
-def _filled(task: Task, file: Path) -> tuple[Task, dict[str, Any]]:
+def filled(task: Task, file: Path) -> tuple[Task, dict[str, Any]]:
     """The task with what is not given taken from the run folder that the file lies in, and that folder's options."""
+    from fxprune.experiments.runs import CONFIG
+    from fxprune.experiments.yaml_files import read_yaml
+
     config = file.parent / CONFIG
     if not config.is_file():
         return task, {}
@@ -84,7 +87,7 @@ def _filled(task: Task, file: Path) -> tuple[Task, dict[str, Any]]:
     found = {
         name: value
         for name, value in dataclasses.asdict(then).items()
-        if name not in LEFT_OUT and getattr(task, name) == getattr(default, name) != value
+        if name not in TASK.left_out and getattr(task, name) == getattr(default, name) != value
     }
     if found:
         stderr.print(f"from {config}: {', '.join(f'{name} {value}' for name, value in found.items())}", soft_wrap=True)
@@ -96,6 +99,8 @@ def _with_user_code(task: Task, made: dict[str, Any], file: Path) -> Task:
 
     A pruned graph needs neither: how its images are normalised is in the run's record.
     """
+    from fxprune.experiments.runs import read_record
+
     try:
         import_user_code(made.get("register") or ())
     except ModelError as error:
@@ -117,8 +122,17 @@ def _with_user_code(task: Task, made: dict[str, Any], file: Path) -> Task:
     return task
 
 
-def _open(file: Path, task: Task, splits: DataSplits, place: torch.device) -> nn.Module:
-    """The model in a file; on `place`, but for ONNX files, which run on the CPU."""
+def open_model(file: Path, task: Task, num_classes: int, place: torch.device) -> nn.Module:
+    """The model in a file of any kind: fxprune.save's, weights of the task's model, or ONNX.
+
+    Raises:
+        ModelError: weights alone, and the task names no model.
+        FxPruneError: the file cannot be read.
+    """
+    from fxprune.experiments.checkpoints import load_weights
+    from fxprune.onnx_module import OnnxModule
+    from fxprune.saving import is_saved, load
+
     if file.suffix == ".onnx":
         return OnnxModule(file)
     if is_saved(file):
@@ -128,7 +142,7 @@ def _open(file: Path, task: Task, splits: DataSplits, place: torch.device) -> nn
             if task.model is None:
                 raise
             # It may name classes of the user's own.
-            return load(file, allow=module_classes(task.new_model(splits.info.num_classes))).to(place)
+            return load(file, allow=module_classes(task.new_model(num_classes))).to(place)
     if task.model is None:
         raise ModelError(f"{file} holds weights alone: name the model that they belong to (--model)")
-    return load_weights(task.new_model(splits.info.num_classes), file).to(place)
+    return load_weights(task.new_model(num_classes), file).to(place)

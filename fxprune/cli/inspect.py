@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 from fxprune.cli.command import stdout
-from fxprune.export import inspect_onnx
-from fxprune.files import atomic
 
 
 def inspect(
@@ -18,9 +16,11 @@ def inspect(
     json_file: Annotated[Path | None, typer.Option("--json-file", help="Write what was found as JSON.")] = None,
 ) -> None:
     """Show the layers of an ONNX file: which N:M patterns their weights hold, and whether that pays where it runs."""
+    from fxprune.export import inspect_onnx
+    from fxprune.files import atomic
+
     found = inspect_onnx(file)
     if json_file is not None:
         with atomic(json_file) as part:
             found.to_json(part)
-    text = found.render(width=max(stdout.width, 100), color=stdout.is_terminal)
-    typer.echo(text)
+    stdout.out(found.render(color=stdout.is_terminal), highlight=False)

@@ -4,68 +4,105 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fxprune.cli.command import stderr, stdout
-from fxprune.cli.parameters import TASK, BatchSize, Device, Out, Overwrite, Register, TestImages, data_name
-from fxprune.compiler import default_device
-from fxprune.data import make_loader
+from fxprune.cli.command import Group, stderr, stdout, working
+from fxprune.cli.parameters import (
+    DATA,
+    RUNNING,
+    TASK,
+    BatchSize,
+    Device,
+    Out,
+    Overwrite,
+    Register,
+    TestImages,
+    data_name,
+    model_name,
+)
 from fxprune.errors import OptionsError
 from fxprune.experiments.recipe import Recipe
-from fxprune.experiments.runs import WRITES, check_folder, start_run
 from fxprune.experiments.tasks import Task, import_user_code, scoring_loader
-from fxprune.experiments.training import BEST, Epoch, Step
-from fxprune.experiments.training import train as run_training
+
+if TYPE_CHECKING:  # imported when a command starts
+    from fxprune.experiments.training import Epoch, Step
 
 
 def train(
     task: Annotated[Task, TASK],
-    recipe: Annotated[Recipe, "Recipe"],
+    recipe: Annotated[Recipe, Group("Recipe", everyday=("epochs",))],
     config: dict[str, Any],
     *,
-    register: Register = None,
-    batch_size: BatchSize = 128,
-    test_images: TestImages = None,
-    augment: Annotated[bool, typer.Option(help="Crop and mirror colour images.", rich_help_panel=TASK)] = True,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare batches.", rich_help_panel=TASK)] = 0,
-    device: Device = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from last.pt, if there is one.")] = False,
     overwrite: Overwrite = False,
+    validation: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=0.9,
+            help="Share of the training images that best.pt is chosen on, where the data has no validation images of its "
+            "own; 0 trains on all, and best.pt is then the last epoch's.",
+            rich_help_panel=DATA,
+        ),
+    ] = 0.1,
+    test_images: TestImages = None,
+    register: Register = None,
+    augment: Annotated[bool, typer.Option(help="Crop and mirror colour images.", rich_help_panel=DATA)] = True,
+    batch_size: BatchSize = 128,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare batches.", rich_help_panel=RUNNING)] = 0,
+    device: Device = None,
 ) -> None:
     """Train a model; best.pt, last.pt and log.csv are written after every epoch.
 
-    The best checkpoint is chosen on the validation images where the data set has some, else on the test images.
+    best.pt is the epoch with the highest accuracy on validation images. The test images are looked at once, at the end.
     """
+    import torch
+
+    from fxprune.data import make_loader
+    from fxprune.devices import default_device
+    from fxprune.experiments.checkpoints import load_weights
+    from fxprune.experiments.evaluation import evaluate
+    from fxprune.experiments.runs import WRITES, check_folder, start_run
+    from fxprune.experiments.training import BEST, best_epoch
+    from fxprune.experiments.training import train as run_training
+
+    place = default_device(device)
     import_user_code(register or ())
-    folder = out or Path("out", "train", f"{task.model}-{data_name(task.data)}")
+    folder = out or Path("out", "train", f"{model_name(task.model)}-{data_name(task.data)}")
     if resume and overwrite:
         raise OptionsError("resume goes on with an earlier training and overwrite removes it; give one of them")
     check_folder(folder, "train", overwrite=overwrite, resume=resume)
-    splits = task.load_data(augment=augment)
+    with working(f"reading {task.data}"):
+        splits = task.load_data(augment=augment)
     torch.manual_seed(recipe.seed)
     start = task.trained_model if task.weights or task.pretrained else task.new_model
     model = start(splits.info.num_classes)
-    place = default_device(device)
+    splits = splits.with_validation(validation, seed=recipe.seed)
     train_loader = make_loader(splits.train, batch_size=batch_size, shuffle=True, num_workers=workers)
-    scored = splits if splits.val is None else dataclasses.replace(splits, test=splits.val)
-    test_loader = scoring_loader(scored, images=test_images)
+    held_out = None if splits.val is None else make_loader(splits.val, batch_size=256)
     run = start_run(folder, "train", config, overwrite=overwrite, resume=resume)
     with _Bar(recipe.epochs, len(train_loader)) as bar:
         log = run_training(
-            model, train_loader, test_loader, recipe,
+            model, train_loader, held_out, recipe,
             device=place, folder=folder, resume=resume, on_step=bar.step, on_epoch=bar.epoch,
         )  # fmt: skip
-    best = max(log, key=lambda epoch: epoch.test_accuracy)
-    chosen_on = "test" if splits.val is None else "validation"
-    results = {"last": dataclasses.asdict(log[-1]), "best": dataclasses.asdict(best), "chosen_on": chosen_on}
+    best = best_epoch(log)
+    test = scoring_loader(splits, images=test_images)
+    with working("scoring on the test images"):
+        results: dict[str, Any] = {"last": dataclasses.asdict(log[-1]) | {"test_accuracy": evaluate(model, test)}}
+        load_weights(model, folder / BEST)
+        results["best"] = dataclasses.asdict(best) | {"test_accuracy": evaluate(model, test)}
+    results["input_shape"] = list(splits.info.input_shape)
+    results["num_classes"] = splits.info.num_classes
     run.finish(results, WRITES["train"])
-    last, top = f"last epoch {log[-1].test_accuracy:.2f}%", f"best (epoch {best.epoch}) {best.test_accuracy:.2f}%"
-    stdout.print(f"{last}, {top}, of the {chosen_on} images", soft_wrap=True)
+    last, top = (f"{results[which]['test_accuracy']:.2f}% of the test images" for which in ("last", "best"))
+    if held_out is not None:
+        stdout.print(f"epoch {best.epoch}, best on {len(splits.val)} validation images: {top}", soft_wrap=True)  # type: ignore[arg-type]
+    stdout.print(f"last epoch: {last}", soft_wrap=True)
     stdout.print(f"weights: {folder / BEST}", soft_wrap=True)
 
 
@@ -85,5 +122,7 @@ class _Bar(Progress):
     def epoch(self, epoch: Epoch) -> None:
         self.console.print(
             f"epoch {epoch.epoch}/{self.epochs}: loss {epoch.train_loss:.4f}, train {epoch.train_accuracy:.2f}%, "
-            f"test {epoch.test_accuracy:.2f}%, {epoch.seconds:.1f} s"
+            + ("" if epoch.val_accuracy is None else f"validation {epoch.val_accuracy:.2f}%, ")
+            + f"{epoch.seconds:.1f} s",
+            soft_wrap=True,
         )

@@ -24,12 +24,12 @@ class Arrays:
     """Raw images and labels of one split.
 
     Attributes:
-        images: uint8 (N, C, H, W).
-        labels: int64 (N,).
+        images: uint8, or float32 scaled to [0, 1] (N, C, H, W).
+        labels: int64 (N,), None where there are none.
     """
 
     images: torch.Tensor
-    labels: torch.Tensor
+    labels: torch.Tensor | None
 
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float], channels: int, name: str) -> None:
@@ -50,16 +50,17 @@ def check_normalisation(mean: Sequence[float], std: Sequence[float], channels: i
 
 
 @dataclass(frozen=True, eq=False)
-class ArrayDataset(Dataset[tuple[torch.Tensor, Any]]):
-    """Images held as bytes, normalised as they are asked for.
+class ArrayDataset(Dataset[Any]):
+    """Images held in memory, normalised as they are asked for.
 
     An integer index gives (float32 image (C, H, W), int label). A list, slice or tensor of indices
     gives a whole batch, (float32 (N, C, H, W), int64 (N,)), which is far faster; ``make_loader`` uses it.
+    Without labels an item is the image, or the batch of images, alone.
     Grey images are repeated to three channels where ``mean`` has three figures.
 
     Attributes:
-        images: uint8 (N, C, H, W).
-        labels: int64 (N,).
+        images: uint8, or float32 scaled to [0, 1] (N, C, H, W).
+        labels: int64 (N,), None where there are none.
         mean: per channel, of images scaled to [0, 1].
         std: per channel, same scale.
         image_size: side to resize to, None for the images' own.
@@ -71,38 +72,40 @@ class ArrayDataset(Dataset[tuple[torch.Tensor, Any]]):
     """
 
     images: torch.Tensor
-    labels: torch.Tensor
+    labels: torch.Tensor | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int | None = None
     augment: bool = False
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.dtype != torch.uint8:
-            raise DataError(f"images must be uint8 (N, C, H, W), not {self.images.dtype} {tuple(self.images.shape)}")
-        if self.labels.shape != self.images.shape[:1]:
+        if self.images.ndim != 4 or self.images.dtype not in (torch.uint8, torch.float32):
+            raise DataError(
+                f"images must be uint8 or float32 (N, C, H, W), not {self.images.dtype} {tuple(self.images.shape)}"
+            )
+        if self.labels is not None and self.labels.shape != self.images.shape[:1]:
             raise DataError(f"{len(self.images)} images but labels of shape {tuple(self.labels.shape)}")
         check_normalisation(self.mean, self.std, self.images.shape[1], "the data set")
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: Indices) -> tuple[torch.Tensor, Any]:
+    def __getitem__(self, index: Indices) -> Any:
         """Return one normalised image and its label, or a batch of them."""
         if isinstance(index, slice):
             return self._batch(index)
         # A list may hold single tensors, which torch would take for one index an axis.
         places = torch.as_tensor(index if isinstance(index, int | torch.Tensor) else [int(i) for i in index])
         if places.ndim == 0:
-            images, labels = self._batch(places[None])
-            return images[0], int(labels[0])
+            batch = self._batch(places[None])
+            return batch[0] if isinstance(batch, torch.Tensor) else (batch[0][0], int(batch[1][0]))
         return self._batch(places)
 
     def plain(self) -> ArrayDataset:
         """Return the same images without augmentation."""
         return dataclasses.replace(self, augment=False)
 
-    def _batch(self, index: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _batch(self, index: slice | torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         images = self.images[index]
         if self.augment:
             images = crop_and_mirror(images, padding=images.shape[-1] // PADDING_FRACTION)
@@ -111,7 +114,8 @@ class ArrayDataset(Dataset[tuple[torch.Tensor, Any]]):
         if images.shape[1] != len(self.mean):
             images = images.expand(-1, len(self.mean), -1, -1)
         scaled = v2.functional.to_dtype(images, torch.float32, scale=True)
-        return v2.functional.normalize(scaled, list(self.mean), list(self.std)), self.labels[index]
+        normalised: torch.Tensor = v2.functional.normalize(scaled, list(self.mean), list(self.std))
+        return normalised if self.labels is None else (normalised, self.labels[index])
 
 
 def crop_and_mirror(images: torch.Tensor, padding: int) -> torch.Tensor:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import torch
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from fxprune.data.pictures import finish, middle, open_picture
 from fxprune.errors import DataError
-
-# ImageNet's habit: resize the short side to 256, cut 224 out of the middle.
-CROP_FRACTION = 224 / 256
 
 
 class FolderDataset(ImageFolder):  # type: ignore[misc]
@@ -29,13 +26,10 @@ class FolderDataset(ImageFolder):  # type: ignore[misc]
     def __init__(
         self, root: Path, mean: tuple[float, ...], std: tuple[float, ...], image_size: int, augment: bool
     ) -> None:
-        middle = [v2.Resize(round(image_size / CROP_FRACTION)), v2.CenterCrop(image_size)]
+        self._plain = middle(mean, std, image_size)
         part = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
-        grey = [v2.Grayscale()] if len(mean) == 1 else []
-        finish = [*grey, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-        self._plain = v2.Compose([v2.PILToTensor(), *middle, *finish])
-        augmented = v2.Compose([v2.PILToTensor(), *part, *finish])
-        super().__init__(str(root), transform=augmented if augment else self._plain)
+        augmented = v2.Compose([v2.PILToTensor(), *part, *finish(mean, std)])
+        super().__init__(str(root), transform=augmented if augment else self._plain, loader=open_picture)
 
     def plain(self) -> FolderDataset:
         """Return the same images without augmentation."""

@@ -14,12 +14,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from fxprune.data.array_dataset import ArrayDataset, Arrays
+from fxprune.data.image_arrays import FORMS, as_images
 from fxprune.errors import DataError
 
 JPEG_KEYS = ("jpeg", "offsets", "labels")
 LAYOUTS = (
-    "either train_images, train_labels, test_images and test_labels (uint8 (N, H, W) or (N, H, W, C)), "
-    "or jpeg, offsets and labels"
+    f"either train_images, train_labels, test_images and test_labels (images {FORMS}), or jpeg, offsets and labels"
 )
 
 Raw = npt.NDArray[Any]
@@ -82,6 +82,57 @@ def read_npz(path: Path, splits: tuple[str | None, ...], first: int | None = Non
         return {split: _read_split(file, split, first, path) for split in splits}
 
 
+def read_unlabelled(path: Path) -> dict[str, Arrays]:
+    """Read images without labels from an .npy file, or from an .npz file of any keys.
+
+    Returns:
+        "train", and "test" where the file holds train_images and test_images; labels are None.
+
+    Raises:
+        DataError: the file is absent or malformed, or it does not say which of its arrays are images.
+    """
+    if path.suffix == ".npy":
+        if not path.is_file():
+            raise DataError(f"there is no data file {path}")
+        try:
+            found = {"train": as_images(np.load(path, allow_pickle=False), str(path))}
+        except (ValueError, OSError, EOFError) as error:
+            raise DataError(f"{path} is not a readable .npy file: {error}") from error
+    else:
+        with _open(path) as file:
+            try:
+                if "jpeg" in file:
+                    found = {"train": _decode(file["jpeg"], file["offsets"], len(file["offsets"]) - 1, None, path)}
+                else:
+                    keys = _image_keys(file, path)
+                    found = {split: as_images(file[key], f"{key} in {path}") for split, key in keys.items()}
+            except (ValueError, KeyError) as error:  # an array of Python objects; JPEGs without offsets
+                raise DataError(f"{path}: {error}") from error
+    for split, images in found.items():
+        if len(images) == 0:
+            raise DataError(f"{path} holds no images for {split}")
+    return {split: Arrays(images, None) for split, images in found.items()}
+
+
+def _image_keys(file: Mapping[str, Raw], path: Path) -> dict[str, str]:
+    """Which arrays are the training images, and the test images where there are some."""
+    if "train_images" in file:
+        return {split: f"{split}_images" for split in ("train", "test") if f"{split}_images" in file}
+    usual = [key for key in ("images", "x", "X", "data") if key in file]
+    candidates = usual or [key for key in file if file[key].ndim in (3, 4)]
+    if len(candidates) != 1:
+        raise DataError(
+            f"{path} does not say which of its arrays are images: it holds {', '.join(file)}; name one `images`"
+        )
+    return {"train": candidates[0]}
+
+
+def has_labels(path: Path) -> bool:
+    """Whether an .npz file holds training and test images, both with labels."""
+    with _open(path) as file:
+        return all(f"{split}_{what}" in file for split in ("train", "test") for what in ("images", "labels"))
+
+
 def splits_of(path: Path) -> tuple[str, ...]:
     """List the splits of a file in MedMNIST's layout, in the order train, val, test."""
     with _open(path) as file:
@@ -113,12 +164,12 @@ def _read_split(file: Mapping[str, Raw], split: str | None, first: int | None, p
     if split is None:
         images = _decode(arrays[0], arrays[1], len(labels), first, path)
     else:
-        images = _channels_first(arrays[0], f"{split}_images in {path}")
+        images = as_images(arrays[0], f"{split}_images in {path}")
     if len(images) == 0:
         raise DataError(f"{path} holds no images for {split or 'its split'}")
     if split is not None and len(images) != len(labels):
         raise DataError(f"{path}: {len(images)} {split} images but {len(labels)} labels")
-    return Arrays(torch.from_numpy(images[:first]), torch.from_numpy(labels[:first]))
+    return Arrays(images[:first], torch.from_numpy(labels[:first]))
 
 
 def _labels(raw: Raw, path: Path) -> npt.NDArray[np.int64]:
@@ -132,16 +183,7 @@ def _labels(raw: Raw, path: Path) -> npt.NDArray[np.int64]:
     return flat.astype(np.int64)
 
 
-def _channels_first(raw: Raw, what: str) -> Raw:
-    grey = raw.ndim == 3
-    if raw.dtype != np.uint8 or not (grey or (raw.ndim == 4 and raw.shape[-1] in (1, 3))):
-        raise DataError(
-            f"{what}: {raw.dtype} {raw.shape}; uint8 (N, H, W) or (N, H, W, C) with 1 or 3 channels is needed"
-        )
-    return raw[:, None] if grey else np.ascontiguousarray(raw.transpose(0, 3, 1, 2))
-
-
-def _decode(row: Raw, offsets: Raw, count: int, first: int | None, path: Path) -> Raw:
+def _decode(row: Raw, offsets: Raw, count: int, first: int | None, path: Path) -> torch.Tensor:
     if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != len(row) or (np.diff(offsets) <= 0).any():
         raise DataError(
             f"{path}: offsets must rise from 0 to {len(row)}, the bytes in jpeg, in {count + 1} steps for "
@@ -153,7 +195,7 @@ def _decode(row: Raw, offsets: Raw, count: int, first: int | None, path: Path) -
     if len(shapes) != 1:
         raise DataError(f"{path}: images differ in shape, {shapes[0]} and {shapes[-1]}; use an image folder")
     stacked = np.stack(images)
-    return _channels_first(stacked, f"images in {path}")
+    return as_images(stacked, f"images in {path}")
 
 
 def _decode_one(data: Raw, index: int, path: Path) -> Raw:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,8 +24,33 @@ from fxprune.calibration.batches import (
     tensors_in,
 )
 from fxprune.calibration.failures import remedy_for, said, stays_as_it_is
+from fxprune.devices import checked_device
 from fxprune.errors import EvaluationError, EvaluationWarning
 from fxprune.surroundings import undisturbed
+
+FEW_OTHERS = 90.0  # percent: where one class has nearly all images, accuracy tells little either way
+
+
+class Score(NamedTuple):
+    """Top-1 accuracy, and what to hold it against.
+
+    Attributes:
+        accuracy: in percent.
+        images: how many.
+        guessing: accuracy of always naming the most frequent class, in percent.
+        classes: that the model knows.
+    """
+
+    accuracy: float
+    images: int
+    guessing: float
+    classes: int
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether guessing would have done as well, within two standard deviations: most likely the wrong data."""
+        spread = 100 * math.sqrt(self.guessing / 100 * (1 - self.guessing / 100) / self.images)
+        return self.guessing < FEW_OTHERS and self.accuracy <= self.guessing + 2 * spread
 
 
 class Agreement(NamedTuple):
@@ -40,6 +67,20 @@ class Agreement(NamedTuple):
 
 @undisturbed
 def evaluate(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> float:
+    """Measure top-1 accuracy in percent; see `score`. An `EvaluationWarning` says so where it is no better than guessing."""
+    found = score(model, loader, device)
+    if found.classes > 1 and found.accuracy * found.classes <= 100:
+        warnings.warn(
+            f"{type(model).__name__} is right on {found.accuracy:.2f}% of {found.images} images, which guessing one of "
+            f"{found.classes} classes would be too: is this the data set that it was trained on, with its preprocessing and "
+            "its order of classes?",
+            EvaluationWarning,
+            stacklevel=3,
+        )
+    return found.accuracy
+
+
+def score(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> Score:
     """Measure top-1 accuracy, batch by batch, in eval mode.
 
     Args:
@@ -50,13 +91,14 @@ def evaluate(model: nn.Module, loader: Iterable[Any], device: torch.device | str
         device: where to compute; None is where the model is.
 
     Returns:
-        Accuracy in percent. An `EvaluationWarning` says so where it is no better than guessing.
+        Accuracy, number of images, and what guessing would give.
 
     Raises:
         EvaluationError: no batches, batches without labels or with labels that are no classes of the model, a model that
             fails on a batch, or outputs that are no finite logits.
     """
-    right = total = classes = 0
+    right = total = known = 0
+    classes: Counter[int] = Counter()
     with _ready(model, device) as place:
         for number, batch in enumerate(loader):
             inputs = _inputs(model, batch, number)
@@ -69,18 +111,12 @@ def evaluate(model: nn.Module, loader: Iterable[Any], device: torch.device | str
                 )
             _check_labels(labels, logits.shape[1], number)
             right += int((logits.argmax(1) == labels.reshape(-1).to(place)).sum())
+            classes.update(labels.reshape(-1).tolist())
             total += len(logits)
-            classes = logits.shape[1]
+            known = logits.shape[1]
     if total == 0:
         raise EvaluationError("the loader gave no batches; there is nothing to measure accuracy on")
-    if classes > 1 and right * classes <= total:
-        warnings.warn(
-            f"{type(model).__name__} is right on {right} of {total} images, which guessing one of {classes} classes would be "
-            "too: is this the data set that it was trained on, with its preprocessing and its order of classes?",
-            EvaluationWarning,
-            stacklevel=3,
-        )
-    return 100.0 * right / total
+    return Score(100.0 * right / total, total, 100.0 * max(classes.values()) / total, known)
 
 
 @undisturbed
@@ -190,7 +226,7 @@ def _ready(model: nn.Module, device: torch.device | str | None) -> Iterator[torc
     flags = [(module, module.training) for module in model.modules()]
     tensor = next(model.parameters(), next(model.buffers(), None))
     home = torch.device("cpu") if tensor is None else tensor.device
-    place = home if device is None else torch.device(device)
+    place = home if device is None else checked_device(device)
     model.eval()
     try:
         if place != home:

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from fxprune import solvers
-from fxprune.compiler import compile, default_device
+from fxprune.compiler import compile
 from fxprune.data import DataSplits, calibration_loader
+from fxprune.devices import default_device
 from fxprune.errors import OptionsError
 from fxprune.experiments.evaluation import agreement, evaluate
 from fxprune.experiments.grid_rows import FAILED, OK, Row, read_rows, write_rows

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fxprune.errors import DataError
-from fxprune.files import atomic
 
 OK, FAILED = "ok", "failed"
 
@@ -89,6 +88,8 @@ def _value(name: str, text: str) -> Any:
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     """Write rows to a CSV, whole or not at all."""
+    from fxprune.files import atomic  # brings torch, which `fxprune benchmark --help` does not need
+
     with atomic(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([field.name for field in dataclasses.fields(Row)])

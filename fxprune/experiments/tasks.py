@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from torch.utils.data import DataLoader, Subset
-
-from fxprune.data import DataSplits, load_data, make_loader
 from fxprune.errors import DataError, ModelError, OptionsError
-from fxprune.experiments.checkpoints import load_weights
-from fxprune.models import create, model_info
+
+if TYPE_CHECKING:  # the commands' help shows a task's fields, and must not wait for torch
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    from fxprune.data import DataSplits
 
 
 @dataclass(frozen=True)
@@ -25,17 +22,20 @@ class Task:
     """Names of a model, its weights and its data. None means: as the model or the data set has it.
 
     Attributes:
-        model: simple_cnn, cifar_cnn, resnet20, vgg16_cifar, any of torchvision's, timm/..., or one of your own.
-        data: digits, mnist, fashion_mnist, cifar10, cifar100, an .npz file, or a folder with train/ and test/.
+        model: name, such as simple_cnn, resnet20, any of torchvision's, timm/...; or a class of your own as
+            mynet.py:MyNet or package.module:MyNet.
+        data: name (digits, mnist, fashion_mnist, cifar10, cifar100), an .npz file, or a folder with train/ and test/.
         weights: file with the model's trained weights.
-        pretrained: download the weights that torchvision or timm publish for the model.
+        pretrained: download the weights that torchvision or timm publish for the model; a class or function of your own
+            brings its weights itself.
         num_classes: width of the output, where it is not the data set's number of classes.
         in_channels: input channels of the model, where they are not its usual ones.
         image_size: side to resize images to; a folder of images takes the model's.
-        mean: per channel, of images scaled to [0, 1]; once for each channel. The model's by default.
+        mean: per channel, of images scaled to [0, 1]; such as .485,.456,.406. The model's by default.
         std: per channel, same scale; likewise.
         root: folder of torchvision's data files.
         download: download a named data set that is not there.
+        model_args: what your own class or function is called with, such as width=32; once for each argument.
     """
 
     model: str | None = None
@@ -49,17 +49,24 @@ class Task:
     std: tuple[float, ...] | None = None
     root: str | None = None
     download: bool = False
+    model_args: Mapping[str, Any] | None = None
 
-    def load_data(self, *, augment: bool = False) -> DataSplits:
-        """Load the data set, normalised as the model has it.
+    def load_data(self, *, augment: bool = False, labelled: bool = True) -> DataSplits:
+        """Load the data set, normalised as the model has it; images without labels too, where none are needed.
 
         Raises:
             DataError, UnknownModelError: as `load_data` and `model_info`.
         """
+        from fxprune.data import load_data
+        from fxprune.models import model_info
+        from fxprune.models.user_code import is_own
+
         if self.data is None:
-            raise DataError("no data set is named (data); `digits` is there after every installation of fxprune[demo]")
+            raise DataError(
+                "no data set is named (--data); `digits` is there after every installation of fxprune[demo]"
+            )
         mean, std, side = self.mean, self.std, self.image_size
-        if self.model is not None:
+        if self.model is not None and not is_own(self.model):
             info = model_info(self.model)
             # The figures that a model is published with say nothing about one with other channels.
             if mean is None and std is None and self.in_channels in (None, info.input_shape[0]):
@@ -67,17 +74,31 @@ class Task:
             if side is None and Path(self.data).is_dir():
                 side = info.input_shape[1]
         return load_data(
-            self.data, mean=mean, std=std, image_size=side, augment=augment, root=self.root, download=self.download
-        )
+            self.data, mean=mean, std=std, image_size=side, augment=augment, root=self.root, download=self.download,
+            labelled=labelled,
+        )  # fmt: skip
 
     def new_model(self, num_classes: int) -> nn.Module:
-        """Build the model, untrained unless `pretrained`; `num_classes` counts where the task names no other."""
+        """Build the model, untrained unless `pretrained`.
+
+        Args:
+            num_classes: of the data; counts where the task names no other. 0 leaves it to the model.
+        """
+        from fxprune.models import create
+        from fxprune.models.user_code import is_own, takes
+
         if self.model is None:
-            raise ModelError("no model is named (model); simple_cnn and resnet20 are two of many")
-        given: dict[str, Any] = {}
-        if self.pretrained:
-            given = {"pretrained": True} if self.model.startswith("timm/") else {"weights": "DEFAULT"}
-        return create(self.model, num_classes=self.num_classes or num_classes, in_channels=self.in_channels, **given)
+            raise ModelError("no model is named (--model); simple_cnn, resnet20 and mynet.py:MyNet are three of many")
+        given = dict(self.model_args or {})
+        own = is_own(self.model)
+        if self.pretrained and not own:
+            given |= {"pretrained": True} if self.model.startswith("timm/") else {"weights": "DEFAULT"}
+        if own and self.num_classes is None and ("num_classes" in given or not takes(self.model, "num_classes")):
+            num_classes = 0  # the class decides for itself
+        classes = self.num_classes or num_classes or None
+        if not own and "num_classes" in given:
+            classes = given.pop("num_classes")
+        return create(self.model, num_classes=classes, in_channels=self.in_channels, **given)
 
     def trained_model(self, num_classes: int) -> nn.Module:
         """Build the model with its weights, in eval mode.
@@ -86,11 +107,16 @@ class Task:
             ModelError: the task names neither weights nor `pretrained`.
             CheckpointError: the weights do not fit.
         """
-        if self.weights is None and not self.pretrained:
-            raise ModelError(
-                f"{self.model} has no weights: name a file (weights), or take the published ones (pretrained), "
-                "where torchvision or timm have the model"
+        from fxprune.experiments.checkpoints import load_weights
+        from fxprune.models.user_code import is_own
+
+        if self.weights is None and not self.pretrained and self.model is not None:
+            otherwise = (
+                f"say --pretrained where {self.model} brings its weights itself"
+                if is_own(self.model)
+                else "take the published ones (--pretrained), where torchvision or timm have the model"
             )
+            raise ModelError(f"{self.model} has no weights: name a file (--weights), or {otherwise}")
         if self.weights is not None and self.pretrained:
             raise ModelError(f"{self.model}: weights ({self.weights}) and pretrained exclude each other")
         model = self.new_model(num_classes)
@@ -115,8 +141,15 @@ def scoring_loader(splits: DataSplits, *, images: int | None = None, batch_size:
     """Batches of the test split, of its first `images` where given.
 
     Raises:
+        DataError: there are no test images.
         OptionsError: `images` is below 1.
     """
+    from torch.utils.data import Subset
+
+    from fxprune.data import make_loader
+
+    if splits.test is None:
+        raise DataError(f"{splits.info.name} has no test images to score on")
     if images is None:
         return make_loader(splits.test, batch_size=batch_size)
     if images < 1:
@@ -134,17 +167,7 @@ def import_user_code(names: Sequence[str]) -> None:
     Raises:
         ModelError: one cannot be imported.
     """
+    from fxprune.models import user_code
+
     for name in names:
-        try:
-            if name.endswith(".py"):
-                path = Path(name)
-                spec = importlib.util.spec_from_file_location(path.stem, path)
-                if spec is None or spec.loader is None:
-                    raise ImportError("no Python file")
-                module = importlib.util.module_from_spec(spec)
-                sys.modules[path.stem] = module  # dataclasses and pickle look a class's module up here
-                spec.loader.exec_module(module)
-            else:
-                importlib.import_module(name)
-        except (ImportError, OSError, SyntaxError) as error:
-            raise ModelError(f"cannot import {name!r}, which should register models: {error}") from error
+        user_code.import_user_code(name)

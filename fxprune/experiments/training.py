@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ class TrainingError(FxPruneError):
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of the training log; accuracies in percent, of training images as augmented."""
+    """One line of the training log; accuracies in percent: of training images as augmented, and of validation images."""
 
     epoch: int
     learning_rate: float
     train_loss: float
     train_accuracy: float
-    test_accuracy: float
+    val_accuracy: float | None
     seconds: float
 
 
@@ -56,7 +56,7 @@ class Step:
 def train(
     model: nn.Module,
     train_loader: Iterable[Any],
-    test_loader: Iterable[Any],
+    val_loader: Iterable[Any] | None,
     recipe: Recipe,
     *,
     device: torch.device | str = "cpu",
@@ -71,8 +71,9 @@ def train(
         model: maps images (N, C, H, W) to logits (N, classes); afterwards on ``device``, in eval mode.
         train_loader: batches (images, labels), a sized iterable that shuffles and augments from torch's global random
             state, as ``make_loader(..., shuffle=True)`` does without a seed.
-        test_loader: batches (images, labels) that accuracy is measured on after each epoch. The best checkpoint is
-            chosen by it, so its accuracy there is slightly too good if these are the test images.
+        val_loader: batches (images, labels) that accuracy is measured on after each epoch. The best checkpoint is
+            chosen by it, so its accuracy there is slightly too good: these should not be the test images. Without one
+            the last epoch's weights count as the best.
         recipe: how.
         device: where.
         folder: receives last.pt, best.pt and log.csv after each epoch; None writes nothing.
@@ -101,9 +102,9 @@ def train(
         # Each epoch has a seed of its own, so that a resumed run draws what an uninterrupted one would.
         torch.manual_seed(recipe.seed * 100_003 + number)
         loss, accuracy = _epoch(trainer, train_loader, number, on_step)
-        tested = evaluate(model, test_loader)
+        scored = None if val_loader is None else evaluate(model, val_loader)
         rate = float(optimizer.param_groups[0]["lr"])
-        log.append(Epoch(number, rate, loss, accuracy, tested, time.perf_counter() - started))
+        log.append(Epoch(number, rate, loss, accuracy, scored, time.perf_counter() - started))
         if folder is not None:
             _save(Path(folder), model, optimizer, recipe, log)
         on_epoch(log[-1])
@@ -191,16 +192,21 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, log: list[Epoch]) -> None:
     latest = log[-1]
-    best = max(log, key=lambda epoch: epoch.test_accuracy)
+    best = best_epoch(log)
     # The log goes first: a resumed run drops the lines that last.pt knows nothing of.
     with atomic(folder / LOG) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([field.name for field in dataclasses.fields(Epoch)])
         writer.writerows(dataclasses.astuple(epoch) for epoch in log)
-    noted: dict[str, Any] = {"epoch": latest.epoch, "accuracy": latest.test_accuracy}
+    noted: dict[str, Any] = {"epoch": latest.epoch, "accuracy": latest.val_accuracy}
     if best is latest:
         save_checkpoint(folder / BEST, model, **noted)
     save_checkpoint(folder / LAST, model, optimizer=optimizer, extra=dataclasses.asdict(recipe), **noted)
+
+
+def best_epoch(log: Sequence[Epoch]) -> Epoch:
+    """The first epoch with the highest accuracy on the validation images; the last one where there are none."""
+    return log[-1] if log[-1].val_accuracy is None else max(log, key=lambda epoch: epoch.val_accuracy or 0.0)
 
 
 def read_log(path: str | Path) -> list[Epoch]:
@@ -213,7 +219,12 @@ def read_log(path: str | Path) -> list[Epoch]:
         with Path(path).open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         return [
-            Epoch(epoch=int(row.pop("epoch")), **{name: float(value) for name, value in row.items()}) for row in rows
+            Epoch(
+                epoch=int(row.pop("epoch")),
+                val_accuracy=float(scored) if (scored := row.pop("val_accuracy")) else None,
+                **{name: float(value) for name, value in row.items()},
+            )
+            for row in rows
         ]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrainingError(f"{path} is no training log of fxprune's: {error}") from error

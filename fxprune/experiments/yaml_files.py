@@ -64,6 +64,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
+def parse_scalar(text: str) -> Any:
+    """Read one value as a YAML file has it: 3, 1e-3, true, 2:4, [1, 2]; what is no YAML stays text."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
+
+
 def to_yaml(values: Mapping[str, Any]) -> str:
     """Write a mapping as YAML that `read_yaml` reads back."""
     text: str = yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from fxprune.export.deployment import Deployment, Rule, assess_deployment, tensorrt_2to4, torch_semi_structured
-from fxprune.export.inspection import Inspection, inspect_onnx
-from fxprune.export.onnx import export_onnx
-from fxprune.export.onnx_report import LayerCheck, OnnxReport
-from fxprune.export.validate import validate_onnx
+from typing import TYPE_CHECKING
 
 __all__ = [
     "Deployment",
@@ -21,3 +17,30 @@ __all__ = [
     "torch_semi_structured",
     "validate_onnx",
 ]
+
+# The deployment rules need torch alone; what reads or writes a file brings onnx and onnxruntime, on first use.
+if TYPE_CHECKING:
+    from fxprune.export.deployment import Deployment, Rule, assess_deployment, tensorrt_2to4, torch_semi_structured
+    from fxprune.export.inspection import Inspection, inspect_onnx
+    from fxprune.export.onnx import export_onnx
+    from fxprune.export.onnx_report import LayerCheck, OnnxReport
+    from fxprune.export.validate import validate_onnx
+else:
+    from fxprune.first_use import on_first_use
+
+    __getattr__, __dir__ = on_first_use(
+        __name__,
+        {
+            "Deployment": "fxprune.export.deployment",
+            "Inspection": "fxprune.export.inspection",
+            "LayerCheck": "fxprune.export.onnx_report",
+            "OnnxReport": "fxprune.export.onnx_report",
+            "Rule": "fxprune.export.deployment",
+            "assess_deployment": "fxprune.export.deployment",
+            "export_onnx": "fxprune.export.onnx",
+            "inspect_onnx": "fxprune.export.inspection",
+            "tensorrt_2to4": "fxprune.export.deployment",
+            "torch_semi_structured": "fxprune.export.deployment",
+            "validate_onnx": "fxprune.export.validate",
+        },
+    )

@@ -10,17 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from fxprune.export.deployment import assess_deployment
 from fxprune.export.onnx_file import FileSize, measure_size, read_onnx
-from fxprune.export.onnx_report import axis_name, render, verdict_legend
+from fxprune.export.onnx_report import axis_name, common_verdict, size_line, verdict_legend
 from fxprune.export.weight_uses import WeightUse, graph_weights
 from fxprune.pattern import NMPattern
+from fxprune.tables import Column, as_text, table, terminal_width
 
+COLUMNS = (
+    Column("weight"),
+    Column("op", leaves=3),
+    Column("shape", leaves=4),
+    Column("type", leaves=2),
+    Column("axis", right=True, leaves=1),
+    Column("zeros", right=True),
+    Column("N:M"),
+)
 PATTERNS = tuple(NMPattern(n, m) for m in (2, 4, 8, 16) for n in (1, 2, 3, 4, 8) if n < m)
 
 
@@ -106,40 +114,28 @@ class Inspection:
     def __str__(self) -> str:
         return self.render()
 
-    def render(self, *, width: int = 110, color: bool = False) -> str:
-        """The table as text of at most `width` columns, with ANSI colours if asked for."""
-        table = Table(title=f"{Path(self.path).name}: ONNX opset {self.opset}", title_justify="left", pad_edge=False)
-        for heading in ("weight", "op", "shape", "type"):
-            table.add_column(heading, overflow="fold")
-        table.add_column("axis", justify="right")
-        table.add_column("zeros", justify="right")
-        for heading in ("N:M", "verdict"):
-            table.add_column(heading, overflow="fold")
+    def render(self, *, width: int | None = None, color: bool = False) -> str:
+        """The table as text of at most `width` columns (None: the terminal's), with ANSI colours if asked for."""
+        width = terminal_width() if width is None else width
+        once = common_verdict([layer.verdict for layer in self.layers])
+        rows = []
         for layer in self.layers:
             held = Text(", ".join(layer.patterns), style="green")
             if layer.other_patterns:
                 held.append(("; " if layer.patterns else "") + "; ".join(layer.other_patterns), style="yellow")
-            table.add_row(
-                layer.initializer,
-                layer.op,
-                "x".join(map(str, layer.shape)),
-                layer.dtype,
-                axis_name(layer.axis),
-                f"{layer.sparsity:.1%}",
-                held,
-                layer.verdict,
-            )
-        return render(Group(table, Text(self.summary)), width, color)
+            shape = "x".join(map(str, layer.shape))
+            axis, zeros = axis_name(layer.axis), f"{layer.sparsity:.1%}"
+            rows.append((layer.initializer, layer.op, shape, layer.dtype, axis, zeros, held))
+        verdicts = ["" if layer.verdict == once else layer.verdict for layer in self.layers]
+        title = f"{Path(self.path).name}: ONNX opset {self.opset}"
+        drawn = table(COLUMNS, rows, verdicts, width=width, title=title, note_heading="verdict")
+        return as_text(drawn, "\n" + self.summary, width=width, color=color)
 
     @property
     def summary(self) -> str:
         """Everything but the layers, in a few lines."""
         lines = [f"inputs  {'; '.join(self.inputs)}", f"outputs {'; '.join(self.outputs)}"]
-        size = self.size
-        lines.append(
-            f"{size.file:,} bytes, {size.compressed:,} compressed with zlib; "
-            f"{size.zeros:,} of {size.weights:,} weights are zero ({size.sparsity:.1%})."
-        )
+        lines.append(size_line(self.size))
         about = {
             key.removeprefix("fxprune."): value for key, value in self.metadata.items() if key.startswith("fxprune.")
         }

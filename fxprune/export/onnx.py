@@ -24,6 +24,7 @@ from fxprune.export.parity import evaluating
 from fxprune.export.sparse_initializer import sparsify
 from fxprune.export.torch_export import to_onnx_program
 from fxprune.export.validate import check_file, validate_onnx, warn_of_notes
+from fxprune.model_argument import not_a_model
 from fxprune.surroundings import undisturbed
 
 # One protobuf message may hold 2 GiB; the graph itself needs some of that.
@@ -83,6 +84,8 @@ def export_onnx(
         raise ExportError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}{reason}")
     if not path.parent.is_dir():
         raise ExportError(f"there is no folder {path.parent} to write {path.name} in; make it, or choose another path")
+    if not isinstance(compiled, nn.Module):
+        raise ExportError(not_a_model(compiled))
     inputs = example_tensors(example_inputs, compiled)
     first = next(compiled.parameters(), None)
     on_device = tuple(x.to("cpu" if first is None else first.device) for x in inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +10,23 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 
-from fxprune.export.deployment import CPU_NOTE, LEGEND
+from fxprune.export.deployment import CPU_NOTE, DENSE, LEGEND
 from fxprune.export.onnx_file import FileSize
 from fxprune.export.parity import Parity
+from fxprune.tables import Column, as_text, said_once, table, terminal_width
+
+COLUMNS = (
+    Column("layer"),
+    Column("initializer", leaves=2),
+    Column("op", leaves=4),
+    Column("shape", leaves=3),
+    Column("axis", right=True, leaves=1),
+    Column("pattern"),
+    Column("zeros", right=True),
+)
 
 
 @dataclass(frozen=True)
@@ -98,12 +107,14 @@ class OnnxReport:
     def __str__(self) -> str:
         return self.render()
 
-    def render(self, *, width: int = 110, color: bool = False) -> str:
-        """The tables as text of at most `width` columns, with ANSI colours if asked for."""
+    def render(self, *, width: int | None = None, color: bool = False) -> str:
+        """The tables as text of at most `width` columns (None: the terminal's), with ANSI colours if asked for."""
         title = f"{Path(self.path).name}: ONNX opset {self.opset}, {self.precision}"
         if self.pattern:
             title += f", pruned to {self.pattern}" + (f" with {self.method}" if self.method else "")
-        return render(Group(_layer_table(title, self.layers), _size_table(self), Text(self.summary)), width, color)
+        width = terminal_width() if width is None else width
+        layers = _layer_table(title, self.layers, width)
+        return as_text(layers, "", size_line(self.size), self.summary, width=width, color=color)
 
     @property
     def summary(self) -> str:
@@ -133,13 +144,6 @@ class OnnxReport:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-def render(content: RenderableType, width: int, color: bool) -> str:
-    """Rich content as text."""
-    file = io.StringIO()
-    Console(width=width, file=file, force_terminal=color, color_system="standard" if color else None).print(content)
-    return file.getvalue().rstrip("\n")
-
-
 def axis_name(axis: int | None) -> str:
     """The axis for a table cell."""
     return "" if axis is None else str(axis)
@@ -147,44 +151,43 @@ def axis_name(axis: int | None) -> str:
 
 def verdict_legend(verdicts: Sequence[str]) -> list[str]:
     """What the verdicts in a table mean, and what zeros do not bring."""
-    lines = [f"{verdict}: {LEGEND[verdict]}" for verdict in LEGEND if verdict in verdicts]
+    once = common_verdict(verdicts)
+    lines = [
+        f"{verdict}{' (every layer with zeros)' if verdict == once else ''}: {LEGEND[verdict]}"
+        for verdict in LEGEND
+        if verdict in verdicts
+    ]
+    if once and once not in LEGEND:
+        lines.append(f"Every layer with zeros: {once}.")
     return [*lines, CPU_NOTE] if lines else []
 
 
-def _layer_table(title: str, layers: tuple[LayerCheck, ...]) -> Table:
-    table = Table(title=title, title_justify="left", pad_edge=False)
-    for heading in ("layer", "initializer", "op", "shape"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("axis", justify="right")
-    table.add_column("pattern")
-    table.add_column("zeros", justify="right")
-    table.add_column("verdict", overflow="fold")
-    for layer in layers:
-        same_name = layer.initializer == f"{layer.name}.weight"
-        pattern = Text(f"{layer.pattern} ok", style="green") if layer.pattern else Text("")
-        notes = "; ".join(note for note in (layer.verdict, layer.note) if note)
-        table.add_row(
+def common_verdict(verdicts: Sequence[str]) -> str:
+    """The verdict that all layers with zeros have in common, which is then said once under the table; else ""."""
+    return said_once([verdict for verdict in verdicts if verdict != DENSE])
+
+
+def size_line(size: FileSize) -> str:
+    """Bytes, and zeros among the weights."""
+    return (
+        f"{size.file:,} bytes, {size.compressed:,} compressed with zlib ({size.compressed / max(size.file, 1):.0%}); "
+        f"{size.zeros:,} of {size.weights:,} weights are zero ({size.sparsity:.1%})."
+    )
+
+
+def _layer_table(title: str, layers: tuple[LayerCheck, ...], width: int) -> RenderableType:
+    once = common_verdict([layer.verdict for layer in layers])
+    rows = [
+        (
             layer.name,
-            ".weight" if same_name else layer.initializer,
+            ".weight" if layer.initializer == f"{layer.name}.weight" else layer.initializer,
             layer.op,
             "x".join(map(str, layer.shape)),
             axis_name(layer.axis),
-            pattern,
+            Text(f"{layer.pattern} ok" if layer.pattern else "", style="green"),
             f"{layer.sparsity:.1%}",
-            notes,
         )
-    return table
-
-
-def _size_table(report: OnnxReport) -> Table:
-    table = Table(pad_edge=False)
-    for heading in ("file", "compressed (zlib)", "weights", "zeros"):
-        table.add_column(heading, justify="right")
-    size = report.size
-    table.add_row(
-        f"{size.file:,} B",
-        f"{size.compressed:,} B ({size.compressed / max(size.file, 1):.0%})",
-        f"{size.weights:,}",
-        f"{size.zeros:,} ({size.sparsity:.1%})",
-    )
-    return table
+        for layer in layers
+    ]
+    notes = ["; ".join(note for note in (layer.verdict, layer.note) if note and note != once) for layer in layers]
+    return table(COLUMNS, rows, notes, width=width, title=title, note_heading="verdict")

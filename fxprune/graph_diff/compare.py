@@ -18,6 +18,7 @@ from fxprune.graph_diff.node_state import graph_costs
 from fxprune.graph_diff.read_fx import read_fx
 from fxprune.graph_diff.read_onnx import read_onnx_graph
 from fxprune.graph_diff.result import Edge, GraphDiff, NodeDiff
+from fxprune.model_argument import not_a_model
 from fxprune.tracing import trace
 
 Model = nn.Module | str | PathLike[str]
@@ -51,6 +52,9 @@ def diff(before: Model, after: Model, *, example_inputs: Any = None) -> GraphDif
         >>> print(diff(model, model))
         Sequential and Sequential are the same: no difference in 5 nodes and 312 parameters.
     """
+    for given in (before, after):
+        if not isinstance(given, (nn.Module, str, PathLike)):
+            raise GraphError(not_a_model(given))
     if isinstance(before, nn.Module) and isinstance(after, nn.Module):
         old = read_fx(_graph_module(before, after), example_inputs)
         new = read_fx(_graph_module(after, before), example_inputs)

@@ -1,4 +1,4 @@
-"""Models by name: those registered here, torchvision's, and timm's as ``timm/<name>``."""
+"""Models by name: those registered here, torchvision's, timm's as ``timm/<name>``, and ``file.py:Class``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fxprune.errors import ModelError, UnknownModelError
-from fxprune.models import timm_zoo, torchvision_zoo
+from fxprune.models import timm_zoo, torchvision_zoo, user_code
 from fxprune.models.info import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
 
 Factory = Callable[..., nn.Module]
@@ -72,12 +72,16 @@ def register(
         )
     if name.startswith(timm_zoo.PREFIX):
         raise ModelError(f"model name {name!r}: the prefix {timm_zoo.PREFIX!r} is kept for timm's models")
+    if user_code.is_own(name):
+        raise ModelError(f"model name {name!r}: a name with a colon, or that ends in .py, says where a model's code is")
 
     def add(factory: F) -> F:
         known = _ENTRIES.get(name)
         if known is not None and _origin(known.factory) != _origin(factory):
             raise ModelError(f"model name {name!r} is taken by {_origin(known.factory)}; register under another name")
-        if known is None and torchvision_zoo.has(name):
+        # This package's own names are known to be free; to ask torchvision takes as long as importing torch.
+        own = _origin(factory).startswith("fxprune.models.")
+        if known is None and not own and torchvision_zoo.has(name):
             raise ModelError(f"model name {name!r} is torchvision's; register under another name")
         _ENTRIES[name] = _Entry(info, factory)
         return factory
@@ -89,7 +93,8 @@ def create(name: str, *, num_classes: int | None = None, in_channels: int | None
     """Build a model by name.
 
     Args:
-        name: a registered name, a torchvision classification model's, or ``timm/<name>``.
+        name: a registered name, a torchvision classification model's, ``timm/<name>``, or a class or function of
+            your own as ``file.py:Class`` or ``package.module:Class``.
         num_classes: output width; None is the model's own default.
         in_channels: input channels; None is the model's own default.
         **kwargs: handed to the model's factory. Weights are downloaded only where asked for
@@ -105,6 +110,8 @@ def create(name: str, *, num_classes: int | None = None, in_channels: int | None
     given: dict[str, Any] = dict(kwargs)
     if num_classes is not None:
         given["num_classes"] = num_classes
+    if user_code.is_own(name):
+        return user_code.build(name, given if in_channels is None else given | {"in_channels": in_channels})
     if name.startswith(timm_zoo.PREFIX):
         if in_channels is not None:
             given["in_chans"] = in_channels
@@ -129,7 +136,13 @@ def model_info(name: str) -> ModelInfo:
 
     Raises:
         UnknownModelError: no such name; the message lists close ones.
+        ModelError: nothing is known about the model, since its name only says where its code is.
     """
+    if user_code.is_own(name):
+        raise ModelError(
+            f"nothing is known about {name!r} but its code; @fxprune.models.register(...) says its input shape and "
+            "normalisation too"
+        )
     if name.startswith(timm_zoo.PREFIX):
         return timm_zoo.info(name)
     if name in _ENTRIES:

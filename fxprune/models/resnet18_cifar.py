@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from torch import nn
-from torchvision.models import ResNet
-from torchvision.models.resnet import BasicBlock
 
 from fxprune.models.registry import register
 
@@ -17,7 +15,7 @@ from fxprune.models.registry import register
     std=(0.2470, 0.2435, 0.2616),
     source="He et al. 2015, with the usual CIFAR stem",
 )
-def resnet18_cifar(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> ResNet:
+def resnet18_cifar(num_classes: int = 10, in_channels: int = 3, width: int = 64) -> nn.Module:
     """Build torchvision's ResNet-18, with its layer names, for (in_channels, 32, 32) images.
 
     Args:
@@ -25,6 +23,8 @@ def resnet18_cifar(num_classes: int = 10, in_channels: int = 3, width: int = 64)
         in_channels: channels of the input image.
         width: channels of the first stage; each later stage has twice as many.
     """
+    from torchvision.models.resnet import BasicBlock, ResNet  # on first use: it takes as long to import as torch does
+
     model = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
     model.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
     # torchvision's forward calls maxpool, so the layer stays and does nothing.
@@ -38,4 +38,5 @@ def resnet18_cifar(num_classes: int = 10, in_channels: int = 3, width: int = 64)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model
+    built: nn.Module = model
+    return built

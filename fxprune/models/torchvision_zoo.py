@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
-import torchvision
 from torch import nn
 
 from fxprune.errors import ModelError
@@ -15,9 +15,15 @@ from fxprune.models.info import ModelInfo
 _SLOW_INITIALISATION = frozenset({"googlenet", "inception_v3"})
 
 
+def _torchvision() -> Any:
+    # On first use: it takes as long to import as torch does.
+    return importlib.import_module("torchvision")
+
+
 @functools.cache
 def _known() -> tuple[str, ...]:
-    return tuple(sorted(torchvision.models.list_models(module=torchvision.models)))
+    models = _torchvision().models
+    return tuple(sorted(models.list_models(module=models)))
 
 
 def names() -> list[str]:
@@ -32,6 +38,7 @@ def has(name: str) -> bool:
 
 def info(name: str) -> ModelInfo:
     """Read a model's defaults off its default weights' description; nothing is downloaded."""
+    torchvision = _torchvision()
     weights = torchvision.models.get_model_weights(name).DEFAULT
     preset = weights.transforms()
     side = preset.crop_size[0]
@@ -65,7 +72,7 @@ def create(name: str, in_channels: int | None, kwargs: dict[str, Any]) -> nn.Mod
     if name in _SLOW_INITIALISATION:
         kwargs = {"init_weights": False, **kwargs}
     try:
-        model: nn.Module = torchvision.models.get_model(name, **kwargs)
+        model: nn.Module = _torchvision().models.get_model(name, **kwargs)
     except (TypeError, ValueError) as error:
         raise ModelError(f"torchvision's {name} does not take {kwargs}: {error}") from error
     if in_channels not in (None, 3):

@@ -25,7 +25,8 @@ def test_it_fills_a_csv_and_goes_on(fxprune: Fxprune, grid: Path, tmp_path: Path
     out = tmp_path / "out" / "r.csv"
     said = fxprune("benchmark", grid, "--out", out, code=1)
     assert "2 of 4 rows finished" in said
-    assert "4/4 bad 0.8 magnitude seed 0: failed: CheckpointError: there is no weights file" in said
+    assert "2 of 4 rows failed; the column `error`" in said.replace("\n", " ")
+    assert "4/4 bad 0.8 magnitude seed 0: failed: CheckpointError: there is no file" in said
     first = read_rows(out)
     grid.write_text(grid.read_text().replace("absent.pt", "best.pt"))
     fxprune("benchmark", grid, "--out", out)

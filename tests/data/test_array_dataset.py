@@ -66,7 +66,7 @@ def test_grey_images_are_repeated_for_a_colour_model():
 @pytest.mark.parametrize(
     ("images", "labels", "mean", "std", "message"),
     [
-        (torch.zeros(2, 3, 4, 4), torch.zeros(2), MEAN, STD, "uint8"),
+        (torch.zeros(2, 3, 4, 4).double(), torch.zeros(2), MEAN, STD, "uint8 or float32"),
         (torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2), MEAN, STD, r"\(2, 4, 4\)"),
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3), MEAN, STD, "2 images but labels"),
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2), (0.5,), (0.5,), r"3 channel\(s\)"),

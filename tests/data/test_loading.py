@@ -108,7 +108,8 @@ def test_mean_and_std_come_together(given):
 
 
 def test_a_file_needs_a_normalisation(tmp_path):
-    (tmp_path / "d.npz").touch()
+    images, labels = np.zeros((2, 4, 4), np.uint8), np.arange(2)
+    np.savez(tmp_path / "d.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     for path in (tmp_path, tmp_path / "d.npz"):
         with pytest.raises(DataError, match="model_info"):
             load_data(path) if path.is_dir() else load_data(path, mean=(0.5,))

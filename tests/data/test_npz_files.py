@@ -90,8 +90,14 @@ def test_one_split_alone(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train_images": np.zeros((6, 5, 5, 3), np.float32)}, r"train_images .*float32 \(6, 5, 5, 3\)"),
-        ({"train_images": np.zeros((6, 3, 5, 5), np.uint8)}, r"\(6, 3, 5, 5\)"),
+        (
+            {"train_images": np.full((6, 5, 5, 3), 200, np.float32)},
+            r"train_images .*float32 \(6, 5, 5, 3\) .* as uint8",
+        ),
+        ({"train_images": np.full((6, 5, 5, 3), np.nan)}, "holds NaN"),
+        ({"train_images": np.full((6, 5, 5, 3), 256)}, r"values from 256 to 256; whole numbers must be in 0..255"),
+        ({"train_images": np.zeros((6, 5, 5, 3), bool)}, "bool .* bytes"),
+        ({"train_images": np.zeros((6, 4, 5, 5), np.uint8)}, r"\(6, 4, 5, 5\)"),
         ({"train_images": np.zeros((6, 5), np.uint8)}, r"\(6, 5\)"),
         ({"train_images": np.zeros((5, 5, 5, 3), np.uint8)}, "5 train images but 6 labels"),
         ({"train_labels": np.zeros((6, 14), np.uint8)}, r"labels are uint8 \(6, 14\)"),

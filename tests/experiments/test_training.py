@@ -42,7 +42,7 @@ def fit(recipe: Recipe, seed: int = 0, **kwargs: object) -> tuple[nn.Module, tup
 def test_it_learns(optimizer: str, schedule: str) -> None:
     rate = {"sgd": 0.1, "adamw": 0.02}[optimizer]
     model, log = fit(Recipe(4, optimizer, rate, schedule=schedule, label_smoothing=0.1, channels_last=True))  # type: ignore[arg-type]
-    assert log[-1].test_accuracy > 85
+    assert log[-1].val_accuracy > 85
     assert log[-1].train_loss < log[0].train_loss
     assert not model.training
 
@@ -121,12 +121,12 @@ def test_resuming_with_nothing_there_starts_anew(tmp_path: Path) -> None:
 
 def test_best_checkpoint_and_log(tmp_path: Path) -> None:
     _, log = fit(Recipe(epochs=3, learning_rate=0.01), folder=tmp_path)
-    best = max(log, key=lambda epoch: epoch.test_accuracy)
+    best = max(log, key=lambda epoch: epoch.val_accuracy)
     model = small_model(9)
     checkpoint = load_checkpoint(tmp_path / "best.pt", model)
-    assert (checkpoint.epoch, checkpoint.accuracy) == (best.epoch, best.test_accuracy)
+    assert (checkpoint.epoch, checkpoint.accuracy) == (best.epoch, best.val_accuracy)
     rows = list(csv.DictReader((tmp_path / "log.csv").open()))
-    assert [float(row["test_accuracy"]) for row in rows] == [epoch.test_accuracy for epoch in log]
+    assert [float(row["val_accuracy"]) for row in rows] == [epoch.val_accuracy for epoch in log]
     assert tuple(read_log(tmp_path / "log.csv")) == log
 
 
@@ -211,5 +211,5 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_mixed_precision_learns(channels_last: bool) -> None:
     model, log = fit(Recipe(epochs=4, amp=True, channels_last=channels_last), device="cuda")
-    assert log[-1].test_accuracy > 85
+    assert log[-1].val_accuracy > 85
     assert next(model.parameters()).dtype == torch.float32

@@ -18,15 +18,16 @@ from torch.fx import GraphModule, Node
 from fxprune import solvers
 from fxprune.annotations import annotation
 from fxprune.calibration.calibration import Calibration
-from fxprune.compiler import checked_memory, default_device
+from fxprune.compiler import checked_memory
 from fxprune.constraints import Chain, Constraint, parse_chain
 from fxprune.constraints.mask import Mask
 from fxprune.constraints.rank import Rank
+from fxprune.devices import default_device
 from fxprune.errors import OptionsError
 from fxprune.layers.macs import macs_per_sample
 from fxprune.layers.sensitivity import sensitivities
 from fxprune.method import Method
-from fxprune.options import Options
+from fxprune.options import Options, given_options
 from fxprune.passes import CheckHooks, CheckImages, FoldBatchNorm, InsertObservers, RemoveInplace
 from fxprune.progress import layer_progress
 from fxprune.ranks.rule import RankRule
@@ -142,7 +143,7 @@ def scan(
     chains = [_by_layer(parse_chain(recipe)) for recipe in recipes]
     solver = solvers.get(method)
     together = Recipe(tuple((f"recipe {i}", chain) for i, chain in enumerate(chains)))
-    how = Method(solver, replace((options or Options()).resolved(solver, together), global_budget=False))
+    how = Method(solver, replace(given_options(options).resolved(solver, together), global_budget=False))
     calibration = Calibration(
         calib_loader,
         device=default_device(device),
