@@ -7,6 +7,7 @@ from fxprune.compiled import CompiledModule
 from fxprune.compiler import compile
 from fxprune.errors import FxPruneError
 from fxprune.export import export_onnx, inspect_onnx, validate_onnx
+from fxprune.fine_tuning import filled_zeros, keep_zeros, restore_zeros
 from fxprune.graph_diff import diff
 from fxprune.options import Options
 from fxprune.pattern import Pattern
@@ -26,11 +27,14 @@ __all__ = [
     "compile",
     "diff",
     "export_onnx",
+    "filled_zeros",
     "inspect_onnx",
+    "keep_zeros",
     "load",
     "low_rank",
     "models",
     "passes",
+    "restore_zeros",
     "save",
     "solvers",
     "validate_onnx",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule
 
 from fxprune.export.deployment import assess_deployment
+from fxprune.fine_tuning.keep_zeros import attach_again
+from fxprune.fine_tuning.recorded_zeros import ZEROS, current_report, record_zeros
 from fxprune.passes.prune_weights import REPORT
 from fxprune.report import LayerReport, PruneReport
 
@@ -23,15 +26,22 @@ class CompiledModule(GraphModule):
         report: PruneReport = graph_module.meta[REPORT]
         layers = tuple(_with_verdict(layer, compiled) for layer in report.layers)
         compiled.meta[REPORT] = replace(report, layers=layers, seconds=seconds)
+        compiled.meta[ZEROS] = record_zeros(compiled, layers)
         compiled.eval()
         return compiled
 
     @property
     def report(self) -> PruneReport:
-        """What was done to each layer, and what the run cost."""
-        report = self.meta[REPORT]
-        assert isinstance(report, PruneReport)
+        """What was done to each layer, what the run cost, and whether the zeros have been filled in since."""
+        report = current_report(self)
+        assert report is not None
         return report
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
+        copied = super().__deepcopy__(memo)
+        assert isinstance(copied, CompiledModule)
+        attach_again(copied)
+        return copied
 
 
 def _with_verdict(layer: LayerReport, graph_module: GraphModule) -> LayerReport:

@@ -80,6 +80,7 @@ class PruneReport:
             output is not a single (N, classes) tensor.
         kl: mean KL(dense || pruned) of the softmax outputs there, in nats, or None likewise.
         multiply_adds: of all Conv and Linear modules for one sample, (before, after), where layers were factored.
+        notes: what has happened to the model since, such as zeros that were filled in.
     """
 
     layers: tuple[LayerReport, ...]
@@ -93,6 +94,7 @@ class PruneReport:
     agreement: float | None = None
     kl: float | None = None
     multiply_adds: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -137,7 +139,7 @@ class PruneReport:
         line = f"{done} of {len(self.layers)} layers {what}; {images}, {self.seconds:.1f} s."
         if self.agreement is not None and self.kl is not None:
             line += f"\nOn {where}: top-1 agreement with the dense model {self.agreement:.1f}%, KL {self.kl:.4f}."
-        return line
+        return "\n".join([line, *self.notes])
 
     def _table(self) -> Table:
         table = Table(title=f"fxprune {self.pattern} ({self.method})", title_justify="left", pad_edge=False)

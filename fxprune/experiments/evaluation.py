@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.errors import EvaluationError
+from fxprune.fine_tuning.recorded_zeros import FilledZerosWarning, filled_zeros
 
 
 class Agreement(NamedTuple):
@@ -138,6 +140,10 @@ def _logits(model: nn.Module, images: torch.Tensor, place: torch.device) -> torc
 
 @contextmanager
 def _ready(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+    if filled := filled_zeros(model):
+        warnings.warn(
+            f"{type(model).__name__} is scored as it is, not pruned: {filled}", FilledZerosWarning, stacklevel=4
+        )
     # Flags are kept module by module: a frozen BatchNorm may be in eval mode inside a training model.
     flags = [(module, module.training) for module in model.modules()]
     tensor = next(model.parameters(), next(model.buffers(), None))

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fxprune.errors import ValidationError
-from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxprune.fine_tuning.recorded_zeros import LAYERS, current_report
 from fxprune.report import PruneReport
-
-LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,7 @@ class ModelLayer:
 
 def prune_report(model: nn.Module) -> PruneReport | None:
     """The report that `compile` left with a model, if any."""
-    report = getattr(model, "meta", {}).get("fxprune_report")
-    return report if isinstance(report, PruneReport) else None
+    return current_report(model)
 
 
 @contextmanager
