@@ -7,7 +7,9 @@ from fxprune.compiled import CompiledModule
 from fxprune.compiler import compile
 from fxprune.errors import FxPruneError
 from fxprune.export import export_onnx, inspect_onnx, validate_onnx
-from fxprune.fine_tuning import filled_zeros, keep_zeros, restore_zeros, state_dict_for
+from fxprune.fine_tuning.keep_zeros import keep_zeros
+from fxprune.fine_tuning.original_class import state_dict_for
+from fxprune.fine_tuning.recorded_zeros import filled_zeros, restore_zeros
 from fxprune.graph_diff import diff
 from fxprune.options import Options
 from fxprune.pattern import Pattern

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxprune.export.deployment import assess_deployment
-from fxprune.fine_tuning.keep_zeros import attach_again
+from fxprune.fine_tuning.keeper import attach_again
 from fxprune.fine_tuning.recorded_zeros import ZEROS, current_report, record_zeros
 from fxprune.passes.prune_weights import REPORT
 from fxprune.report import LayerReport, PruneReport

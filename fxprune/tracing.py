@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node, Proxy, Tracer
 from torch.nn.parameter import is_lazy
 
 from fxprune.errors import FxPruneError, TraceError
+from fxprune.fine_tuning.keeper import let_go
 from fxprune.trace_check import difference
 
 _NOT_THE_USERS_CODE = (str(Path(torch.__file__).parent), __file__)
@@ -112,12 +113,15 @@ def _copied(model: nn.Module) -> nn.Module:
     held = chain.from_iterable(vars(module).values() for module in model.modules())
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
     try:
-        return copy.deepcopy(model, memo).eval()
+        copied = copy.deepcopy(model, memo).eval()
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}), and fxprune works on a copy only. Detach what the model "
             "holds besides parameters and buffers (hooks with closures, generators, open files) before compiling."
         ) from error
+    for module in copied.modules():
+        let_go(module)  # What is made of the copy may get other zeros.
+    return copied
 
 
 class _PathTracer(Tracer):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import GraphError
+from fxprune.fine_tuning.keeper import write_kept_zeros
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.pattern import Pattern
 from fxprune.report import LayerReport, PruneReport
@@ -128,8 +129,6 @@ def filled_zeros(model: nn.Module) -> FilledZeros:
     Args:
         model: what `fxprune.compile` returned, or a module around it; of a model that was never compiled nothing is known.
     """
-    from fxprune.fine_tuning.keep_zeros import write_kept_zeros
-
     write_kept_zeros(model)
     masks = recorded_masks(model)
     if not masks:
