@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 
 class KeptLayer:
@@ -42,8 +43,7 @@ class KeptLayer:
     def __init__(self, module: nn.Module, zeros: Tensor) -> None:
         self.module = module
         self.zeros = zeros.detach()
-        self._unhook: Callable[[], None] = _nothing
-        self._hooked: weakref.ref[Tensor] | None = None
+        self._hook: RemovableHandle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"module": self.module, "zeros": self.zeros}  # A copy's weight has to be hooked anew.
@@ -75,16 +75,18 @@ class KeptLayer:
     def hook_gradient(self) -> None:
         """Mask the weight's gradient, unless that is done already."""
         weight = self.weight
-        if weight is None or not weight.requires_grad or (self._hooked is not None and self._hooked() is weight):
+        hooks = {} if weight is None else weight._backward_hooks or {}
+        hooked = self._hook is not None and self._hook.id in hooks
+        if weight is None or not weight.requires_grad or hooked:
             return
         self.unhook_gradient()
-        self._unhook = weight.register_hook(_gradient_mask(weakref.ref(self))).remove
-        self._hooked = weakref.ref(weight)
+        self._hook = weight.register_hook(_gradient_mask(weakref.ref(self)))
 
     def unhook_gradient(self) -> None:
         """Let gradients through again."""
-        self._unhook()
-        self._unhook, self._hooked = _nothing, None
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
 
 
 class Keeper:
@@ -211,7 +213,3 @@ def _keeper_of(hook: object) -> Keeper | None:
 
 def _hook_tables(module: nn.Module) -> Iterable[dict[int, Any]]:
     return module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_post_hooks
-
-
-def _nothing() -> None:
-    pass

@@ -202,6 +202,22 @@ def test_weights_that_change_are_followed(change: str, compiled: fxprune.Compile
     assert all((compiled.get_parameter(name).grad[mask] == 0).all() for name, mask in masks.items())
 
 
+def test_parameters_can_be_swapped(compiled: fxprune.CompiledModule, images: Tensor) -> None:
+    masks = zero_masks(compiled)
+    fxprune.keep_zeros(compiled)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        compiled.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    optimizer = torch.optim.SGD(compiled.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        compiled(images.double()).square().mean().backward()
+        optimizer.step()
+        assert filled(compiled, masks) == 0
+
+
 def test_a_deep_copy_keeps_its_zeros_by_itself(compiled: fxprune.CompiledModule, train: Train) -> None:
     masks = zero_masks(compiled)
     handle = fxprune.keep_zeros(compiled)
@@ -343,6 +359,24 @@ def test_there_must_be_zeros(compiled: fxprune.CompiledModule, train: Train) -> 
     train(compiled, torch.optim.SGD(compiled.parameters(), lr=0.1))
     with pytest.raises(GraphError, match=r"nothing left to keep in conv1, conv2, fc: .*restore_zeros"):
         fxprune.keep_zeros(compiled)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+def test_on_a_gpu(fused: bool, compiled: fxprune.CompiledModule, images: Tensor) -> None:
+    masks = zero_masks(compiled)
+    fxprune.keep_zeros(compiled)
+    compiled.cuda()
+    optimizer, scaler = torch.optim.AdamW(compiled.parameters(), lr=0.01, fused=fused), torch.amp.GradScaler("cuda")
+    for _ in range(5):
+        with torch.autocast("cuda", dtype=torch.float16):
+            loss = (compiled(images.cuda()) - 1).square().mean()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert filled(compiled, masks) == 0
+    assert not fxprune.filled_zeros(compiled)
 
 
 def _distributed(rank: int, folder: str) -> None:
