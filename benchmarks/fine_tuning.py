@@ -17,7 +17,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ TABLE, PAGE = HERE / "fine_tuning.csv", HERE / "fine_tuning.md"
 CALIBRATION = 1024
 MODEL, PATTERN = "resnet20", "1:4"
 
-Goal = Literal["labels", "distillation"]
+Goal = Literal["distillation", "labels"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="fine-tuning after pruning, zeros kept")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("FXPRUNE_DATA", "../shared/data")))
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--learning-rates", default="1e-4,3e-4")
+    parser.add_argument("--goals", default="distillation,labels")
+    parser.add_argument("--learning-rates", default="1e-4,3e-4,1e-3")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -127,8 +128,9 @@ def main() -> None:
     compiled = fxprune.compile(dense, images[:CALIBRATION].split(BATCH), PATTERN, device="cpu", progress=False)
 
     done = {(row["learns_from"], row["epochs"], float(row["learning_rate"])) for row in read()}
+    wanted = arguments.goals.split(",")
     goals: list[tuple[Goal, float]] = [
-        (goal, float(rate)) for rate in arguments.learning_rates.split(",") for goal in ("distillation", "labels")
+        (goal, float(rate)) for rate in arguments.learning_rates.split(",") for goal in get_args(Goal) if goal in wanted
     ]
     for goal, rate in [("", 0.0), *goals]:
         epochs = arguments.epochs if goal else 0
