@@ -21,14 +21,18 @@ __all__ = [
     "default_passes",
     "diff",
     "export_onnx",
+    "filled_zeros",
     "inspect_onnx",
+    "keep_zeros",
     "load",
     "low_rank",
     "models",
     "passes",
+    "restore_zeros",
     "save",
     "scan",
     "solvers",
+    "state_dict_for",
     "validate_onnx",
 ]
 
@@ -41,6 +45,9 @@ if TYPE_CHECKING:
     from fxprune.compiler import compile, default_passes
     from fxprune.errors import CalibrationWarning, FxPruneError
     from fxprune.export import export_onnx, inspect_onnx, validate_onnx
+    from fxprune.fine_tuning.keep_zeros import keep_zeros
+    from fxprune.fine_tuning.original_class import state_dict_for
+    from fxprune.fine_tuning.recorded_zeros import filled_zeros, restore_zeros
     from fxprune.graph_diff import diff
     from fxprune.options import Options
     from fxprune.pattern import Pattern
@@ -68,11 +75,15 @@ else:
             "default_passes": "fxprune.compiler",
             "diff": "fxprune.graph_diff",
             "export_onnx": "fxprune.export",
+            "filled_zeros": "fxprune.fine_tuning.recorded_zeros",
             "inspect_onnx": "fxprune.export",
+            "keep_zeros": "fxprune.fine_tuning.keep_zeros",
             "load": "fxprune.saving",
             "low_rank": "fxprune.rank_reduction",
+            "restore_zeros": "fxprune.fine_tuning.recorded_zeros",
             "save": "fxprune.saving",
             "scan": "fxprune.scanning",
+            "state_dict_for": "fxprune.fine_tuning.original_class",
             "validate_onnx": "fxprune.export",
         },
     )

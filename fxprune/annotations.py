@@ -16,6 +16,7 @@ from fxprune.report import LayerReport, PruneReport
 
 if TYPE_CHECKING:
     from fxprune.constraints import Chain
+    from fxprune.fine_tuning.recorded_zeros import ZeroMask
 
 KEY = "fxprune"
 Role = Literal["compress", "reconstruct", "keep"]
@@ -68,10 +69,17 @@ class Change:
 
 @dataclass(frozen=True)
 class GraphAnnotation:
-    """What is known of a whole graph: the changes that passes wrote down, in order, and the report of the run."""
+    """What is known of a whole graph.
+
+    Attributes:
+        changes: what passes wrote down, in order.
+        report: of the run.
+        zeros: where the zeros of pruned layers were when the run ended.
+    """
 
     changes: tuple[Change, ...] = ()
     report: PruneReport | None = None
+    zeros: tuple[ZeroMask, ...] = ()
 
 
 def annotation(node: Node) -> Annotation:

@@ -15,6 +15,8 @@ from torch.fx.node import map_aggregate
 from fxprune.annotations import KEY, annotate_graph, annotation, report_of
 from fxprune.errors import GraphError
 from fxprune.export.deployment import assess_deployment
+from fxprune.fine_tuning.keeper import attach_again
+from fxprune.fine_tuning.recorded_zeros import current_report, record_zeros
 from fxprune.layers.kept import layers_inside
 from fxprune.report import LayerReport, PruneReport
 
@@ -35,7 +37,8 @@ class CompiledModule(GraphModule):
         compiled.meta.update(graph_module.meta)
         report = report_of(graph_module) or _untouched(graph_module)
         layers = tuple(_with_verdict(layer, compiled) for layer in report.layers)
-        annotate_graph(compiled, report=replace(report, layers=layers, seconds=seconds, warnings=tuple(warnings)))
+        report = replace(report, layers=layers, seconds=seconds, warnings=tuple(warnings))
+        annotate_graph(compiled, report=report, zeros=record_zeros(compiled, layers))
         compiled.eval()
         return compiled
 
@@ -46,7 +49,7 @@ class CompiledModule(GraphModule):
         Raises:
             GraphError: the model carries none: it was saved without, or assembled by hand.
         """
-        report = report_of(self)
+        report = current_report(self)
         if report is None:
             raise GraphError(
                 f"this {type(self).__name__} carries no report: it was not made by fxprune.compile or fxprune.low_rank, or it "
@@ -62,6 +65,7 @@ class CompiledModule(GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
         copied = super().__deepcopy__(memo)
         type(copied).__name__ = type(self).__name__
+        attach_again(copied)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:

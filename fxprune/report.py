@@ -93,6 +93,7 @@ class PruneReport:
         kl: mean KL(dense || pruned) of the softmax outputs there, in nats, or None likewise.
         multiply_adds: of all Conv and Linear modules for one sample, (before, after), where layers were factored.
         warnings: what is wrong with the images, in sentences.
+        notes: what has happened to the model since, such as zeros that were filled in.
     """
 
     layers: tuple[LayerReport, ...]
@@ -108,6 +109,7 @@ class PruneReport:
     kl: float | None = None
     multiply_adds: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -156,7 +158,7 @@ class PruneReport:
             )
         elif self.images and not self.images_held_out:
             lines.append("No image was held out: the errors are of images that were fitted, and there is no score.")
-        return "\n".join([*lines, *(f"Warning: {warning}." for warning in self.warnings)])
+        return "\n".join([*lines, *(f"Warning: {warning}." for warning in self.warnings), *self.notes])
 
     def _table(self, width: int, without: str) -> RenderableType:
         from rich.text import Text

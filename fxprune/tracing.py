@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from fxprune.calibration.batches import names_in
 from fxprune.code_names import allow_any_name, refuse_reserved_names
 from fxprune.errors import OptionsError, TraceError
+from fxprune.fine_tuning.keeper import let_go
 from fxprune.model_argument import not_a_model
 from fxprune.trace_check import difference
 
@@ -121,12 +122,15 @@ def _copied(model: nn.Module) -> nn.Module:
     held = chain.from_iterable(vars(module).values() for module in model.modules())
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
     try:
-        return copy.deepcopy(model, memo).eval()
+        copied = copy.deepcopy(model, memo).eval()
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}), and fxprune works on a copy only. Detach what the model "
             "holds besides parameters and buffers (hooks with closures, generators, open files) before compiling."
         ) from error
+    for module in copied.modules():
+        let_go(module)  # What is made of the copy may get other zeros.
+    return copied
 
 
 class _PathTracer(Tracer):

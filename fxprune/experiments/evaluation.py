@@ -26,6 +26,7 @@ from fxprune.calibration.batches import (
 from fxprune.calibration.failures import remedy_for, said, stays_as_it_is
 from fxprune.devices import checked_device
 from fxprune.errors import EvaluationError, EvaluationWarning
+from fxprune.fine_tuning.recorded_zeros import FilledZerosWarning, filled_zeros
 from fxprune.surroundings import undisturbed
 
 FEW_OTHERS = 90.0  # percent: where one class has nearly all images, accuracy tells little either way
@@ -222,6 +223,10 @@ def _logits(model: nn.Module, inputs: Mapping[str, Any], place: torch.device, nu
 
 @contextmanager
 def _ready(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+    if filled := filled_zeros(model):
+        warnings.warn(
+            f"{type(model).__name__} is scored as it is, not pruned: {filled}", FilledZerosWarning, stacklevel=4
+        )
     # Flags are kept module by module: a frozen BatchNorm may be in eval mode inside a training model.
     flags = [(module, module.training) for module in model.modules()]
     tensor = next(model.parameters(), next(model.buffers(), None))

@@ -18,7 +18,10 @@ from fxprune.pattern import NMPattern, Pattern
 TRANSPOSED = "_transposed"  # what the exporter's folded Linear weights are called: fc.weight_transposed
 FOLDED = "BatchNorm folded in by the exporter"
 UNREAD = "not in the file: nothing reads what it gives"
-STALE = "The model's own weight breaks it too, so it was changed after fxprune.compile: compile the model again"
+STALE = (
+    "The model's own weight breaks it too, so it was changed after fxprune.compile: put its zeros back with "
+    "fxprune.restore_zeros(compiled) and export it again"
+)
 # Share of a weight's norm within which a weight found by its values alone counts as the layer's.
 _LIKENESS = 0.5
 _SHOWN = 5

@@ -9,12 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fxprune.annotations import report_of
 from fxprune.errors import ValidationError
-from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxprune.fine_tuning.recorded_zeros import LAYERS, current_report
 from fxprune.report import PruneReport
-
-LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
 
 UNCHECKED = "No sparsity pattern was checked"
 # A dense weight with as large a share of zeros was most likely pruned.
@@ -44,7 +41,7 @@ class ModelLayer:
 
 def prune_report(model: nn.Module) -> PruneReport | None:
     """The report that `compile` left with a model, if any."""
-    return report_of(model)
+    return current_report(model)
 
 
 @contextmanager

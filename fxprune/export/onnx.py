@@ -24,6 +24,7 @@ from fxprune.export.parity import evaluating
 from fxprune.export.sparse_initializer import sparsify
 from fxprune.export.torch_export import to_onnx_program
 from fxprune.export.validate import check_file, validate_onnx, warn_of_notes
+from fxprune.fine_tuning.recorded_zeros import filled_zeros
 from fxprune.model_argument import not_a_model
 from fxprune.surroundings import undisturbed
 
@@ -74,7 +75,8 @@ def export_onnx(
 
     Raises:
         ExportError: the model cannot be exported, or the file not written.
-        ValidationError: the file does not hold or compute what the model does; it is not kept.
+        ValidationError: the model's zeros have been filled in; or the file does not hold or compute what the model does, and
+            is not kept.
     """
     path = Path(path)
     if precision not in PRECISIONS:
@@ -86,6 +88,8 @@ def export_onnx(
         raise ExportError(f"there is no folder {path.parent} to write {path.name} in; make it, or choose another path")
     if not isinstance(compiled, nn.Module):
         raise ExportError(not_a_model(compiled))
+    if filled := filled_zeros(compiled):
+        raise ValidationError(f"{path} would not hold a pruned model ({', '.join(filled.layers)}): {filled}")
     inputs = example_tensors(example_inputs, compiled)
     first = next(compiled.parameters(), None)
     on_device = tuple(x.to("cpu" if first is None else first.device) for x in inputs)

@@ -32,6 +32,7 @@ from fxprune.export.onnx_report import LayerCheck, OnnxReport
 from fxprune.export.parity import coarsest_dtype, compare, evaluating, require_parity
 from fxprune.export.session import open_session
 from fxprune.export.weight_uses import WeightUse, graph_weights
+from fxprune.fine_tuning.recorded_zeros import filled_zeros
 from fxprune.surroundings import undisturbed
 
 PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
@@ -97,6 +98,8 @@ def check_file(file: OnnxFile, stored: Path, model: nn.Module, batches: Iterator
         raise ValidationError(
             "the loader gave no batches to validate on; pass a non-empty iterable (a generator runs only once)"
         )
+    if filled := filled_zeros(model):
+        raise ValidationError(f"{file.path} cannot be checked against this model: {filled}")
     uses = graph_weights(file.model).uses
     dtype = weight_dtype(uses)
     called: set[nn.Module] = set()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxprune.annotations import annotation, changes, report_of
+from fxprune.fine_tuning.recorded_zeros import FilledZeros, filled_zeros
 from fxprune.graph_diff.fx_operation import is_inplace, operation_arguments, operation_name, read_nodes
 from fxprune.graph_diff.fx_shapes import output_shapes
 from fxprune.graph_diff.fx_weights import PRODUCTS, node_parameters, node_weights
@@ -30,6 +31,7 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
         ExportError: example_inputs does not fit the model's inputs.
         GraphError: the graph cannot run on them.
     """
+    filled = filled_zeros(graph_module)
     shapes = {} if example_inputs is None else output_shapes(graph_module, example_inputs)
     calls = Counter(str(node.target) for node in graph_module.graph.nodes if node.op == "call_module")
     seen: Counter[str] = Counter()
@@ -41,7 +43,7 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
             continue
         seen[str(node.target)] += 1
         call = seen[str(node.target)] if calls[str(node.target)] > 1 else 0
-        read = _read_node(graph_module, node, call, shapes)
+        read = _read_node(graph_module, node, call, shapes, filled)
         nodes.append(read)
         own = node_parameters(graph_module, node)
         for name, parameter in own:
@@ -49,28 +51,34 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
         if node.op == "call_module" and read.multiply_adds is None and any(p.dim() > 1 for _, p in own):
             uncounted[read.op] += 1
     return ModelGraph(
-        title=_title(graph_module),
+        title=_title(graph_module, filled),
         nodes=tuple(nodes),
         parameters={name: parameter.detach() for name, parameter in parameters.values()},
         changes=changes(graph_module),
         shapes_known=bool(shapes),
-        notes=tuple(
-            f"Multiply-adds leave out what happens inside {op} ({calls} calls)."
-            for op, calls in uncounted.items()
-            if shapes
+        notes=(
+            *([f"{filled}."] if filled else []),
+            *(
+                f"Multiply-adds leave out what happens inside {op} ({calls} calls)."
+                for op, calls in uncounted.items()
+                if shapes
+            ),
         ),
     )
 
 
-def _title(graph_module: GraphModule) -> str:
+def _title(graph_module: GraphModule, filled: FilledZeros) -> str:
     report = report_of(graph_module)
     pruned = f" pruned to {report.pattern} with {report.method}" if report is not None else ""
-    return f"{graph_module._get_name()}{pruned}"
+    return f"{graph_module._get_name()}{pruned}{', zeros filled in since' if filled else ''}"
 
 
-def _read_node(graph_module: GraphModule, node: Node, call: int, shapes: Mapping[Node, tuple[int, ...]]) -> GraphNode:
+def _read_node(
+    graph_module: GraphModule, node: Node, call: int, shapes: Mapping[Node, tuple[int, ...]], filled: FilledZeros
+) -> GraphNode:
     """One node that is not get_attr; `call` counts the calls of a module that has several, and is 0 otherwise."""
     report = annotation(node).report
+    lost = filled.layers.get(report.name, 0) if report else 0
     weights = node_weights(graph_module, node)
     name, key = node.name, ""
     if node.op == "call_module":
@@ -92,10 +100,10 @@ def _read_node(graph_module: GraphModule, node: Node, call: int, shapes: Mapping
         inplace=is_inplace(node),
         output_shape=shapes.get(node),
         multiply_adds=_multiply_adds(node, weights, shapes),
-        status=report.status if report else "",
-        pattern=report.pattern if report else "",
+        status=report.status if report and not lost else "",
+        pattern=report.pattern if report and not lost else "",
         output_error=report.relative_error if report else None,
-        reason=report.reason if report else "",
+        reason=f"{lost:,} of its zeros have been filled in" if lost else report.reason if report else "",
     )
 
 

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from fxprune.compiled import CompiledModule
 from fxprune.errors import CheckpointError
 from fxprune.files import save_tensors
+from fxprune.fine_tuning.recorded_zeros import filled_zeros
 from fxprune.saving.graphs import decode_graph, encode_graph, encode_meta
 from fxprune.saving.modules import ModuleReader, ModuleWriter
 from fxprune.saving.names import Allowed, is_identifier
@@ -37,9 +38,15 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
             torchvision's nor timm's. `load` must be given the same.
 
     Raises:
-        CheckpointError: the graph holds something that cannot be stored by name; the message says what, and the remedy.
+        CheckpointError: the graph holds something that cannot be stored by name, or the model's zeros have been filled in;
+            the message says what, and the remedy.
         OSError: the file cannot be written.
     """
+    if filled := filled_zeros(compiled):
+        raise CheckpointError(
+            f"{path} would not hold a pruned model: {filled}. To keep the weights as they are, "
+            "torch.save(compiled.state_dict(), path)"
+        )
     writer = Writer(tuple(allow))
     modules = ModuleWriter(writer)
     if not isinstance(compiled, GraphModule):

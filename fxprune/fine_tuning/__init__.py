@@ -1,0 +1,1 @@
+"""Training a pruned model further, and taking its weights back to the class that it came from."""
