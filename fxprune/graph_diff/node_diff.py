@@ -5,14 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from fxprune.export.inspection import PATTERNS, held_patterns
 from fxprune.graph_diff.matching import Matching, sources
-from fxprune.graph_diff.model_graph import GraphNode, ModelGraph, Weights
-from fxprune.graph_diff.node_state import node_state
+from fxprune.graph_diff.model_graph import GraphNode, ModelGraph
 from fxprune.graph_diff.pictures import draw_weights
 from fxprune.graph_diff.result import NodeDiff, NodeState, Status
-from fxprune.graph_diff.weight_phrases import other_phrases, weight_phrases
-from fxprune.graph_diff.weights import ROUNDING, composed, fold, relative_change, reorder, was_folded
-from fxprune.graph_diff.wording import sizes
+from fxprune.graph_diff.text import percent, sizes
+from fxprune.graph_diff.weights import (
+    ROUNDING,
+    Weights,
+    changed_others,
+    composed,
+    fold,
+    relative_change,
+    reorder,
+    same_numbers,
+    was_folded,
+)
+
+_LEAST_SPARSITY = min(pattern.sparsity for pattern in PATTERNS)
 
 
 @dataclass(frozen=True)
@@ -173,6 +187,40 @@ class Comparison:
         return tuple(dict.fromkeys(told))
 
 
+def node_state(node: GraphNode) -> NodeState:
+    """Sum up a node, without its tensors."""
+    weight = node.weights.weight
+    learnt = [t.numel() for name, t in node.weights.others.items() if "running_" not in name and t.is_floating_point()]
+    state = NodeState(
+        node=node.id,
+        op=node.op,
+        arguments=dict(node.arguments),
+        output_shape=node.output_shape,
+        parameters=sum(learnt),
+        multiply_adds=node.multiply_adds,
+    )
+    if weight is None:
+        return state
+    nonzeros = int(torch.count_nonzero(weight))
+    sparsity = 1 - nonzeros / max(weight.numel(), 1)
+    numbers = {
+        "weight_shape": tuple(weight.shape),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "parameters": state.parameters + weight.numel(),
+        "nonzeros": nonzeros,
+        "sparsity": sparsity,
+        "pattern": node.pattern or _patterns(node, weight, sparsity),
+    }
+    return NodeState(**{**vars(state), **numbers})
+
+
+def _patterns(node: GraphNode, weight: Tensor, sparsity: float) -> str:
+    if weight.dim() < 2 or sparsity < _LEAST_SPARSITY:
+        return ""
+    reduced = weight.transpose(0, 1) if node.weights.transposed else weight
+    return ", ".join(map(str, held_patterns(reduced)))
+
+
 def _folded(
     before: ModelGraph,
     after: ModelGraph,
@@ -211,3 +259,51 @@ def _short(norm: GraphNode, layer: GraphNode) -> str:
     stem = layer.name.rpartition(".")[0]
     name = norm.name.removeprefix(f"{stem}.") if stem else norm.name
     return "BN" if name.isdecimal() else name
+
+
+def weight_phrases(before: Weights, after: GraphNode, change: float | None, *, ordered: bool) -> list[str]:
+    """What became of the weight.
+
+    Args:
+        before: tensors before, with BatchNorm folded and channels permuted as they are after.
+        after: the node after.
+        change: relative change of the weight, 0 for one that does not differ.
+        ordered: False if channels may stand in another order than before.
+    """
+    phrases = []
+    old, new = before.weight, after.weights.weight
+    if old is not None and new is not None and old.shape == new.shape and change != 0.0:
+        if change is not None and change < ROUNDING:
+            phrases.append("weight differs by rounding")
+        elif not ordered and same_numbers(old, new):
+            phrases.append("channels permuted")
+        elif after.pattern:
+            phrases.append(f"pruned to {after.pattern}")
+        else:
+            phrases.append("re-fitted" if after.status == "reconstructed" else "weight changed")
+    if new is not None and not torch.isfinite(new).all():
+        phrases.append("weight holds NaN or infinite values")
+    return phrases
+
+
+def other_phrases(before: Weights, after: GraphNode, *, rounded: bool, ordered: bool) -> list[str]:
+    """What became of bias, statistics and other tensors beside the weight.
+
+    Args:
+        before: as for `weight_phrases`.
+        after: the node after.
+        rounded: whether BatchNorm was folded, so that tiny differences come from rounding.
+        ordered: as for `weight_phrases`.
+    """
+    old, new = before.others, after.weights.others
+    zero_bias = {name for name, tensor in {**old, **new}.items() if name == "bias" and not tensor.any()}
+    phrases = [f"{name} added" for name in new if name not in old and name not in zero_bias]
+    phrases += [f"{name} removed" for name in old if name not in new and name not in zero_bias]
+    for name, moved_by in changed_others(old, new).items():
+        if not ordered and same_numbers(old[name], new[name]):
+            continue
+        if moved_by is None or not ordered:
+            phrases.append(f"{name} changed")
+        elif moved_by > (ROUNDING if rounded else 0):
+            phrases.append(f"{name} changed by {percent(moved_by)}")
+    return phrases

@@ -16,7 +16,8 @@ from onnx.reference import ReferenceEvaluator
 
 from fxprune.export.onnx_file import Array, OnnxFile, initializer_arrays, read_onnx
 from fxprune.export.weight_uses import WeightUse, graph_weights
-from fxprune.graph_diff.model_graph import GraphNode, ModelGraph, Weights, weight_multiply_adds
+from fxprune.graph_diff.model_graph import GraphNode, ModelGraph
+from fxprune.graph_diff.weights import Weights, weight_multiply_adds
 
 _MAX_MESSAGE = 2**31 - 2**20  # shape inference passes the model on as one message
 _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
