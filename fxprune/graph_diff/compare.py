@@ -139,7 +139,10 @@ def _notes(comparison: Comparison, nodes: list[NodeDiff]) -> tuple[str, ...]:
     if comparison.has_unknown_order:
         notes.append("Channels were permuted, and it is not recorded how: by how much weights changed cannot be told.")
     if permuted := sum("channels permuted" in node.changes for node in nodes):
-        notes.append(f"Channels of {permuted} nodes were permuted; before and after are compared in the same order.")
+        how = " The order was found by matching the weights." if comparison.orders_found else ""
+        notes.append(
+            f"Channels of {permuted} nodes were permuted; before and after are compared in the same order.{how}"
+        )
     if comparison.before.shapes_known != comparison.after.shapes_known:
         notes.append("Sizes of activations are known for one of the two graphs only.")
     own = [f"{graph.title}: {note}" for graph in (comparison.before, comparison.after) for note in graph.notes]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxprune.export.inspection import PATTERNS, held_patterns
+from fxprune.graph_diff.channel_order import Order, find_orders
 from fxprune.graph_diff.matching import Matching, sources
 from fxprune.graph_diff.model_graph import GraphNode, ModelGraph
 from fxprune.graph_diff.pictures import draw_weights
@@ -26,6 +27,7 @@ from fxprune.graph_diff.weights import (
     was_folded,
 )
 
+REARRANGED = "the same weights in another order"
 _LEAST_SPARSITY = min(pattern.sparsity for pattern in PATTERNS)
 
 
@@ -42,6 +44,9 @@ class Comparison:
         new: nodes after, by id.
         states_before: nodes before summed up, by id.
         states_after: likewise.
+        comparable: tensors before, by id after: BatchNorm folded and channels in the order that they have after.
+        orders: (inputs, outputs) by id after: where the channels of a node whose order changed stood before.
+        orders_found: whether these were found from the weights, because no pass wrote them down.
     """
 
     before: ModelGraph
@@ -52,34 +57,54 @@ class Comparison:
     new: Mapping[str, GraphNode]
     states_before: Mapping[str, NodeState]
     states_after: Mapping[str, NodeState]
+    comparable: Mapping[str, Weights]
+    orders: Mapping[str, Order]
+    orders_found: bool
 
     @classmethod
     def of(cls, before: ModelGraph, after: ModelGraph, matching: Matching) -> Comparison:
         """Find out which BatchNorms were folded, and sum up all nodes."""
         old, new = ({node.id: node for node in graph.nodes} for graph in (before, after))
         states = [{node.id: node_state(node) for node in graph.nodes} for graph in (before, after)]
-        return cls(before, after, matching, _folded(before, after, matching, old, new), old, new, *states)
+        folded = _folded(before, after, matching, old, new)
+        weights = {}
+        for name, heir in matching.pairs.items():
+            weights[heir] = old[name].weights
+            for norm in (norm for norm, layer in folded.items() if layer == name):
+                weights[heir] = fold(weights[heir], old[norm].weights)
+        recorded = any(node.is_permuted for node in [*old.values(), *new.values()])
+        if recorded:
+            orders = {heir: _recorded_order(old[name], new[heir]) for name, heir in matching.pairs.items()}
+        else:
+            orders = find_orders(after.nodes, weights, {node.id: node.weights for node in after.nodes})
+        orders = {name: order for name, order in orders.items() if order[0] is not None or order[1] is not None}
+        comparable = weights | {name: reorder(weights[name], *order) for name, order in orders.items()}
+        found = bool(orders) and not recorded
+        return cls(before, after, matching, folded, old, new, states[0], states[1], comparable, orders, found)
 
     @property
     def has_unknown_order(self) -> bool:
         """Whether a pass permuted channels and did not write down how."""
         permuted = [any(c.action == "permuted" for c in graph.changes) for graph in (self.before, self.after)]
-        return permuted == [False, True] and not any(node.is_permuted for node in self.after.nodes)
+        return permuted == [False, True] and not self.orders
 
     def matched(self, before: str, after: str) -> NodeDiff:
         """The difference between two nodes that correspond."""
         u, v = self.old[before], self.new[after]
         norms = [self.old[norm] for norm, layer in self.folded.items() if layer == before]
-        weights = self._comparable(u, v, norms)
+        weights = self.comparable[after]
         change = relative_change(weights.weight, v.weights.weight)
         if norms and change is not None and change < ROUNDING:
             change = 0.0
+        ordered = not self.has_unknown_order
         phrases = [
             *self._operation_changes(u, v),
-            *weight_phrases(weights, v, change, ordered=not self.has_unknown_order),
-            *other_phrases(weights, v, rounded=bool(norms), ordered=not self.has_unknown_order),
+            *weight_phrases(weights, v, change),
+            *other_phrases(weights, v, rounded=bool(norms), ordered=ordered),
         ]
-        if v.is_permuted and not u.is_permuted:
+        if REARRANGED in phrases or (change and not ordered):
+            change = None
+        if after in self.orders:
             phrases.append("channels permuted")
         phrases += [f"{_short(norm, v)} folded in" for norm in norms]
         phrases += self._input_changes(u, v)
@@ -93,19 +118,12 @@ class Comparison:
             after=self.states_after[after],
             changes=tuple(phrases),
             folded=tuple(norm.name for norm in norms),
-            weight_change=None if change and self.has_unknown_order else change,
+            weight_change=change,
             output_error=v.output_error,
             reason=f"not pruned: {v.reason}" if v.reason and v.status != "pruned" else "",
             notes=self._notes(v),
             picture=draw_weights(weights, v.weights),
         )
-
-    def _comparable(self, u: GraphNode, v: GraphNode, norms: list[GraphNode]) -> Weights:
-        """The tensors before, with BatchNorm folded and channels permuted as they are after."""
-        weights = u.weights
-        for norm in norms:
-            weights = fold(weights, norm.weights)
-        return reorder(weights, *v.order) if v.is_permuted and not u.is_permuted else weights
 
     def removed(self, before: str) -> NodeDiff:
         """A node that only the first graph has."""
@@ -261,22 +279,21 @@ def _short(norm: GraphNode, layer: GraphNode) -> str:
     return "BN" if name.isdecimal() else name
 
 
-def weight_phrases(before: Weights, after: GraphNode, change: float | None, *, ordered: bool) -> list[str]:
+def weight_phrases(before: Weights, after: GraphNode, change: float | None) -> list[str]:
     """What became of the weight.
 
     Args:
         before: tensors before, with BatchNorm folded and channels permuted as they are after.
         after: the node after.
         change: relative change of the weight, 0 for one that does not differ.
-        ordered: False if channels may stand in another order than before.
     """
     phrases = []
     old, new = before.weight, after.weights.weight
     if old is not None and new is not None and old.shape == new.shape and change != 0.0:
         if change is not None and change < ROUNDING:
             phrases.append("weight differs by rounding")
-        elif not ordered and same_numbers(old, new):
-            phrases.append("channels permuted")
+        elif same_numbers(old, new):
+            phrases.append(REARRANGED)
         elif after.pattern:
             phrases.append(f"pruned to {after.pattern}")
         else:
@@ -293,17 +310,36 @@ def other_phrases(before: Weights, after: GraphNode, *, rounded: bool, ordered: 
         before: as for `weight_phrases`.
         after: the node after.
         rounded: whether BatchNorm was folded, so that tiny differences come from rounding.
-        ordered: as for `weight_phrases`.
+        ordered: False if channels may stand in another order than before.
     """
     old, new = before.others, after.weights.others
     zero_bias = {name for name, tensor in {**old, **new}.items() if name == "bias" and not tensor.any()}
     phrases = [f"{name} added" for name in new if name not in old and name not in zero_bias]
     phrases += [f"{name} removed" for name in old if name not in new and name not in zero_bias]
-    for name, moved_by in changed_others(old, new).items():
-        if not ordered and same_numbers(old[name], new[name]):
+    changed = changed_others(old, new)
+    rearranged = [name for name in changed if same_numbers(old[name], new[name])]
+    if rearranged:
+        phrases.append(f"{', '.join(rearranged)} in another order")
+    for name, moved_by in changed.items():
+        if name in rearranged:
             continue
         if moved_by is None or not ordered:
             phrases.append(f"{name} changed")
         elif moved_by > (ROUNDING if rounded else 0):
             phrases.append(f"{name} changed by {percent(moved_by)}")
     return phrases
+
+
+def _recorded_order(before: GraphNode, after: GraphNode) -> Order:
+    """Where the channels after stood before, when each model says where its channels stood before a pass moved them."""
+    inputs, outputs = (_from_one_to_other(a, b) for a, b in zip(before.order, after.order, strict=True))
+    return inputs, outputs
+
+
+def _from_one_to_other(before: Tensor | None, after: Tensor | None) -> Tensor | None:
+    """New channel i is old channel result[i], if new channel i was first channel `after[i]`, and old `before[i]`."""
+    if before is None:
+        return after
+    order = torch.argsort(before)
+    order = order if after is None else order[after]
+    return None if torch.equal(order, torch.arange(len(order))) else order
