@@ -143,6 +143,11 @@ def _notes(comparison: Comparison, nodes: list[NodeDiff]) -> tuple[str, ...]:
         notes.append(
             f"Channels of {permuted} nodes were permuted; before and after are compared in the same order.{how}"
         )
+    if comparison.before.compressed:
+        notes.append(
+            f"{comparison.before.title}, which everything is measured against, is itself {comparison.before.compressed}: "
+            "changes and output errors are relative to it, not to the network as it was trained."
+        )
     if comparison.before.shapes_known != comparison.after.shapes_known:
         notes.append("Sizes of activations are known for one of the two graphs only.")
     own = [f"{graph.title}: {note}" for graph in (comparison.before, comparison.after) for note in graph.notes]

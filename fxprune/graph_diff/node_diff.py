@@ -14,7 +14,7 @@ from fxprune.graph_diff.matching import Matching, sources
 from fxprune.graph_diff.model_graph import GraphNode, ModelGraph
 from fxprune.graph_diff.pictures import draw_weights
 from fxprune.graph_diff.result import NodeDiff, NodeState, Status
-from fxprune.graph_diff.text import percent, sizes
+from fxprune.graph_diff.text import NOT_PRUNED, percent, sizes
 from fxprune.graph_diff.weights import (
     ROUNDING,
     Weights,
@@ -120,7 +120,7 @@ class Comparison:
             folded=tuple(norm.name for norm in norms),
             weight_change=change,
             output_error=v.output_error,
-            reason=f"not pruned: {v.reason}" if v.reason and v.status != "pruned" else "",
+            reason=_reason(v),
             notes=self._notes(v),
             picture=draw_weights(weights, v.weights),
         )
@@ -136,7 +136,7 @@ class Comparison:
             phrase = f"folded into {into[0]}"
         elif heirs:
             phrase = f"replaced by {', '.join(into)}"
-            change = _change_of_composed(u, heirs)
+            change = _change_of_composed(u, self._norm_replaced_with(u), heirs)
         return NodeDiff(
             name=u.name,
             status="replaced" if heirs else "removed",
@@ -148,6 +148,12 @@ class Comparison:
             notes=self._notes(u),
             picture=draw_weights(u.weights, None),
         )
+
+    def _norm_replaced_with(self, layer: GraphNode) -> GraphNode | None:
+        """The BatchNorm behind a layer that went into the same new layers as it did."""
+        heirs = self.matching.replaced[layer.id]
+        norms = (self.old[name] for name, others in self.matching.replaced.items() if others == heirs)
+        return next((n for n in norms if n.weights.scale is not None and n.inputs == (layer.id,)), None)
 
     def inserted(self, after: str) -> NodeDiff:
         """A node that only the second graph has."""
@@ -163,7 +169,7 @@ class Comparison:
             after=self.states_after[after],
             changes=tuple(phrases),
             output_error=v.output_error,
-            reason=f"not pruned: {v.reason}" if v.reason and v.status != "pruned" else "",
+            reason=_reason(v),
             notes=self._notes(v),
             picture=draw_weights(None, v.weights),
         )
@@ -261,15 +267,24 @@ def _folded(
     return folded
 
 
-def _change_of_composed(node: GraphNode, heirs: list[GraphNode]) -> float | None:
-    """Relative change of a layer that two layers in a row replace."""
+def _reason(node: GraphNode) -> str:
+    """Why a layer was not pruned; how it was factored."""
+    if not node.reason or node.status == "pruned":
+        return ""
+    return node.reason if node.status == "factored" else f"{NOT_PRUNED}{node.reason}"
+
+
+def _change_of_composed(node: GraphNode, norm: GraphNode | None, heirs: list[GraphNode]) -> float | None:
+    """Relative change of a layer that two layers in a row replace, with the BatchNorm that they replace too."""
     layers = [heir.weights for heir in heirs if heir.weights.weight is not None]
     if len(layers) != 2 or any(layer.groups != 1 or layer.transposed for layer in [*layers, node.weights]):
         return None
-    first, second = layers[0].weight, layers[1].weight
-    assert first is not None
-    assert second is not None
-    return relative_change(node.weights.weight, composed(first, second))
+    first, second, weights = layers[0].weight, layers[1].weight, node.weights
+    if first is None or second is None or weights.weight is None:
+        return None
+    if norm is not None:
+        weights = fold(weights, norm.weights)
+    return relative_change(weights.weight, composed(first, second))
 
 
 def _short(norm: GraphNode, layer: GraphNode) -> str:

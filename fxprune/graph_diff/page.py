@@ -121,7 +121,9 @@ def _subtitle(node: NodeDiff) -> str:
     state = node.state
     if state.weight_shape:
         return f"{state.op} {sizes(state.weight_shape)}"
-    return f"{state.op}: {node.changes[0]}" if node.changes else state.op
+    if node.into or not node.changes:
+        return state.op
+    return f"{state.op}: {node.changes[0]}"
 
 
 def _block_view(diff: GraphDiff, block: _Block, box: Box) -> dict[str, Any]:

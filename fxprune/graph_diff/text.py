@@ -140,7 +140,7 @@ def _changes(node: NodeDiff, reasons: dict[str, int], all: bool) -> Text:
     phrases = list(node.changes) or ([node.status] if node.status in ("removed", "inserted") else [])
     if not all and phrases and phrases[0].startswith(_MAIN):
         phrases = [phrase for phrase in phrases if not phrase.startswith(_MINOR)]
-    if node.reason:
+    if node.reason.startswith(NOT_PRUNED):
         phrases.append(NOT_PRUNED.rstrip(": "))
     text = Text("; ".join(phrases))
     numbers = ", ".join(str(reasons[reason]) for reason in _footnotes(node, all))
