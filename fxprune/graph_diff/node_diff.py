@@ -73,10 +73,10 @@ class Comparison:
             for norm in (norm for norm, layer in folded.items() if layer == name):
                 weights[heir] = fold(weights[heir], old[norm].weights)
         recorded = any(node.is_permuted for node in [*old.values(), *new.values()])
-        if recorded:
-            orders = {heir: _recorded_order(old[name], new[heir]) for name, heir in matching.pairs.items()}
-        else:
-            orders = find_orders(after.nodes, weights, {node.id: node.weights for node in after.nodes})
+        orders = dict(find_orders(after.nodes, weights, {node.id: node.weights for node in after.nodes}))
+        for name, heir in matching.pairs.items():
+            if old[name].is_permuted or new[heir].is_permuted:
+                orders[heir] = _recorded_order(old[name], new[heir])
         orders = {name: order for name, order in orders.items() if order[0] is not None or order[1] is not None}
         comparable = weights | {name: reorder(weights[name], *order) for name, order in orders.items()}
         found = bool(orders) and not recorded

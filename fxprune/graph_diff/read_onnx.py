@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -47,6 +48,7 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
     for found in graph_weights(file.model).uses:
         uses.setdefault(found.node, found)
     layers = json.loads(file.metadata.get("fxprune.layers", "{}"))
+    orders = _channel_orders(file.metadata)
     names = _layer_names(uses, origins)
     producer = {port.name: f"input {port.name}" for port in file.inputs}
     nodes = [
@@ -69,6 +71,7 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
                 output_shape=output or None,
                 multiply_adds=_multiply_adds(node, weights, source, output),
                 pattern=str(layers.get(name, {}).get("pattern", "")),
+                order=orders.get(name, (None, None)),
             )
         )
         producer.update(dict.fromkeys(node.output, node.name))
@@ -89,6 +92,15 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
         shapes_known=any(node.multiply_adds is not None for node in nodes),
         notes=(f"What happens inside {', '.join(nested)} is not compared.",) if nested else (),
     )
+
+
+def _channel_orders(metadata: Mapping[str, str]) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    """Where the channels of each layer's input and output stood before they were permuted, as our exporter writes it."""
+    stated: dict[str, Any] = json.loads(metadata.get("fxprune.channels", "{}"))
+    orders = [torch.tensor(order, dtype=torch.long) for order in stated.get("orders", ())]
+    layers: dict[str, list[int | None]] = stated.get("layers", {})
+    places = {name: [None if place is None else orders[place] for place in pair] for name, pair in layers.items()}
+    return {name: (inputs, outputs) for name, (inputs, outputs) in places.items()}
 
 
 def _layer_names(uses: Mapping[str, WeightUse], origins: Mapping[str, str]) -> dict[str, str]:
