@@ -147,7 +147,7 @@ def _spaces(
             parts[node.id] = sum(known, ()) if axis == "1" and len(known) == len(sources) else ()
         else:
             parts[node.id] = joined = _tied(sources)
-            if joined and old is not None:
+            if joined and old is not None and new.others:
                 _add_vectors(joined, old, new)
                 sides[node.id] = None, joined
     return spaces, sides

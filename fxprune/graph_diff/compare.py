@@ -143,7 +143,7 @@ def _notes(comparison: Comparison, nodes: list[NodeDiff]) -> tuple[str, ...]:
         notes.append(
             f"Channels of {permuted} nodes were permuted; before and after are compared in the same order.{how}"
         )
-    if comparison.before.compressed:
+    if comparison.before.compressed and any(node.status != "unchanged" for node in nodes):
         notes.append(
             f"{comparison.before.title}, which everything is measured against, is itself {comparison.before.compressed}: "
             "changes and output errors are relative to it, not to the network as it was trained."

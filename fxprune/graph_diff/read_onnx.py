@@ -42,8 +42,8 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
     file = read_onnx(path)
     graph, opset = file.model.graph, opset_of(file.model)
     parameters = _parameters(file.model)
-    shapes = _shapes(file)
     constants, origins = fold_constants(file.model)
+    shapes = _shapes(file)
     uses: dict[str, WeightUse] = {}
     for found in graph_weights(file.model).uses:
         uses.setdefault(found.node, found)

@@ -223,7 +223,8 @@ def test_permuted_channels_are_not_taken_for_changed_weights(net: SmallNet) -> N
     other = permuted(net, recorded=False)
     result = diff(net, other)
     assert {node.name: node.changes for node in result.changed} == {
-        "conv1": ("channels permuted",),
+        "conv1": ("the same weights in another order",),
+        "bn1": ("weight, bias, running_mean, running_var in another order",),
         "conv2": ("weight changed",),
     }
     assert result["conv1"].weight_change is None
