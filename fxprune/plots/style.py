@@ -103,13 +103,14 @@ def figure(height: float, width: float = WIDTH) -> Iterator[Figure]:
         yield Figure(figsize=(width, height))
 
 
-def save_figure(picture: Figure, stem: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+def save_figure(picture: Figure, stem: Path, formats: Sequence[str] = ("png", "svg"), *, dpi: int = 200) -> list[Path]:
     """Write a figure to one file a format, each whole or not at all.
 
     Args:
         picture: the figure.
         stem: path without the suffix.
         formats: of `FORMATS`.
+        dpi: dots per inch of a png.
 
     Returns:
         The files.
@@ -123,7 +124,7 @@ def save_figure(picture: Figure, stem: Path, formats: Sequence[str] = ("png", "s
             raise OptionsError(f"unknown picture format {kind!r}; choose of {', '.join(FORMATS)}")
         path = stem.with_name(f"{stem.name}.{kind}")
         with mpl.rc_context(_RC), atomic(path) as part:
-            picture.savefig(part, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
+            picture.savefig(part, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
         files.append(path)
     return files
 
