@@ -69,19 +69,36 @@ def _permute_matrix(module: nn.Module, inputs: Classes | None, outputs: Classes 
     """Rows follow the output's channels; columns, in each group, the input's."""
     weight, bias = module.weight, module.bias
     assert isinstance(weight, nn.Parameter)
-    rows_dim = 1 if isinstance(module, _ConvTransposeNd) else 0
+    transposed = isinstance(module, _ConvTransposeNd)
+    groups = int(getattr(module, "groups", 1))
+    weight.data = reordered(weight.data, inputs, outputs, groups=groups, transposed=transposed)
+    if outputs is not None and isinstance(bias, Tensor):
+        bias.data = bias.data[_index(outputs, bias)]
+
+
+def reordered(
+    weight: Tensor, inputs: Classes | None, outputs: Classes | None, *, groups: int = 1, transposed: bool = False
+) -> Tensor:
+    """A weight with its channels in another order: new channel i is old channel `inputs[i]` or `outputs[i]`.
+
+    Args:
+        weight: (R, C/G, *kernel) or (R, C); of a transposed convolution (C, R/G, *kernel).
+        inputs: (C,) for the input's channels, which stay within their groups; None leaves them.
+        outputs: (R,) for the output's channels; None leaves them.
+        groups: G.
+        transposed: whether it is of a transposed convolution.
+    """
+    rows_dim = 1 if transposed else 0
     if outputs is not None:
-        weight.data = weight.data.index_select(rows_dim, _index(outputs, weight))
-        if isinstance(bias, Tensor):
-            bias.data = bias.data[_index(outputs, bias)]
+        weight = weight.index_select(rows_dim, _index(outputs, weight))
     if inputs is None:
-        return
-    groups = getattr(module, "groups", 1)
+        return weight
     if groups == 1:
-        weight.data = weight.data.index_select(1 - rows_dim, _index(inputs, weight))
-    elif groups < len(inputs):  # A depthwise filter has one column.
-        columns = _index(_columns_of_rows(inputs, len(weight), groups), weight)
-        weight.data = weight.data[torch.arange(len(weight), device=weight.device)[:, None], columns]
+        return weight.index_select(1 - rows_dim, _index(inputs, weight))
+    if groups == len(inputs):  # A depthwise filter has one column.
+        return weight
+    columns = _index(_columns_of_rows(inputs, len(weight), groups), weight)
+    return weight[torch.arange(len(weight), device=weight.device)[:, None], columns]
 
 
 def _columns_of_rows(inputs: Classes, rows: int, groups: int) -> Classes:

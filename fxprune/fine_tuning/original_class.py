@@ -139,8 +139,8 @@ class _Return:
             raise CheckpointError(
                 f"{norm!r} was a BatchNorm when the model was compiled; {self._class} has another layer there"
             )
-        order = channel_order(node)[1]
-        order = slice(None) if order is None else torch.as_tensor(order, dtype=torch.long)
+        recorded = channel_order(node)[1]
+        order = slice(None) if recorded is None else torch.as_tensor(recorded, dtype=torch.long)
         for name in ("running_mean", "running_var", "weight", "bias"):
             if f"{norm}.{name}" in self.own:
                 self.state.setdefault(f"{norm}.{name}", self.own[f"{norm}.{name}"][order])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,9 @@ from fxprune.errors import GraphError
 from fxprune.graph_diff.matching import match_graphs
 from fxprune.graph_diff.model_graph import ModelGraph
 from fxprune.graph_diff.node_diff import Comparison
-from fxprune.graph_diff.node_state import graph_costs
 from fxprune.graph_diff.read_fx import read_fx
 from fxprune.graph_diff.read_onnx import read_onnx_graph
-from fxprune.graph_diff.result import Edge, GraphDiff, NodeDiff
+from fxprune.graph_diff.result import Costs, Edge, GraphDiff, NodeDiff, NodeState
 from fxprune.model_argument import not_a_model
 from fxprune.tracing import trace
 
@@ -143,8 +143,35 @@ def _notes(comparison: Comparison, nodes: list[NodeDiff]) -> tuple[str, ...]:
     if comparison.has_unknown_order:
         notes.append("Channels were permuted, and it is not recorded how: by how much weights changed cannot be told.")
     if permuted := sum("channels permuted" in node.changes for node in nodes):
-        notes.append(f"Channels of {permuted} nodes were permuted; before and after are compared in the same order.")
+        how = " The order was found by matching the weights." if comparison.orders_found else ""
+        notes.append(
+            f"Channels of {permuted} nodes were permuted; before and after are compared in the same order.{how}"
+        )
+    if comparison.before.compressed and any(node.status != "unchanged" for node in nodes):
+        notes.append(
+            f"{comparison.before.title}, which everything is measured against, is itself {comparison.before.compressed}: "
+            "changes and output errors are relative to it, not to the network as it was trained."
+        )
     if comparison.before.shapes_known != comparison.after.shapes_known:
         notes.append("Sizes of activations are known for one of the two graphs only.")
     own = [f"{graph.title}: {note}" for graph in (comparison.before, comparison.after) for note in graph.notes]
     return tuple(dict.fromkeys([*notes, *own]))
+
+
+def graph_costs(graph: ModelGraph, states: Mapping[str, NodeState]) -> Costs:
+    """Count a graph's parameters and multiply-adds; `states` by node id."""
+    multiply_adds, nonzero = 0, 0
+    for node in graph.nodes:
+        state = states[node.id]
+        if state.multiply_adds is not None:
+            multiply_adds += state.multiply_adds
+            weights = node.weights.weight.numel() if node.weights.weight is not None else 0
+            nonzero += round(state.multiply_adds * state.nonzeros / weights) if weights else state.multiply_adds
+    known = graph.shapes_known
+    return Costs(
+        nodes=len(graph.nodes),
+        parameters=sum(p.numel() for p in graph.parameters.values()),
+        nonzeros=sum(int(torch.count_nonzero(p)) for p in graph.parameters.values()),
+        multiply_adds=multiply_adds if known else None,
+        nonzero_multiply_adds=nonzero if known else None,
+    )

@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fxprune.graph_diff.weights import Weights
 from fxprune.passes.base import Change
-
-
-@dataclass(frozen=True, eq=False)
-class Weights:
-    """Stored tensors of one node, on the CPU.
-
-    Attributes:
-        weight: (R, C/G, *kernel) of a convolution, (R, C) of a matrix product, (C, R/G, *kernel) of a transposed
-            convolution; None for a node that is neither.
-        others: bias, BatchNorm's parameters and statistics, ..., by name.
-        groups: G.
-        transposed: whether it is a transposed convolution.
-        scale: of a BatchNorm in eval mode: what it multiplies each channel by, (R,) in float64.
-        shift: of a BatchNorm: what it adds to each channel then, (R,) in float64.
-    """
-
-    weight: Tensor | None = None
-    others: Mapping[str, Tensor] = field(default_factory=dict)
-    groups: int = 1
-    transposed: bool = False
-    scale: Tensor | None = None
-    shift: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +65,7 @@ class ModelGraph:
         nodes: its operations; inputs and outputs are nodes too.
         parameters: every learnable tensor once, by name.
         changes: what passes wrote down about the graph.
+        compressed: what was done to the model by us, such as "pruned to 2:4"; "" for a model that is as it was trained.
         shapes_known: whether sizes of activations, and so multiply-adds, are known.
         notes: what the reader should know, such as operations that multiply-adds leave out.
     """
@@ -95,33 +74,6 @@ class ModelGraph:
     nodes: tuple[GraphNode, ...]
     parameters: Mapping[str, Tensor]
     changes: tuple[Change, ...] = ()
+    compressed: str = ""
     shapes_known: bool = False
     notes: tuple[str, ...] = ()
-
-
-def weight_multiply_adds(
-    weights: Weights,
-    input_shape: tuple[int | str, ...],
-    output_shape: tuple[int | str, ...],
-) -> int | None:
-    """Multiply-adds of a convolution or matrix product with a stored weight, for one sample.
-
-    Every weight is used once at each output position, of a transposed convolution at each input position.
-
-    Args:
-        weights: of the node.
-        input_shape: (N, C, *spatial) or (N, ..., C).
-        output_shape: (N, R, *spatial) or (N, ..., R).
-
-    Returns:
-        The count, or None where a size is open or there is no weight.
-    """
-    weight = weights.weight
-    if weight is None:
-        return None
-    shape = input_shape if weights.transposed else output_shape
-    spatial = weight.dim() - 2
-    # A convolution also takes input without a batch axis: (C, *spatial).
-    positions = (shape[-spatial:] if spatial else shape[1:-1]) if shape else ()
-    sizes = [size for size in positions if isinstance(size, int)]
-    return weight.numel() * math.prod(sizes) if len(sizes) == len(positions) else None

@@ -5,14 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from fxprune.export.inspection import PATTERNS, held_patterns
+from fxprune.graph_diff.channel_order import Order, find_orders
 from fxprune.graph_diff.matching import Matching, sources
-from fxprune.graph_diff.model_graph import GraphNode, ModelGraph, Weights
-from fxprune.graph_diff.node_state import node_state
+from fxprune.graph_diff.model_graph import GraphNode, ModelGraph
 from fxprune.graph_diff.pictures import draw_weights
 from fxprune.graph_diff.result import NodeDiff, NodeState, Status
-from fxprune.graph_diff.weight_phrases import other_phrases, weight_phrases
-from fxprune.graph_diff.weights import ROUNDING, composed, fold, relative_change, reorder, was_folded
-from fxprune.graph_diff.wording import sizes
+from fxprune.graph_diff.text import NOT_PRUNED, percent, sizes
+from fxprune.graph_diff.weights import (
+    ROUNDING,
+    Weights,
+    changed_others,
+    composed,
+    fold,
+    relative_change,
+    reorder,
+    same_numbers,
+    was_folded,
+)
+
+REARRANGED = "the same weights in another order"
+_LEAST_SPARSITY = min(pattern.sparsity for pattern in PATTERNS)
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,9 @@ class Comparison:
         new: nodes after, by id.
         states_before: nodes before summed up, by id.
         states_after: likewise.
+        comparable: tensors before, by id after: BatchNorm folded and channels in the order that they have after.
+        orders: (inputs, outputs) by id after: where the channels of a node whose order changed stood before.
+        orders_found: whether these were found from the weights, because no pass wrote them down.
     """
 
     before: ModelGraph
@@ -38,34 +57,54 @@ class Comparison:
     new: Mapping[str, GraphNode]
     states_before: Mapping[str, NodeState]
     states_after: Mapping[str, NodeState]
+    comparable: Mapping[str, Weights]
+    orders: Mapping[str, Order]
+    orders_found: bool
 
     @classmethod
     def of(cls, before: ModelGraph, after: ModelGraph, matching: Matching) -> Comparison:
         """Find out which BatchNorms were folded, and sum up all nodes."""
         old, new = ({node.id: node for node in graph.nodes} for graph in (before, after))
         states = [{node.id: node_state(node) for node in graph.nodes} for graph in (before, after)]
-        return cls(before, after, matching, _folded(before, after, matching, old, new), old, new, *states)
+        folded = _folded(before, after, matching, old, new)
+        weights = {}
+        for name, heir in matching.pairs.items():
+            weights[heir] = old[name].weights
+            for norm in (norm for norm, layer in folded.items() if layer == name):
+                weights[heir] = fold(weights[heir], old[norm].weights)
+        recorded = any(node.is_permuted for node in [*old.values(), *new.values()])
+        orders = dict(find_orders(after.nodes, weights, {node.id: node.weights for node in after.nodes}))
+        for name, heir in matching.pairs.items():
+            if old[name].is_permuted or new[heir].is_permuted:
+                orders[heir] = _recorded_order(old[name], new[heir])
+        orders = {name: order for name, order in orders.items() if order[0] is not None or order[1] is not None}
+        comparable = weights | {name: reorder(weights[name], *order) for name, order in orders.items()}
+        found = bool(orders) and not recorded
+        return cls(before, after, matching, folded, old, new, states[0], states[1], comparable, orders, found)
 
     @property
     def has_unknown_order(self) -> bool:
         """Whether a pass permuted channels and did not write down how."""
         permuted = [any(c.action == "permuted" for c in graph.changes) for graph in (self.before, self.after)]
-        return permuted == [False, True] and not any(node.is_permuted for node in self.after.nodes)
+        return permuted == [False, True] and not self.orders
 
     def matched(self, before: str, after: str) -> NodeDiff:
         """The difference between two nodes that correspond."""
         u, v = self.old[before], self.new[after]
         norms = [self.old[norm] for norm, layer in self.folded.items() if layer == before]
-        weights = self._comparable(u, v, norms)
+        weights = self.comparable[after]
         change = relative_change(weights.weight, v.weights.weight)
         if norms and change is not None and change < ROUNDING:
             change = 0.0
+        ordered = not self.has_unknown_order
         phrases = [
             *self._operation_changes(u, v),
-            *weight_phrases(weights, v, change, ordered=not self.has_unknown_order),
-            *other_phrases(weights, v, rounded=bool(norms), ordered=not self.has_unknown_order),
+            *weight_phrases(weights, v, change),
+            *other_phrases(weights, v, rounded=bool(norms), ordered=ordered),
         ]
-        if v.is_permuted and not u.is_permuted:
+        if REARRANGED in phrases or (change and not ordered):
+            change = None
+        if after in self.orders:
             phrases.append("channels permuted")
         phrases += [f"{_short(norm, v)} folded in" for norm in norms]
         phrases += self._input_changes(u, v)
@@ -79,19 +118,12 @@ class Comparison:
             after=self.states_after[after],
             changes=tuple(phrases),
             folded=tuple(norm.name for norm in norms),
-            weight_change=None if change and self.has_unknown_order else change,
+            weight_change=change,
             output_error=v.output_error,
-            reason=f"not pruned: {v.reason}" if v.reason and v.status != "pruned" else "",
+            reason=_reason(v),
             notes=self._notes(v),
             picture=draw_weights(weights, v.weights),
         )
-
-    def _comparable(self, u: GraphNode, v: GraphNode, norms: list[GraphNode]) -> Weights:
-        """The tensors before, with BatchNorm folded and channels permuted as they are after."""
-        weights = u.weights
-        for norm in norms:
-            weights = fold(weights, norm.weights)
-        return reorder(weights, *v.order) if v.is_permuted and not u.is_permuted else weights
 
     def removed(self, before: str) -> NodeDiff:
         """A node that only the first graph has."""
@@ -104,7 +136,7 @@ class Comparison:
             phrase = f"folded into {into[0]}"
         elif heirs:
             phrase = f"replaced by {', '.join(into)}"
-            change = _change_of_composed(u, heirs)
+            change = _change_of_composed(u, self._norm_replaced_with(u), heirs)
         return NodeDiff(
             name=u.name,
             status="replaced" if heirs else "removed",
@@ -116,6 +148,12 @@ class Comparison:
             notes=self._notes(u),
             picture=draw_weights(u.weights, None),
         )
+
+    def _norm_replaced_with(self, layer: GraphNode) -> GraphNode | None:
+        """The BatchNorm behind a layer that went into the same new layers as it did."""
+        heirs = self.matching.replaced[layer.id]
+        norms = (self.old[name] for name, others in self.matching.replaced.items() if others == heirs)
+        return next((n for n in norms if n.weights.scale is not None and n.inputs == (layer.id,)), None)
 
     def inserted(self, after: str) -> NodeDiff:
         """A node that only the second graph has."""
@@ -131,7 +169,7 @@ class Comparison:
             after=self.states_after[after],
             changes=tuple(phrases),
             output_error=v.output_error,
-            reason=f"not pruned: {v.reason}" if v.reason and v.status != "pruned" else "",
+            reason=_reason(v),
             notes=self._notes(v),
             picture=draw_weights(None, v.weights),
         )
@@ -173,6 +211,40 @@ class Comparison:
         return tuple(dict.fromkeys(told))
 
 
+def node_state(node: GraphNode) -> NodeState:
+    """Sum up a node, without its tensors."""
+    weight = node.weights.weight
+    learnt = [t.numel() for name, t in node.weights.others.items() if "running_" not in name and t.is_floating_point()]
+    state = NodeState(
+        node=node.id,
+        op=node.op,
+        arguments=dict(node.arguments),
+        output_shape=node.output_shape,
+        parameters=sum(learnt),
+        multiply_adds=node.multiply_adds,
+    )
+    if weight is None:
+        return state
+    nonzeros = int(torch.count_nonzero(weight))
+    sparsity = 1 - nonzeros / max(weight.numel(), 1)
+    numbers = {
+        "weight_shape": tuple(weight.shape),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "parameters": state.parameters + weight.numel(),
+        "nonzeros": nonzeros,
+        "sparsity": sparsity,
+        "pattern": node.pattern or _patterns(node, weight, sparsity),
+    }
+    return NodeState(**{**vars(state), **numbers})
+
+
+def _patterns(node: GraphNode, weight: Tensor, sparsity: float) -> str:
+    if weight.dim() < 2 or sparsity < _LEAST_SPARSITY:
+        return ""
+    reduced = weight.transpose(0, 1) if node.weights.transposed else weight
+    return ", ".join(map(str, held_patterns(reduced)))
+
+
 def _folded(
     before: ModelGraph,
     after: ModelGraph,
@@ -195,15 +267,24 @@ def _folded(
     return folded
 
 
-def _change_of_composed(node: GraphNode, heirs: list[GraphNode]) -> float | None:
-    """Relative change of a layer that two layers in a row replace."""
+def _reason(node: GraphNode) -> str:
+    """Why a layer was not pruned; how it was factored."""
+    if not node.reason or node.status == "pruned":
+        return ""
+    return node.reason if node.status == "factored" else f"{NOT_PRUNED}{node.reason}"
+
+
+def _change_of_composed(node: GraphNode, norm: GraphNode | None, heirs: list[GraphNode]) -> float | None:
+    """Relative change of a layer that two layers in a row replace, with the BatchNorm that they replace too."""
     layers = [heir.weights for heir in heirs if heir.weights.weight is not None]
     if len(layers) != 2 or any(layer.groups != 1 or layer.transposed for layer in [*layers, node.weights]):
         return None
-    first, second = layers[0].weight, layers[1].weight
-    assert first is not None
-    assert second is not None
-    return relative_change(node.weights.weight, composed(first, second))
+    first, second, weights = layers[0].weight, layers[1].weight, node.weights
+    if first is None or second is None or weights.weight is None:
+        return None
+    if norm is not None:
+        weights = fold(weights, norm.weights)
+    return relative_change(weights.weight, composed(first, second))
 
 
 def _short(norm: GraphNode, layer: GraphNode) -> str:
@@ -211,3 +292,69 @@ def _short(norm: GraphNode, layer: GraphNode) -> str:
     stem = layer.name.rpartition(".")[0]
     name = norm.name.removeprefix(f"{stem}.") if stem else norm.name
     return "BN" if name.isdecimal() else name
+
+
+def weight_phrases(before: Weights, after: GraphNode, change: float | None) -> list[str]:
+    """What became of the weight.
+
+    Args:
+        before: tensors before, with BatchNorm folded and channels permuted as they are after.
+        after: the node after.
+        change: relative change of the weight, 0 for one that does not differ.
+    """
+    phrases = []
+    old, new = before.weight, after.weights.weight
+    if old is not None and new is not None and old.shape == new.shape and change != 0.0:
+        if change is not None and change < ROUNDING:
+            phrases.append("weight differs by rounding")
+        elif same_numbers(old, new):
+            phrases.append(REARRANGED)
+        elif after.pattern:
+            phrases.append(f"pruned to {after.pattern}")
+        else:
+            phrases.append("re-fitted" if after.status == "reconstructed" else "weight changed")
+    if new is not None and not torch.isfinite(new).all():
+        phrases.append("weight holds NaN or infinite values")
+    return phrases
+
+
+def other_phrases(before: Weights, after: GraphNode, *, rounded: bool, ordered: bool) -> list[str]:
+    """What became of bias, statistics and other tensors beside the weight.
+
+    Args:
+        before: as for `weight_phrases`.
+        after: the node after.
+        rounded: whether BatchNorm was folded, so that tiny differences come from rounding.
+        ordered: False if channels may stand in another order than before.
+    """
+    old, new = before.others, after.weights.others
+    zero_bias = {name for name, tensor in {**old, **new}.items() if name == "bias" and not tensor.any()}
+    phrases = [f"{name} added" for name in new if name not in old and name not in zero_bias]
+    phrases += [f"{name} removed" for name in old if name not in new and name not in zero_bias]
+    changed = changed_others(old, new)
+    rearranged = [name for name in changed if same_numbers(old[name], new[name])]
+    if rearranged:
+        phrases.append(f"{', '.join(rearranged)} in another order")
+    for name, moved_by in changed.items():
+        if name in rearranged:
+            continue
+        if moved_by is None or not ordered:
+            phrases.append(f"{name} changed")
+        elif moved_by > (ROUNDING if rounded else 0):
+            phrases.append(f"{name} changed by {percent(moved_by)}")
+    return phrases
+
+
+def _recorded_order(before: GraphNode, after: GraphNode) -> Order:
+    """Where the channels after stood before, when each model says where its channels stood before a pass moved them."""
+    inputs, outputs = (_from_one_to_other(a, b) for a, b in zip(before.order, after.order, strict=True))
+    return inputs, outputs
+
+
+def _from_one_to_other(before: Tensor | None, after: Tensor | None) -> Tensor | None:
+    """New channel i is old channel result[i], if new channel i was first channel `after[i]`, and old `before[i]`."""
+    if before is None:
+        return after
+    order = torch.argsort(before)
+    order = order if after is None else order[after]
+    return None if torch.equal(order, torch.arange(len(order))) else order

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.geometry import flatten_weight
-from fxprune.graph_diff.model_graph import Weights
+from fxprune.graph_diff.weights import Weights
 
 CORNER = (32, 144)  # rows and columns of a weight that are shown one by one
 OVERVIEW = (64, 144)  # cells at most of the picture of a whole weight

@@ -1,22 +1,38 @@
-"""GraphModule -> ModelGraph. The graph module is read, never changed."""
+"""GraphModule -> ModelGraph. The graph module is read, never changed; it may be anybody's."""
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from fxprune.annotations import annotation, changes, report_of
+from fxprune.channels.apply import channel_order
+from fxprune.errors import GraphError
+from fxprune.export.batches import example_tensors
+from fxprune.export.parity import evaluating
 from fxprune.fine_tuning.recorded_zeros import FilledZeros, filled_zeros
-from fxprune.graph_diff.fx_operation import is_inplace, operation_arguments, operation_name, read_nodes
-from fxprune.graph_diff.fx_shapes import output_shapes
-from fxprune.graph_diff.fx_weights import PRODUCTS, node_parameters, node_weights
-from fxprune.graph_diff.model_graph import GraphNode, ModelGraph, Weights, weight_multiply_adds
+from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxprune.graph import module_of, value_shapes
+from fxprune.graph_diff.model_graph import GraphNode, ModelGraph
+from fxprune.graph_diff.weights import Weights, weight_multiply_adds
+from fxprune.passes.fold_batchnorm import scale_and_shift
+from fxprune.report import PruneReport
+
+PRODUCTS = ("matmul", "mm", "bmm")
+_COMMA = re.compile(r",\s*(?![^()\[\]{}]*[)\]}])")  # not inside brackets
+_LEFT_OUT = ("inplace", "bias", "in_features", "out_features")
+_WEIGHTED = re.compile(r"conv[123]d|conv_transpose[123]d|linear")
 
 
 def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph:
@@ -32,7 +48,7 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
         GraphError: the graph cannot run on them.
     """
     filled = filled_zeros(graph_module)
-    shapes = {} if example_inputs is None else output_shapes(graph_module, example_inputs)
+    shapes = {} if example_inputs is None else _output_shapes(graph_module, example_inputs)
     calls = Counter(str(node.target) for node in graph_module.graph.nodes if node.op == "call_module")
     seen: Counter[str] = Counter()
     uncounted: Counter[str] = Counter()
@@ -45,16 +61,18 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
         call = seen[str(node.target)] if calls[str(node.target)] > 1 else 0
         read = _read_node(graph_module, node, call, shapes, filled)
         nodes.append(read)
-        own = node_parameters(graph_module, node)
+        own = _node_parameters(graph_module, node)
         for name, parameter in own:
             parameters.setdefault(id(parameter), (name, parameter))
         if node.op == "call_module" and read.multiply_adds is None and any(p.dim() > 1 for _, p in own):
             uncounted[read.op] += 1
+    report = report_of(graph_module)
     return ModelGraph(
-        title=_title(graph_module, filled),
+        title=_title(graph_module, report, filled),
         nodes=tuple(nodes),
         parameters={name: parameter.detach() for name, parameter in parameters.values()},
         changes=changes(graph_module),
+        compressed="" if report is None else _what_was_done(report),
         shapes_known=bool(shapes),
         notes=(
             *([f"{filled}."] if filled else []),
@@ -67,10 +85,16 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
     )
 
 
-def _title(graph_module: GraphModule, filled: FilledZeros) -> str:
-    report = report_of(graph_module)
-    pruned = f" pruned to {report.pattern} with {report.method}" if report is not None else ""
-    return f"{graph_module._get_name()}{pruned}{', zeros filled in since' if filled else ''}"
+def _what_was_done(report: PruneReport) -> str:
+    """In two or three words, such as "pruned to 2:4" or "factored (channel)"."""
+    factored = any(layer.status == "factored" for layer in report.layers)
+    return f"factored ({report.pattern})" if factored else f"pruned to {report.pattern}"
+
+
+def _title(graph_module: GraphModule, report: PruneReport | None, filled: FilledZeros) -> str:
+    name = graph_module._get_name()
+    told = name if report is None else f"{name} {_what_was_done(report)} with {report.method}"
+    return f"{told}{', zeros filled in since' if filled else ''}"
 
 
 def _read_node(
@@ -79,7 +103,7 @@ def _read_node(
     """One node that is not get_attr; `call` counts the calls of a module that has several, and is 0 otherwise."""
     report = annotation(node).report
     lost = filled.layers.get(report.name, 0) if report else 0
-    weights = node_weights(graph_module, node)
+    weights = _node_weights(graph_module, node)
     name, key = node.name, ""
     if node.op == "call_module":
         name = f"{node.target} (call {call})" if call else str(node.target)
@@ -92,12 +116,12 @@ def _read_node(
         id=node.name,
         name=name,
         key=key,
-        op=operation_name(node),
-        arguments=operation_arguments(node),
-        inputs=tuple(source.name for source in read_nodes(node) if source.op != "get_attr"),
+        op=_operation_name(node),
+        arguments=_operation_arguments(node),
+        inputs=tuple(source.name for source in _read_nodes(node) if source.op != "get_attr"),
         weights=weights,
         order=_order(node),
-        inplace=is_inplace(node),
+        inplace=_is_inplace(node),
         output_shape=shapes.get(node),
         multiply_adds=_multiply_adds(node, weights, shapes),
         status=report.status if report and not lost else "",
@@ -107,9 +131,35 @@ def _read_node(
     )
 
 
+def _output_shapes(graph_module: GraphModule, example_inputs: Any) -> dict[Node, tuple[int, ...]]:
+    """Sizes of every node's (first) tensor, from one run in eval mode; training flags are put back."""
+    inputs = example_tensors(example_inputs, graph_module)
+    first = next((p for p in graph_module.parameters() if p.is_floating_point()), None)
+    if first is not None:
+        inputs = tuple(x.to(first.device, first.dtype if x.is_floating_point() else x.dtype) for x in inputs)
+    try:
+        with evaluating(graph_module):
+            shapes = value_shapes(graph_module, *inputs)
+    except Exception as error:
+        sizes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise GraphError(
+            f"{graph_module._get_name()} cannot run on example_inputs of shape {sizes}: "
+            f"{str(error).splitlines()[0]}. Give inputs of the size that the model takes, or none"
+        ) from error
+    found = {node: _first_size(shape) for node, shape in shapes.items()}
+    return {node: tuple(size) for node, size in found.items() if size is not None}
+
+
+def _first_size(shape: Any) -> Size | None:
+    """The size of a tensor, or of the first one in a tuple."""
+    if shape is None or isinstance(shape, Size):
+        return shape
+    return next(filter(None, map(_first_size, shape)), None)
+
+
 def _order(node: Node) -> tuple[Tensor | None, Tensor | None]:
     """What a permutation of channels wrote down: the former places of the input's and of the output's channels."""
-    inputs, outputs = annotation(node).order
+    inputs, outputs = channel_order(node)
     return (
         None if inputs is None else torch.as_tensor(inputs, dtype=torch.long),
         None if outputs is None else torch.as_tensor(outputs, dtype=torch.long),
@@ -118,11 +168,179 @@ def _order(node: Node) -> tuple[Tensor | None, Tensor | None]:
 
 def _multiply_adds(node: Node, weights: Weights, shapes: Mapping[Node, tuple[int, ...]]) -> int | None:
     """Multiply-adds for one sample: of a layer with a weight, or of a product of two activations."""
-    sources = [source for source in read_nodes(node) if source.op != "get_attr"]
+    sources = [source for source in _read_nodes(node) if source.op != "get_attr"]
     if node not in shapes or not sources or sources[0] not in shapes:
         return None
     if weights.weight is not None:
         return weight_multiply_adds(weights, shapes[sources[0]], shapes[node])
-    if node.op != "call_module" and operation_name(node) in PRODUCTS:
+    if node.op != "call_module" and _operation_name(node) in PRODUCTS:
         return math.prod(shapes[node][1:]) * shapes[sources[0]][-1]
     return None
+
+
+_COMMA = re.compile(r",\s*(?![^()\[\]{}]*[)\]}])")  # not inside brackets
+_LEFT_OUT = ("inplace", "bias", "in_features", "out_features")
+
+
+def _operation_name(node: Node) -> str:
+    """Module class, function or method; relu_ and iadd are called relu and add."""
+    module = module_of(node)
+    if module is not None:
+        return type(module).__name__
+    if node.op in ("placeholder", "output"):
+        return "input" if node.op == "placeholder" else "output"
+    name = _function_name(node)
+    return name[1:] if _is_augmented(name) else name
+
+
+def _is_inplace(node: Node) -> bool:
+    """Whether a node overwrites its input."""
+    module = module_of(node)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(getattr(node.target, "__name__", node.target))
+    written = name.endswith("_") and not name.endswith("__")
+    return written or _is_augmented(_function_name(node)) or _function_arguments(node).get("inplace") == "True"
+
+
+def _operation_arguments(node: Node) -> dict[str, str]:
+    """Everything that a node is called with beside tensors, by name, as text.
+
+    Left out: `inplace`, which does not change the values; `bias`, which is compared as a tensor; sizes of weights.
+    """
+    module = module_of(node)
+    arguments = _function_arguments(node) if module is None else _module_arguments(module)
+    return {name: text for name, text in arguments.items() if name not in _LEFT_OUT}
+
+
+def _read_nodes(node: Node) -> list[Node]:
+    """The nodes that a node reads, in order of the arguments; one that is read twice comes twice."""
+    found: list[Node] = []
+    torch.fx.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _function_name(node: Node) -> str:
+    target: Any = node.target
+    packet = getattr(target, "overloadpacket", target)
+    return str(getattr(packet, "__name__", packet)).strip("_")
+
+
+def _is_augmented(name: str) -> bool:
+    """Whether a name is iadd, isub, ...: += and its kin, stripped of underscores."""
+    return name[:1] == "i" and hasattr(torch.Tensor, f"__{name}__") and hasattr(torch.Tensor, f"__{name[1:]}__")
+
+
+def _function_arguments(node: Node) -> dict[str, str]:
+    """Arguments of a function or method by name, with a dot for every node in them."""
+    if node.op not in ("call_function", "call_method"):
+        return {}
+    try:
+        names = list(inspect.signature(node.target).parameters) if callable(node.target) else []
+    except ValueError:  # a built-in function without a signature
+        names = []
+    texts = {}
+    for position, value in enumerate(node.args):
+        texts[names[position] if position < len(names) else f"argument {position}"] = _text(value)
+    texts |= {name: _text(value) for name, value in node.kwargs.items()}
+    return {name: text for name, text in texts.items() if text != "·"}
+
+
+def _text(value: Any) -> str:
+    """The value as text, with a dot for every node in it."""
+    if isinstance(value, Node):
+        return "·"
+    if isinstance(value, (list, tuple)):
+        opening, closing = "[]" if isinstance(value, list) else "()"
+        return opening + ", ".join(map(_text, value)) + closing
+    if isinstance(value, slice):
+        return ":".join("" if part is None else _text(part) for part in (value.start, value.stop, value.step))
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_text(item)}" for key, item in value.items()) + "}"
+    return str(value)
+
+
+def _module_arguments(module: nn.Module) -> dict[str, str]:
+    """What a module prints about itself, by name; sizes of its parameters are left out."""
+    texts: dict[str, str] = {}
+    for position, item in enumerate(_COMMA.split(module.extra_repr())):
+        name, named, value = item.partition("=")
+        if named:
+            texts[name.strip()] = value.strip()
+        elif item.strip() and not module._parameters:
+            texts[f"argument {position}"] = item.strip()
+    return texts
+
+
+_WEIGHTED = re.compile(r"conv[123]d|conv_transpose[123]d|linear")
+PRODUCTS = ("matmul", "mm", "bmm")
+
+
+def _node_weights(graph_module: GraphModule, node: Node) -> Weights:
+    """Tensors of the module behind a node, or those that a function reads from the model itself."""
+    module = module_of(node)
+    return _function_weights(graph_module, node) if module is None else _module_weights(module)
+
+
+def _module_weights(module: nn.Module) -> Weights:
+    if isinstance(module, LazyModuleMixin):  # its parameters have no sizes before the first call
+        return Weights()
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {k: t.detach().cpu() for k, t in tensors.items() if "num_batches_tracked" not in k}
+    transposed = isinstance(module, TRANSPOSED_CONVOLUTIONS)
+    if isinstance(module, (*CONVOLUTIONS, nn.Linear)) or transposed:
+        weight: Any = module.weight  # not from `tensors`: it may be parametrized
+        return Weights(
+            weight.detach().cpu(), _without(tensors, "weight"), int(getattr(module, "groups", 1)), transposed
+        )
+    if not isinstance(module, _BatchNorm) or module.running_mean is None or module.running_var is None:
+        return Weights(None, tensors)
+    scale, shift = scale_and_shift(module)
+    return Weights(None, tensors, scale=scale.cpu(), shift=shift.cpu())
+
+
+def _function_weights(graph_module: GraphModule, node: Node) -> Weights:
+    """Tensors that a function reads from the model itself; a convolution's bias is called so, whatever its name."""
+    stored = {source: tensor.detach().cpu() for source, tensor in _attributes(graph_module, node)}
+    operation = _operation_name(node)
+    second, third = (_argument(node, i, name) for i, name in ((1, "weight"), (2, "bias")))
+    is_layer = bool(_WEIGHTED.fullmatch(operation))
+    names = {source: "bias" if is_layer and source is third else str(source.target) for source in stored}
+    others = {names[source]: tensor for source, tensor in stored.items() if source is not second}
+    weight = stored.get(second) if isinstance(second, Node) else None
+    if weight is not None and is_layer:
+        transposed = "transpose" in operation
+        groups = _argument(node, 6, "groups")
+        return Weights(weight, others, groups if isinstance(groups, int) else 1, transposed)
+    if weight is not None and operation in PRODUCTS and weight.dim() == 2:
+        return Weights(weight.T, others)
+    return Weights(None, {names[source]: tensor for source, tensor in stored.items()})
+
+
+def _argument(node: Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _without(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+def _attributes(graph_module: GraphModule, node: Node) -> list[tuple[Node, Tensor]]:
+    """The get_attr nodes among a node's inputs that hold a tensor."""
+    found = []
+    for source in node.all_input_nodes if node.op != "call_module" else ():
+        value = attrgetter(str(source.target))(graph_module) if source.op == "get_attr" else None
+        if isinstance(value, Tensor):
+            found.append((source, value))
+    return found
+
+
+def _node_parameters(graph_module: GraphModule, node: Node) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that a node reads, with their names in the model."""
+    module = module_of(node)
+    if module is not None:
+        return list(module.named_parameters(prefix=str(node.target)))
+    attributes = _attributes(graph_module, node)
+    return [(str(source.target), tensor) for source, tensor in attributes if isinstance(tensor, nn.Parameter)]

@@ -5,21 +5,32 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import GraphProto, NodeProto, ValueInfoProto, helper
-from onnx.reference import ReferenceEvaluator
+from onnx import ModelProto, NodeProto, ValueInfoProto, numpy_helper
+from torch import Tensor
 
 from fxprune.export.onnx_file import Array, OnnxFile, initializer_arrays, read_onnx
 from fxprune.export.weight_uses import WeightUse, graph_weights
-from fxprune.graph_diff.model_graph import GraphNode, ModelGraph, Weights, weight_multiply_adds
+from fxprune.graph_diff.model_graph import GraphNode, ModelGraph
+from fxprune.graph_diff.onnx_constants import (
+    fold_constants,
+    has_subgraphs,
+    input_name,
+    node_arguments,
+    opset_of,
+    tensor_inputs,
+)
+from fxprune.graph_diff.weights import Weights, weight_multiply_adds
 
 _MAX_MESSAGE = 2**31 - 2**20  # shape inference passes the model on as one message
-_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+_HAS_BIAS = ("Conv", "ConvTranspose", "Gemm", "FusedConv", "FusedGemm")
+_INTEGER_WEIGHTS = ("DequantizeLinear", "QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "QGemm")
 
 
 def read_onnx_graph(path: str | Path) -> ModelGraph:
@@ -29,35 +40,41 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
         ValidationError: the file is missing or not a complete ONNX file.
     """
     file = read_onnx(path)
-    graph = file.model.graph
-    _name_nodes(graph)
+    graph, opset = file.model.graph, opset_of(file.model)
+    parameters = _parameters(file.model)
+    constants, origins = fold_constants(file.model)
     shapes = _shapes(file)
     uses: dict[str, WeightUse] = {}
-    for use in graph_weights(file.model).uses:
-        uses.setdefault(use.node, use)
-    arrays = initializer_arrays(graph)
-    parameters = _parameters(graph, arrays, uses)
-    patterns = _patterns(file)
-    shared = Counter(use.initializer for use in uses.values())
-    constants = set(arrays) | {""}
+    for found in graph_weights(file.model).uses:
+        uses.setdefault(found.node, found)
+    layers = json.loads(file.metadata.get("fxprune.layers", "{}"))
+    orders = _channel_orders(file.metadata)
+    names = _layer_names(uses, origins)
     producer = {port.name: f"input {port.name}" for port in file.inputs}
     nodes = [
         GraphNode(f"input {port.name}", port.name, f"placeholder:{port.name}", "input", {}, (), output_shape=port.shape)
         for port in file.inputs
     ]
-    nested = []
     for node in graph.node:
-        if all(name in constants for name in node.input) and not _subgraphs(node):
-            constants.update(node.output)
-            if node.op_type == "Constant":
-                values: Any = ReferenceEvaluator(node).run(None, {})
-                arrays[node.output[0]] = np.asarray(values[0])
-            continue
-        weights = _weights(node, uses.get(node.name), arrays)
-        nodes.append(_read_node(node, weights, uses.get(node.name), shared, producer, shapes, patterns))
+        use, name = uses.get(node.name), names.get(node.name, "")
+        weights = _weights(node, use, opset, constants)
+        source, output = (shapes.get(some[0], ()) if some else () for some in (node.input, node.output))
+        nodes.append(
+            GraphNode(
+                id=node.name,
+                name=name or node.name,
+                key=f"weight:{name}" if name else "",
+                op=node.op_type,
+                arguments=node_arguments(node, opset, constants, () if use is None else tuple(use.weight.shape)),
+                inputs=tuple(producer[name] for name in node.input if name in producer),
+                weights=weights,
+                output_shape=output or None,
+                multiply_adds=_multiply_adds(node, weights, source, output),
+                pattern=str(layers.get(name, {}).get("pattern", "")),
+                order=orders.get(name, (None, None)),
+            )
+        )
         producer.update(dict.fromkeys(node.output, node.name))
-        if _subgraphs(node):
-            nested.append(node.name)
     for port in file.outputs:
         inputs = (producer[port.name],) if port.name in producer else ()
         nodes.append(
@@ -65,41 +82,32 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
                 f"output {port.name}", port.name, f"output:{port.name}", "output", {}, inputs, output_shape=port.shape
             )
         )
+    nested = [node.name for node in graph.node if has_subgraphs(node)]
+    pattern = file.metadata.get("fxprune.pattern")
     return ModelGraph(
-        title=Path(path).name
-        + (f" (pruned to {pattern})" if (pattern := file.metadata.get("fxprune.pattern")) else ""),
+        title=Path(path).name + (f" (pruned to {pattern})" if pattern else ""),
         nodes=tuple(nodes),
         parameters=parameters,
+        compressed=f"pruned to {pattern}" if pattern else "",
         shapes_known=any(node.multiply_adds is not None for node in nodes),
         notes=(f"What happens inside {', '.join(nested)} is not compared.",) if nested else (),
     )
 
 
-def _read_node(
-    node: NodeProto,
-    weights: Weights,
-    use: WeightUse | None,
-    shared: Counter[str],
-    producer: dict[str, str],
-    shapes: dict[str, tuple[int | str, ...]],
-    patterns: dict[str, str],
-) -> GraphNode:
-    stem = use.initializer.removesuffix(".weight") if use else ""
-    own_name = bool(stem) and shared[use.initializer if use else ""] == 1 and use is not None and "." in use.initializer
-    output = shapes.get(node.output[0]) if node.output else None
-    source = shapes.get(node.input[0]) if node.input else None
-    return GraphNode(
-        id=node.name,
-        name=stem if own_name else node.name,
-        key=f"weight:{stem}" if own_name else "",
-        op=node.op_type,
-        arguments=_attributes(node),
-        inputs=tuple(producer[name] for name in node.input if name in producer),
-        weights=weights,
-        output_shape=output,
-        multiply_adds=_multiply_adds(node, weights, source or (), output or ()),
-        pattern=patterns.get(stem, ""),
-    )
+def _channel_orders(metadata: Mapping[str, str]) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    """Where the channels of each layer's input and output stood before they were permuted, as our exporter writes it."""
+    stated: dict[str, Any] = json.loads(metadata.get("fxprune.channels", "{}"))
+    orders = [torch.tensor(order, dtype=torch.long) for order in stated.get("orders", ())]
+    layers: dict[str, list[int | None]] = stated.get("layers", {})
+    places = {name: [None if place is None else orders[place] for place in pair] for name, pair in layers.items()}
+    return {name: (inputs, outputs) for name, (inputs, outputs) in places.items()}
+
+
+def _layer_names(uses: Mapping[str, WeightUse], origins: Mapping[str, str]) -> dict[str, str]:
+    """Node -> "layer1.0.conv1", from the name of a weight that only this node reads."""
+    stored = {node: origins.get(use.initializer, use.initializer) for node, use in uses.items()}
+    readers = Counter(stored.values())
+    return {node: name.removesuffix(".weight") for node, name in stored.items() if readers[name] == 1 and "." in name}
 
 
 def _multiply_adds(
@@ -113,15 +121,6 @@ def _multiply_adds(
     if node.op_type == "MatMul" and source and output and len(known) == len(factors):
         return math.prod(known)
     return None
-
-
-def _name_nodes(graph: GraphProto) -> None:
-    """Give a name to every node that has none of its own."""
-    taken: set[str] = set()
-    for position, node in enumerate(graph.node):
-        if not node.name or node.name in taken:
-            node.name = f"{node.op_type}_{position}"
-        taken.add(node.name)
 
 
 def _shapes(file: OnnxFile) -> dict[str, tuple[int | str, ...]]:
@@ -138,55 +137,53 @@ def _sizes(value: ValueInfoProto) -> tuple[int | str, ...]:
     return tuple(int(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in dims)
 
 
-def _patterns(file: OnnxFile) -> dict[str, str]:
-    """Layer name -> pattern, as our exporter writes it into the file."""
-    layers: dict[str, Any] = json.loads(file.metadata.get("fxprune.layers", "{}"))
-    return {name: str(layer.get("pattern", "")) for name, layer in layers.items()}
-
-
-def _attributes(node: NodeProto) -> dict[str, str]:
-    texts = {}
-    for attribute in node.attribute:
-        if attribute.type not in _GRAPHS:
-            value = helper.get_attribute_value(attribute)
-            texts[attribute.name] = value.decode(errors="replace") if isinstance(value, bytes) else _text(value)
-    return texts
-
-
-def _text(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _subgraphs(node: NodeProto) -> bool:
-    return any(attribute.type in _GRAPHS for attribute in node.attribute)
-
-
-def _weights(node: NodeProto, use: WeightUse | None, arrays: dict[str, Array]) -> Weights:
-    stored = {position: arrays[name] for position, name in enumerate(node.input) if name in arrays}
-    if node.op_type == "BatchNormalization" and {1, 2, 3, 4} <= stored.keys():
-        gamma, beta, mean, var = (torch.from_numpy(stored[i].astype(np.float64)) for i in (1, 2, 3, 4))
+def _weights(node: NodeProto, use: WeightUse | None, opset: int, constants: Mapping[str, Array]) -> Weights:
+    stored = {name: _numbers(constants[source]) for name, source in tensor_inputs(node, opset, constants).items()}
+    if node.op_type == "BatchNormalization" and all(name in constants for name in node.input[1:5]):
+        gamma, beta, mean, var = (_numbers(constants[name]) for name in node.input[1:5])
         epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
         scale = gamma * (var + epsilon).rsqrt()
         named = {"weight": gamma, "bias": beta, "running_mean": mean, "running_var": var}
         return Weights(None, named, scale=scale, shift=beta - mean * scale)
-    names = {2: "bias"} if use else {}
-    others = {
-        names.get(position, f"input {position}"): torch.from_numpy(np.array(array, np.float64))
-        for position, array in stored.items()
-        if array.dtype.kind in "biuf" and (use is None or node.input[position] != use.initializer)
-    }
     if use is None:
-        return Weights(None, others)
+        return Weights(None, stored)
+    tensors = tensor_inputs(node, opset, constants)
+    weight = next((i for i, name in enumerate(node.input) if name == use.initializer), None)
+    names = {input_name(node, 2, opset): "bias"} if node.op_type in _HAS_BIAS else {}
+    others = {
+        names.get(name, name): stored[name]
+        for name in tensors
+        if weight is None or name != input_name(node, weight, opset)
+    }
     return Weights(use.weight, others, use.groups, transposed=use.op == "ConvTranspose")
 
 
-def _parameters(graph: GraphProto, arrays: dict[str, Array], uses: dict[str, WeightUse]) -> dict[str, torch.Tensor]:
-    """Stored tensors that were learnt: weights, and other floating-point ones; not BatchNorm's statistics, not numbers."""
-    weights = {use.initializer: use.weight for use in uses.values()}
-    statistics = {name for node in graph.node if node.op_type == "BatchNormalization" for name in node.input[3:]}
-    learnt = {
-        name: torch.from_numpy(np.array(array, np.float64))
-        for name, array in arrays.items()
-        if name not in weights and name not in statistics and array.ndim and np.issubdtype(array.dtype, np.floating)
+def _parameters(model: ModelProto) -> dict[str, Tensor]:
+    """Stored tensors that were learnt, as they stand in the file: not BatchNorm's statistics, scales, or single numbers.
+
+    A tensor counts if it is floating-point, or if it is dequantized or multiplied by as integers.
+    """
+    graph = model.graph
+    integers = {name for node in graph.node if node.op_type in _INTEGER_WEIGHTS for name in node.input}
+    others = {name for node in graph.node if node.op_type == "BatchNormalization" for name in node.input[3:]}
+    others |= {
+        name for node in graph.node if node.op_type in ("DequantizeLinear", "QuantizeLinear") for name in node.input[1:]
     }
-    return {**weights, **learnt}
+    stored = initializer_arrays(graph)
+    for node in graph.node:
+        if node.op_type == "Constant":
+            stored.update((node.output[0], numpy_helper.to_array(a.t)) for a in node.attribute if a.name == "value")
+    return {
+        name: _numbers(array)
+        for name, array in stored.items()
+        if array.ndim and name not in others and (_is_floating(array) or (array.ndim > 1 and name in integers))
+    }
+
+
+def _is_floating(array: Array) -> bool:
+    """Whether numbers are floating-point; bfloat16 and the eight-bit types are kinds of their own to numpy."""
+    return array.dtype.kind == "f" or "float" in array.dtype.name
+
+
+def _numbers(array: Array) -> Tensor:
+    return torch.from_numpy(np.array(array, np.float64))

@@ -9,9 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+from fxprune.graph_diff.page import render_html
 from fxprune.graph_diff.pictures import WeightPicture
-from fxprune.graph_diff.render_html import render_html
-from fxprune.graph_diff.render_text import render_text
+from fxprune.graph_diff.text import render_text
 
 Status = Literal["unchanged", "changed", "removed", "inserted", "replaced"]
 

@@ -1,16 +1,41 @@
-"""How far a layer's stored tensors moved, with BatchNorm folded where the other graph has it folded."""
+"""Stored tensors of one operation, and how far they moved, BatchNorm folded and channels in the other graph's order."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fxprune.graph_diff.model_graph import Weights
+from fxprune.channels.apply import reordered
+from fxprune.passes.fold_batchnorm import scaled_outputs
 
 # Folding in float32 instead of float64 moves weights by about this much, relative to their norm.
 ROUNDING = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Stored tensors of one node, on the CPU.
+
+    Attributes:
+        weight: (R, C/G, *kernel) of a convolution, (R, C) of a matrix product, (C, R/G, *kernel) of a transposed
+            convolution; None for a node that is neither.
+        others: bias, BatchNorm's parameters and statistics, ..., by name.
+        groups: G.
+        transposed: whether it is a transposed convolution.
+        scale: of a BatchNorm in eval mode: what it multiplies each channel by, (R,) in float64.
+        shift: of a BatchNorm: what it adds to each channel then, (R,) in float64.
+    """
+
+    weight: Tensor | None = None
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    groups: int = 1
+    transposed: bool = False
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
 
 def fold(weights: Weights, norm: Weights) -> Weights:
@@ -20,19 +45,13 @@ def fold(weights: Weights, norm: Weights) -> Weights:
         weights: of a layer with R output channels.
         norm: of a BatchNorm over R channels.
     """
-    weight, scale, shift = weights.weight, norm.scale, norm.shift
-    assert weight is not None
-    assert scale is not None
-    assert shift is not None
-    if weights.transposed:
-        per_group = weight.double().unflatten(0, (weights.groups, -1))
-        by_group = scale.view(weights.groups, 1, -1, *[1] * (weight.dim() - 2))
-        folded = (per_group * by_group).flatten(0, 1)
-    else:
-        folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
-    bias = weights.others["bias"].double() * scale + shift if "bias" in weights.others else shift
-    others = {**weights.others, "bias": bias.to(weight.dtype)}
-    return Weights(folded.to(weight.dtype), others, weights.groups, weights.transposed)
+    assert weights.weight is not None
+    assert norm.scale is not None
+    assert norm.shift is not None
+    groups = weights.groups if weights.transposed else None
+    bias = weights.others.get("bias")
+    weight, bias = scaled_outputs(weights.weight, bias, norm.scale, norm.shift, transposed_groups=groups)
+    return Weights(weight, {**weights.others, "bias": bias}, weights.groups, weights.transposed)
 
 
 def reorder(weights: Weights, inputs: Tensor | None, outputs: Tensor | None) -> Weights:
@@ -43,19 +62,15 @@ def reorder(weights: Weights, inputs: Tensor | None, outputs: Tensor | None) -> 
         inputs: (C,) for the input's channels, each within its group; None leaves them.
         outputs: (R,) for the output's channels; None leaves them.
     """
-    weight, rows = weights.weight, 1 if weights.transposed else 0
-    others = dict(weights.others)
-    if outputs is not None:
-        weight = None if weight is None else weight.index_select(rows, outputs)
-        others = {name: tensor[outputs] if len(tensor) == len(outputs) else tensor for name, tensor in others.items()}
-    if inputs is not None and weight is not None and weights.groups == 1:
-        weight = weight.index_select(1 - rows, inputs)
-    elif inputs is not None and weight is not None and weight.shape[1] > 1:
-        grouped = inputs.reshape(weights.groups, -1)
-        within = grouped - torch.arange(weights.groups)[:, None] * grouped.shape[1]
-        columns = within.repeat_interleave(len(weight) // weights.groups, dim=0)
-        weight = weight[torch.arange(len(weight))[:, None], columns]
-    return Weights(weight, others, weights.groups, weights.transposed)
+    weight = weights.weight
+    into, out = (None if places is None else places.numpy() for places in (inputs, outputs))
+    if weight is not None:
+        weight = reordered(weight, into, out, groups=weights.groups, transposed=weights.transposed)
+    others = {
+        name: tensor[outputs] if outputs is not None and tensor.dim() and len(tensor) == len(outputs) else tensor
+        for name, tensor in weights.others.items()
+    }
+    return replace(weights, weight=weight, others=others)
 
 
 def same_numbers(before: Tensor | None, after: Tensor | None) -> bool:
@@ -137,3 +152,31 @@ def composed(first: Tensor, second: Tensor) -> Tensor | None:
     product = product.permute(0, 1 + count, *pairs)
     merged: Tensor = product.reshape(second.shape[0], first.shape[1], *(a * b for a, b in kernels))
     return merged.to(first.dtype)
+
+
+def weight_multiply_adds(
+    weights: Weights,
+    input_shape: tuple[int | str, ...],
+    output_shape: tuple[int | str, ...],
+) -> int | None:
+    """Multiply-adds of a convolution or matrix product with a stored weight, for one sample.
+
+    Every weight is used once at each output position, of a transposed convolution at each input position.
+
+    Args:
+        weights: of the node.
+        input_shape: (N, C, *spatial) or (N, ..., C).
+        output_shape: (N, R, *spatial) or (N, ..., R).
+
+    Returns:
+        The count, or None where a size is open or there is no weight.
+    """
+    weight = weights.weight
+    if weight is None:
+        return None
+    shape = input_shape if weights.transposed else output_shape
+    spatial = weight.dim() - 2
+    # A convolution also takes input without a batch axis: (C, *spatial).
+    positions = (shape[-spatial:] if spatial else shape[1:-1]) if shape else ()
+    sizes = [size for size in positions if isinstance(size, int)]
+    return weight.numel() * math.prod(sizes) if len(sizes) == len(positions) else None

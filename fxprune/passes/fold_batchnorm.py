@@ -124,27 +124,49 @@ def folded_parameters(layer: _Layer, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     Returns:
         The weight, in its old shape, and the bias (R,).
     """
+    scale, shift = scale_and_shift(norm)
+    groups = layer.groups if isinstance(layer, _ConvTransposeNd) else None
+    return scaled_outputs(layer.weight, layer.bias, scale, shift, transposed_groups=groups)
+
+
+@torch.no_grad()
+def scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm with running statistics multiplies each channel by in eval mode, and then adds: (R,), float64."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
-    offset = -norm.running_mean.double()
-    if layer.bias is not None:
-        offset = offset + layer.bias.double()
-    bias = offset * scale
+    shift = -norm.running_mean.double() * scale
     if norm.bias is not None:
-        bias = bias + norm.bias.double()
+        shift = shift + norm.bias.double()
+    return scale, shift
 
-    weight = layer.weight.double()
-    if isinstance(layer, _ConvTransposeNd):
+
+def scaled_outputs(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, *, transposed_groups: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer whose output y is to be scale * y + shift, computed in float64.
+
+    Args:
+        weight: (R, C/G, *kernel) or (R, C); of a transposed convolution (C, R/G, *kernel).
+        bias: (R,), or None.
+        scale: (R,) in float64.
+        shift: (R,) in float64.
+        transposed_groups: G of a transposed convolution, None for all other layers.
+
+    Returns:
+        The weight, in its old shape, and the bias (R,), both in the weight's dtype.
+    """
+    shifted = shift if bias is None else bias.double() * scale + shift
+    scaled = weight.double()
+    if transposed_groups is not None:
         # Input channel i of group g meets the R/G output channels of that group.
-        per_group = weight.unflatten(0, (layer.groups, -1))
-        scale = scale.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))
-        weight = (per_group * scale).flatten(0, 1)
+        by_group = scale.view(transposed_groups, 1, -1, *[1] * (weight.dim() - 2))
+        scaled = (scaled.unflatten(0, (transposed_groups, -1)) * by_group).flatten(0, 1)
     else:
-        weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-    return weight.to(layer.weight.dtype), bias.to(layer.weight.dtype)
+        scaled = scaled * scale.view(-1, *[1] * (weight.dim() - 1))
+    return scaled.to(weight.dtype), shifted.to(weight.dtype)
 
 
 def _reason_to_keep(

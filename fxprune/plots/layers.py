@@ -1,19 +1,28 @@
-"""A picture of a report: every layer's zeros and error."""
+"""A picture of a report: what was done to every layer, and what it costs in error."""
 
 from __future__ import annotations
 
 import math
+import textwrap
+from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from fxprune.errors import DataError
-from fxprune.plots.style import INK, STATUS, ZERO, figure
-from fxprune.report import PruneReport
+from fxprune.plots.style import INK, STATUS, ZERO, add_title, figure, shortened
+from fxprune.report import LayerReport, PruneReport
+
+MANY = 60  # layers; with more of them rows are lower and not every one is named
+LARGEST = 110  # rows that the height grows for
+DECADES = 1e-4  # errors below this part of the largest are drawn at the edge
 
 
 def layer_sparsity_and_error(report: PruneReport, name: str = "") -> Figure:
-    """One line a layer: a bar for its zeros, a bar for its output error on a logarithmic scale, layers from top to bottom.
+    """One line a layer from top to bottom: on the left its zeros, or the MACs that factoring leaves it; on the right its error.
+
+    The error is a dot on a logarithmic scale, which has no zero for a bar to start at.
 
     Args:
         report: what `compiled.report` is.
@@ -25,44 +34,63 @@ def layer_sparsity_and_error(report: PruneReport, name: str = "") -> Figure:
     layers = report.layers
     if not layers:
         raise DataError("the report lists no layers; there is nothing to draw")
-    errors = [layer.relative_error for layer in layers if layer.relative_error]
     rows = range(len(layers))
-    with figure(1.3 + 0.27 * len(layers), 6.4) as picture:
-        zeros, error = picture.subplots(1, 2, sharey=True, width_ratios=[1, 1.1])
+    many = len(layers) > MANY
+    height = 1.5 + (0.27 * len(layers) if not many else 0.27 * MANY + 0.06 * (min(len(layers), 3 * LARGEST) - MANY))
+    with figure(height, 6.4) as picture:
+        left, right = picture.subplots(1, 2, sharey=True, width_ratios=[1, 1.1])
+        factored = any(layer.status == "factored" for layer in layers)
+        shares = [_macs_left(layer) if factored else 100 * layer.sparsity for layer in layers]
         colors = [STATUS[layer.status] for layer in layers]
-        zeros.barh(rows, [100.0] * len(layers), color=ZERO, height=0.66)
-        zeros.barh(rows, [100 * layer.sparsity for layer in layers], color=colors, height=0.66)
-        zeros.set_xlim(0, 100)
-        zeros.set_xlabel("zeros (%)")
-        zeros.set_yticks(rows, [layer.name for layer in layers], size=10)
-        zeros.set_ylim(len(layers) - 0.4, -0.6)
-        if errors:
-            # A layer that is all but exact must not squeeze the others together: about four decades are shown.
-            low = 10.0 ** math.floor(math.log10(min(max(min(errors), max(errors) * 1e-3), max(errors) * 0.05)))
-            ends = [max(layer.relative_error or low, low) for layer in layers]
-            error.barh(rows, [end - low for end in ends], left=low, color=colors, height=0.66)
-            error.set_xscale("log")
-            error.xaxis.set_minor_formatter(NullFormatter())
-            error.set_xlim(low, max(errors) * 2)
-        error.set_xlabel("error of the output, relative")
-        for y, layer in enumerate(layers):
-            value = layer.relative_error
-            if value is None or (errors and value < low):
-                text = f"{value:.0e}" if value is not None else _short(layer.reason) or "not measured"
-                error.annotate(
-                    text, (0, y), xycoords=("axes fraction", "data"), xytext=(4, 0),
-                    textcoords="offset points", va="center", size=9.5, color=INK,
-                )  # fmt: skip
-        for axes in (zeros, error):
+        left.barh(rows, [100.0] * len(layers), color=ZERO, height=0.66)
+        left.barh(rows, shares, color=colors, height=0.66)
+        left.set_xlim(0, 100)
+        left.set_xlabel("MACs left (%)" if factored else "zeros (%)")
+        step = math.ceil(len(layers) / LARGEST) if many else 1
+        named = list(rows)[::step]
+        size = 10 if not many else 5.5
+        left.set_yticks(named, [shortened(layers[row].name, 30) for row in named], size=size)
+        left.set_ylim(len(layers) - 0.4, -0.6)
+        _errors(right, layers, colors, size)
+        for axes in (left, right):
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)
-        title = f"{name + ': ' if name else ''}{report.pattern}, {report.method}, {report.sparsity:.0%} zeros"
-        picture.suptitle(title, x=0.02, ha="left", weight="bold", size=13)
+        done = "" if factored else f", {report.sparsity:.0%} zeros"
+        add_title(picture, f"{name + ': ' if name else ''}{report.pattern}, {report.method}{done}")
         there = [status for status in STATUS if any(layer.status == status for layer in layers)]
-        handles = [zeros.barh([0], [0], color=STATUS[status]) for status in there]
-        picture.legend(handles, there, loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
+        handles = [left.barh([0], [0], color=STATUS[status]) for status in there]
+        picture.legend(handles, there, loc="outside lower center", ncols=len(there), frameon=False, labelcolor=INK)
         return picture
 
 
-def _short(reason: str) -> str:
-    return reason if len(reason) <= 40 else reason[:39].rstrip() + "…"
+def _macs_left(layer: LayerReport) -> float:
+    """Percent of a layer's MACs that its two factors take; 100 for a layer that was not factored."""
+    before, after = layer.multiply_adds if len(layer.multiply_adds) == 2 else (0, 0)
+    return 100 * after / before if before else 100.0
+
+
+def _errors(axes: Axes, layers: Sequence[LayerReport], colors: Sequence[str], size: float) -> None:
+    """A dot for each error, and words where there is none to draw."""
+    errors = [layer.relative_error for layer in layers]
+    positive = [error for error in errors if error is not None and math.isfinite(error) and error > 0]
+    low, high = (0.1, 1.0) if not positive else (max(min(positive), max(positive) * DECADES), max(positive))
+    low, high = 10 ** (math.floor(math.log10(low) * 2) / 2), high * 1.6
+    high = max(high, low * 20)  # two ticks at least
+    axes.set_xscale("log")
+    axes.set_xlim(low / 1.3, high)
+    axes.xaxis.set_major_locator(LogLocator(numticks=5))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("relative output error")
+    for row, (layer, error, color) in enumerate(zip(layers, errors, colors, strict=True)):
+        if error is not None and math.isfinite(error) and error >= low:
+            axes.plot([low / 1.3, error], [row, row], color=ZERO, linewidth=min(1.2, size / 8), zorder=1)
+            axes.plot([error], [row], "o", color=color, markersize=min(6.5, size * 0.65), zorder=2)
+            continue
+        if error is None:
+            words = textwrap.shorten(layer.reason, 41, placeholder="…") if layer.status != "factored" else ""
+        else:
+            words = "0" if error == 0 else f"{error:.0e}" if math.isfinite(error) else "not finite"
+        axes.annotate(
+            words or "not measured", (0, row), xycoords=("axes fraction", "data"), xytext=(4, 0),
+            textcoords="offset points", va="center", size=min(8.5, size), color=INK, annotation_clip=False,
+        )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxprune.errors import DataError
 from fxprune.geometry import flatten_weight
-from fxprune.plots.style import FAINT, INK, figure
+from fxprune.plots.style import FAINT, INK, add_title, figure, shortened
 
 ROWS, COLUMNS = 16, 48
 # Blue and orange differ for every kind of colour vision, and both are darker than the white of a zero.
@@ -60,12 +60,12 @@ def mask_pictures(weights: Mapping[str, Tensor], name: str = "", group: int = 4)
                 lines = [[(x - 0.5, -0.5), (x - 0.5, height - 0.5)] for x in range(group, width, group)]
                 axes.add_collection(LineCollection(lines, colors=FAINT, linewidths=1.0))
             zeros = float((weight == 0).double().mean())
-            axes.set_title(f"{layer}: {zeros:.0%} zeros of {matrix.shape[0]} × {matrix.shape[1]}", size=12)
+            axes.set_title(
+                f"{shortened(layer, 40)}: {zeros:.0%} zeros of {matrix.shape[0]} × {matrix.shape[1]}", size=12
+            )
             axes.set_ylabel("output channel", size=11)
         panels[-1].set_xlabel("input channels, kernel position after kernel position", size=11)
-        picture.suptitle(
-            f"{name + ': ' if name else ''}which weights are left", x=0.02, ha="left", weight="bold", size=13
-        )
+        add_title(picture, f"{name + ': ' if name else ''}which weights are left")
         note = f"top left corner; white: zero, blue: positive, orange: negative{f'; lines: groups of {group}' if group else ''}"
         picture.supxlabel(note, size=10, color=INK)
         return picture

@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 
 from fxprune.errors import DataError
 from fxprune.experiments.grid_rows import OK, Row
-from fxprune.plots.style import FAINT, INK, figure, label_ends, mark
+from fxprune.plots.style import FAINT, INK, add_title, figure, label_ends, mark
+
+SIDE_BY_SIDE = 3.0  # percent of zeros between two patterns whose names would touch
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,11 @@ def accuracy_against_sparsity(rows: Sequence[Row], name: str) -> Figure:
         low, high = min(p.sparsity for p in found), max(p.sparsity for p in found)
         room = max(high - low, 5.0)
         for axes, (title, group) in zip(grid[:, 0], panels, strict=True):
-            axes.set_xlim(low - 0.06 * room, high + 0.06 * room)
-            axes.margins(y=0.1)
+            axes.set_xlim(low - 0.1 * room, high + 0.06 * room)
+            axes.margins(y=0.14)
             ends = _lines(axes, group, [p.method for p in found])
             axes.axhline(found[0].dense, color=INK, linewidth=1.2, linestyle=":")
-            axes.annotate(
-                f"dense {found[0].dense:.1f}%", (low - 0.05 * room, found[0].dense),
-                xytext=(0, 4), textcoords="offset points", va="bottom",
-            )  # fmt: skip
+            ends.append((high + 0.06 * room, found[0].dense, f"dense {found[0].dense:.1f}%", INK))
             axes.autoscale_view(scalex=False)
             _name_patterns(axes, group)
             label_ends(axes, ends)
@@ -108,7 +107,7 @@ def accuracy_against_sparsity(rows: Sequence[Row], name: str) -> Figure:
             if len(panels) > 1:
                 axes.set_title(title, size=12)
         grid[-1, 0].set_xlabel("zeros among the weights of all layers (%)")
-        picture.suptitle(f"{name}: one-shot, no retraining", x=0.02, ha="left", weight="bold", size=13)
+        add_title(picture, f"{name}: one-shot, no retraining")
         _note_seeds(picture, found)
         return picture
 
@@ -128,14 +127,20 @@ def _lines(axes: Axes, group: Sequence[Point], methods: Sequence[str]) -> list[t
 
 
 def _name_patterns(axes: Axes, found: Sequence[Point]) -> None:
-    """Write 2:4 and the like at the top, where their points are."""
+    """Write 2:4 and the like along the bottom, under their points; those with the same share of zeros side by side."""
     places: dict[str, list[float]] = {}
     for point in found:
         if ":" in point.pattern:
             places.setdefault(point.pattern, []).append(point.sparsity)
-    for pattern, sparsities in places.items():
+    together: list[tuple[float, list[str]]] = []
+    for pattern, sparsity in sorted(((name, _mean(some)) for name, some in places.items()), key=lambda pair: pair[1]):
+        if together and sparsity - together[-1][0] < SIDE_BY_SIDE:
+            together[-1][1].append(pattern)
+        else:
+            together.append((sparsity, [pattern]))
+    for sparsity, names in together:
         axes.annotate(
-            pattern, (_mean(sparsities), 0), xycoords=("data", "axes fraction"), xytext=(0, 5),
+            ", ".join(names), (sparsity, 0), xycoords=("data", "axes fraction"), xytext=(0, 5),
             textcoords="offset points", ha="center", va="bottom", color=FAINT, size=11,
         )  # fmt: skip
 
@@ -184,7 +189,7 @@ def method_comparison(rows: Sequence[Row], name: str) -> Figure:
             zeros = f"{_mean([p.sparsity for p in group]):.0f}%"
             axes.set_title(f"{pattern}  ({zeros} zeros)" if ":" in pattern else f"unstructured, {zeros} zeros", size=12)
         panels[-1, 0].set_xlabel(f"accuracy (%); the dotted line is dense, {found[0].dense:.1f}%")
-        picture.suptitle(f"{name}: accuracy, and points lost", x=0.02, ha="left", weight="bold", size=13)
+        add_title(picture, f"{name}: accuracy, and points lost")
         _note_seeds(picture, found)
         return picture
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fxprune.errors import DataError
 from fxprune.geometry import flatten_weight
-from fxprune.plots.style import FAINT, INK, figure
+from fxprune.plots.style import FAINT, INK, add_title, figure, shortened
 
 COLUMNS = 2
 ENERGY = 0.9
 DENSE, PRUNED = "#7F7F7F", "#0072B2"
+WIDE, NARROW = 6.0, 1.8  # of the lines: where both curves are one, the dense one shows on both sides of the other
 
 
 def singular_values(weight: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -58,14 +59,14 @@ def singular_value_spectra(
         for axes, (layer, weight) in zip(panels, weights.items(), strict=False):
             before = None if dense is None or layer not in dense else singular_values(dense[layer])
             _panel(axes, singular_values(weight), before)
-            axes.set_title(layer, size=11)
+            axes.set_title(shortened(layer, 34), size=11)
         for axes in panels[len(weights) :]:
             axes.set_axis_off()
         for axes in panels[max(0, len(weights) - columns) : len(weights)]:
             axes.set_xlabel("rank")
         picture.supylabel("singular value", size=12)
-        what = "dense (grey) and pruned (blue)" if dense else "singular values"
-        picture.suptitle(f"{name + ': ' if name else ''}{what}", x=0.02, ha="left", weight="bold", size=13)
+        what = "dense (grey, wide) and pruned (blue)" if dense else "singular values"
+        add_title(picture, f"{name + ': ' if name else ''}{what}")
         picture.supxlabel(
             f"tick, and numbers: so many singular values hold {ENERGY:.0%} of the energy", size=10, color=INK
         )
@@ -77,14 +78,17 @@ def _panel(
     values: np.ndarray[tuple[int], np.dtype[np.float64]],
     before: np.ndarray[tuple[int], np.dtype[np.float64]] | None,
 ) -> None:
-    # With a grey curve behind it blue means pruned; alone it is just the curve.
     written = 0
     for curve, color in ((before, DENSE), (values, PRUNED)):
         if curve is None:
             continue
-        axes.plot(np.arange(1, len(curve) + 1), curve, color=color)
+        is_dense = color == DENSE
+        width, alpha = (WIDE, 0.45) if is_dense else (NARROW, 1.0)
+        axes.plot(np.arange(1, len(curve) + 1), curve, color=color, linewidth=width, alpha=alpha)
         rank = energy_rank(curve)
-        axes.plot([rank], [curve[rank - 1]], marker="|", markersize=16, markeredgewidth=2.2, color=color)
+        axes.plot(
+            [rank], [curve[rank - 1]], marker="|", markersize=24 if is_dense else 13, markeredgewidth=2.2, color=color
+        )
         axes.annotate(
             f"{rank} of {len(curve)}", (1, 1), xycoords="axes fraction", xytext=(0, -7 - 15 * written),
             textcoords="offset points", ha="right", va="top", color=color, size=11,

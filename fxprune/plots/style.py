@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ METHODS = {
     "exact_obs": Mark("#009E73", "^"),
     "magnitude": Mark("#7F7F7F", "D"),
 }
-_OTHERS = (Mark("#CC79A7", "v"), Mark("#56B4E9", "P"), Mark("#E69F00", "X"), Mark("#000000", "*"))
+# Four colours and five shapes for methods of the user's own: twenty that look different.
+_OTHER_COLORS, _OTHER_SHAPES = ("#CC79A7", "#56B4E9", "#E69F00", "#000000"), ("v", "P", "X", "*", "<")
 STATUS = {"pruned": "#0072B2", "factored": "#009E73", "reconstructed": "#56B4E9", "kept": "#B0B0B0"}
 
 _RC: Any = {
@@ -69,8 +71,29 @@ def mark(name: str, names: Sequence[str]) -> Mark:
     """The mark of a method; methods of the user's own take the others in the order of `names`."""
     if name in METHODS:
         return METHODS[name]
-    own = [other for other in names if other not in METHODS]
-    return _OTHERS[own.index(name) % len(_OTHERS)]
+    place = list(dict.fromkeys(other for other in names if other not in METHODS)).index(name)
+    return Mark(_OTHER_COLORS[place % len(_OTHER_COLORS)], _OTHER_SHAPES[place % len(_OTHER_SHAPES)])
+
+
+def shortened(name: str, length: int) -> str:
+    """A layer's name in at most `length` letters: its longest words are cut, those with numbers, which tell layers apart, last.
+
+    >>> shortened("backbone.features.stage3.depthwise.conv", 30)
+    'ba….fe….stage3.depthwise.conv'
+    """
+    parts = name.split(".")
+    for place in sorted(range(len(parts)), key=lambda i: (any(map(str.isdigit, parts[i])), i)):
+        if len(".".join(parts)) > length and len(parts[place]) > 3:
+            parts[place] = f"{parts[place][:2]}…"
+    name = ".".join(parts)
+    return name if len(name) <= length else f"…{name[-(length - 1) :]}"
+
+
+def add_title(picture: Figure, text: str) -> None:
+    """Write the picture's title at its upper left, on several lines where one is too long."""
+    size = 13
+    letters = int(picture.get_size_inches()[0] * 72 / (size * 0.62))
+    picture.suptitle(textwrap.fill(text, letters), x=0.02, ha="left", weight="bold", size=size)
 
 
 @contextmanager
@@ -80,13 +103,14 @@ def figure(height: float, width: float = WIDTH) -> Iterator[Figure]:
         yield Figure(figsize=(width, height))
 
 
-def save_figure(picture: Figure, stem: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+def save_figure(picture: Figure, stem: Path, formats: Sequence[str] = ("png", "svg"), *, dpi: int = 200) -> list[Path]:
     """Write a figure to one file a format, each whole or not at all.
 
     Args:
         picture: the figure.
         stem: path without the suffix.
         formats: of `FORMATS`.
+        dpi: dots per inch of a png.
 
     Returns:
         The files.
@@ -100,7 +124,7 @@ def save_figure(picture: Figure, stem: Path, formats: Sequence[str] = ("png", "s
             raise OptionsError(f"unknown picture format {kind!r}; choose of {', '.join(FORMATS)}")
         path = stem.with_name(f"{stem.name}.{kind}")
         with mpl.rc_context(_RC), atomic(path) as part:
-            picture.savefig(part, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
+            picture.savefig(part, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
         files.append(path)
     return files
 

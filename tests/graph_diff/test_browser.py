@@ -228,3 +228,21 @@ def test_resnet50_answers_without_lag(browser: webdriver.Chrome, tmp_path: Path)
     )
     assert worst < 250, f"showing a layer took {worst:.0f} ms"
     assert browser.get_log("browser") == []
+
+
+def test_a_narrow_screen_shows_graph_and_panel_in_turn(
+    browser: webdriver.Chrome, result: GraphDiff, tmp_path: Path
+) -> None:
+    metrics = {"width": 420, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    show(browser, result, tmp_path)
+    graph, details = (browser.find_element(By.ID, name) for name in ("scroll", "panel"))
+    assert (graph.is_displayed(), details.is_displayed()) == (False, True)
+    browser.find_element(By.CSS_SELECTOR, ".tabs [data-view=graph]").click()
+    assert (graph.is_displayed(), details.is_displayed()) == (True, False)
+    assert graph.size["height"] > 500
+    button(browser, "conv2").click()
+    assert (graph.is_displayed(), shown(browser)) == (False, "conv2")
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 420
+    assert browser.get_log("browser") == []
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

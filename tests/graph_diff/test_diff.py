@@ -224,7 +224,8 @@ def test_permuted_channels_are_not_taken_for_changed_weights(net: SmallNet) -> N
     other = permuted(net, recorded=False)
     result = diff(net, other)
     assert {node.name: node.changes for node in result.changed} == {
-        "conv1": ("channels permuted",),
+        "conv1": ("the same weights in another order",),
+        "bn1": ("weight, bias, running_mean, running_var in another order",),
         "conv2": ("weight changed",),
     }
     assert result["conv1"].weight_change is None
@@ -283,3 +284,36 @@ def test_inputs_that_do_not_fit_are_refused(net: SmallNet) -> None:
 def test_fill_gives_a_network_that_does_something(net: SmallNet, images: Tensor) -> None:
     fill(net)
     assert net(images).std() > 0.01
+
+
+def test_a_graph_module_of_another_library_has_no_meta(net: SmallNet) -> None:
+    graph_module = trace(net)
+    del graph_module.meta
+    assert diff(graph_module, graph_module).is_empty
+
+
+def test_a_model_that_was_compressed_before_is_said_to_be(
+    net: SmallNet, compiled: CompiledModule, images: Tensor
+) -> None:
+    again = fxprune.compile(compiled, [images], "1:4", method="magnitude", progress=False)
+    assert any("is itself pruned to 2:4" in note for note in diff(compiled, again).notes)
+    assert not any("is itself" in note for note in diff(net, compiled).notes)
+
+
+def test_a_layer_that_is_called_twice_is_compared_at_both_places() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.conv(self.conv(x)) + y
+
+    before, after = Twice(), Twice()
+    after.conv.weight.data = before.conv.weight.data * 2
+    after.conv.bias.data = before.conv.bias.data.clone()
+    result = diff(before, after, example_inputs=(torch.randn(1, 4, 5, 5), torch.randn(1, 4, 5, 5)))
+    assert [(node.name, node.weight_change) for node in result.changed] == [
+        ("conv (call 1)", 1.0), ("conv (call 2)", 1.0)
+    ]  # fmt: skip
+    assert result.costs_after.parameters == 20

@@ -14,8 +14,8 @@ from torch import Tensor
 from fxprune.compiled import CompiledModule
 from fxprune.geometry import flatten_weight
 from fxprune.graph_diff import GraphDiff, diff
-from fxprune.graph_diff.model_graph import Weights
 from fxprune.graph_diff.pictures import BINS, CORNER, OVERVIEW, draw_weights
+from fxprune.graph_diff.weights import Weights
 from tests.graph_diff.small_net import SmallNet, svd_pair
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxprune.graph_diff.fx_weights import _module_weights
+from fxprune.graph_diff.read_fx import _module_weights
 from fxprune.graph_diff.weights import composed, fold, relative_change, reorder, same_numbers, was_folded
 
 

@@ -180,3 +180,23 @@ def test_masks_leave_zeros_white() -> None:
     assert "a: 50% zeros of 8 × 16" in texts(picture)
     with pytest.raises(DataError, match="no layer is chosen"):
         plots.mask_pictures({})
+
+
+def test_a_factored_report_shows_macs_left_and_words_for_what_is_no_number() -> None:
+    layers = tuple(
+        LayerReport(name, "Conv2d", (4, 4, 3, 3), status="factored", relative_error=error, multiply_adds=(200, 50))
+        for name, error in (("a", 0.01), ("b", float("nan")), ("c", None), ("d", 0.0))
+    )
+    picture = plots.layer_sparsity_and_error(PruneReport(layers, "svd", "rank ratio:0.25"), "net")
+    assert [patch.get_width() for patch in picture.axes[0].patches][4:8] == [25] * 4
+    assert picture.axes[0].get_xlabel() == "MACs left (%)"
+    assert {"not finite", "not measured", "0"} <= set(texts(picture))
+    assert [line.get_xdata()[0] for line in picture.axes[1].get_lines() if len(line.get_xdata()) == 1] == [0.01]
+
+
+def test_patterns_with_as_many_zeros_share_a_label() -> None:
+    both = [
+        Row("net", "{}", "w", pattern, "admm", 0, 64, "{}", "ok", 91.0, 90.0, 9.0, 0.1, 0.5, 3, 1.0)
+        for pattern in ("2:4", "4:8")
+    ]
+    assert "2:4, 4:8" in texts(plots.accuracy_against_sparsity(both, "net"))

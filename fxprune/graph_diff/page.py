@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fxprune.graph_diff.layout import Box, Drawing, Line, Point, lay_out
-from fxprune.graph_diff.render_text import MARKS, summary
-from fxprune.graph_diff.wording import count_si, relative, sizes
+from fxprune.graph_diff.text import MARKS, count_si, relative, sizes, summary
 
 if TYPE_CHECKING:
     from fxprune.graph_diff.pictures import WeightPicture
@@ -122,7 +121,9 @@ def _subtitle(node: NodeDiff) -> str:
     state = node.state
     if state.weight_shape:
         return f"{state.op} {sizes(state.weight_shape)}"
-    return f"{state.op}: {node.changes[0]}" if node.changes else state.op
+    if node.into or not node.changes:
+        return state.op
+    return f"{state.op}: {node.changes[0]}"
 
 
 def _block_view(diff: GraphDiff, block: _Block, box: Box) -> dict[str, Any]:
