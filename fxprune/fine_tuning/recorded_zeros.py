@@ -1,7 +1,8 @@
 """Which weights were zero when a model was pruned, and whether they still are.
 
 `fxprune.compile` keeps one bit a weight of every pruned layer in the graph module's annotation, from where `fxprune.save`
-writes it to the file. Whoever says something about a model's zeros (its report, save, diff, export, evaluate) asks `filled_zeros` first.
+writes it to the file. Whoever says something about a model's zeros (its report, save, diff, export, evaluate) asks
+`filled_zeros` first.
 """
 
 from __future__ import annotations

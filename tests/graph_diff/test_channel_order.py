@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxprune.annotations import annotate
 from fxprune.export import export_onnx
 from fxprune.graph_diff import diff
 from fxprune.graph_diff.channel_order import _assign
@@ -115,7 +116,7 @@ def test_two_orders_on_record_are_compared_with_each_other(model: Residual) -> N
             if node.name == "outer":
                 graph.outer.weight.data = graph.outer.weight.data[order]
                 graph.outer.bias.data = graph.outer.bias.data[order]
-                node.meta["fxprune_order"] = (None, order)
+                annotate(node, order=(None, order))
     assert diff(first, second)["outer"].weight_change == 0
     assert diff(first, second)["outer"].changes == ("channels permuted",)
 
