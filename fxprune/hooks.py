@@ -19,7 +19,7 @@ from fxprune.calibration.batches import inputs_of, map_tensors, take, tensors_in
 from fxprune.calibration.failures import stays_as_it_is
 from fxprune.geometry import is_matrix_layer
 from fxprune.graph import Runner, device_of, has_global_hooks, has_hooks, module_of
-from fxprune.precision import full_precision
+from fxprune.runtime.precision import full_precision
 
 IMAGES, FEW = 32, 4  # Where there are hooks, and where there are none.
 ROUNDING = 64  # Units in the last place, relative to the largest value: the same kernel runs twice.

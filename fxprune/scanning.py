@@ -22,18 +22,18 @@ from fxprune.compiler import checked_memory
 from fxprune.constraints import Chain, Constraint, parse_chain
 from fxprune.constraints.mask import Mask
 from fxprune.constraints.rank import Rank
-from fxprune.devices import default_device
 from fxprune.errors import OptionsError
 from fxprune.layers.macs import macs_per_sample
 from fxprune.layers.sensitivity import sensitivities
 from fxprune.method import Method
 from fxprune.options import Options, given_options
 from fxprune.passes import CheckHooks, CheckImages, FoldBatchNorm, InsertObservers, RemoveInplace
-from fxprune.progress import layer_progress
 from fxprune.ranks.rule import RankRule
 from fxprune.recipe import Recipe
+from fxprune.runtime.devices import default_device
+from fxprune.runtime.progress import layer_progress
+from fxprune.runtime.surroundings import undisturbed
 from fxprune.solvers import Solver
-from fxprune.surroundings import undisturbed
 from fxprune.tracing import trace
 
 

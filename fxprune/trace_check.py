@@ -17,7 +17,7 @@ from fxprune.calibration.failures import FUNCTIONAL, node_failure, remedy_for, s
 from fxprune.errors import CalibrationError
 from fxprune.geometry import CONVOLUTIONS
 from fxprune.graph import Runner, device_of, input_of, module_of
-from fxprune.surroundings import same_random_numbers
+from fxprune.runtime.surroundings import same_random_numbers
 
 IMAGES = 4
 TOLERANCE = 1e-3  # Relative. Both run the same kernels, but TF32 or bfloat16 ones need not repeat exactly.

@@ -65,9 +65,9 @@ def compress(
         overwrite: replace the run that the folder holds.
     """
     from fxprune.data import calibration_split, make_loader
-    from fxprune.devices import default_device
     from fxprune.experiments.evaluation import agreement, score
     from fxprune.experiments.runs import check_folder, start_run
+    from fxprune.runtime.devices import default_device
     from fxprune.saving import save
 
     if task.model is None or task.data is None:

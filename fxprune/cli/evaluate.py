@@ -40,9 +40,9 @@ def evaluate(
     What is not given is taken from the config.yaml beside the file, where fxprune train, prune or low-rank made it. The exit
     code is 1 where guessing would have done as well: most likely the data set is not the model's.
     """
-    from fxprune.devices import default_device
     from fxprune.experiments.evaluation import agreement, score
     from fxprune.files import atomic
+    from fxprune.runtime.devices import default_device
 
     place = default_device(device)
     task, made = filled(task, file)

@@ -63,12 +63,12 @@ def train(
     import torch
 
     from fxprune.data import make_loader
-    from fxprune.devices import default_device
     from fxprune.experiments.checkpoints import load_weights
     from fxprune.experiments.evaluation import evaluate
     from fxprune.experiments.runs import WRITES, check_folder, start_run
     from fxprune.experiments.training import BEST, best_epoch
     from fxprune.experiments.training import train as run_training
+    from fxprune.runtime.devices import default_device
 
     place = default_device(device)
     import_user_code(register or ())

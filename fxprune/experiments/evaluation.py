@@ -24,10 +24,10 @@ from fxprune.calibration.batches import (
     tensors_in,
 )
 from fxprune.calibration.failures import remedy_for, said, stays_as_it_is
-from fxprune.devices import checked_device
 from fxprune.errors import EvaluationError, EvaluationWarning
 from fxprune.fine_tuning.recorded_zeros import FilledZerosWarning, filled_zeros
-from fxprune.surroundings import undisturbed
+from fxprune.runtime.devices import checked_device
+from fxprune.runtime.surroundings import undisturbed
 
 FEW_OTHERS = 90.0  # percent: where one class has nearly all images, accuracy tells little either way
 

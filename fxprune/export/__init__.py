@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fxprune.export.onnx_report import LayerCheck, OnnxReport
     from fxprune.export.validate import validate_onnx
 else:
-    from fxprune.first_use import on_first_use
+    from fxprune.runtime.first_use import on_first_use
 
     __getattr__, __dir__ = on_first_use(
         __name__,

@@ -17,7 +17,7 @@ from fxprune.export.batches import Batch, named_outputs
 from fxprune.export.onnx_file import OnnxFile
 from fxprune.export.session import run_session
 from fxprune.graph import call
-from fxprune.precision import full_precision
+from fxprune.runtime.precision import full_precision
 
 if TYPE_CHECKING:
     import onnxruntime

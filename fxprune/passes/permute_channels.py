@@ -35,10 +35,10 @@ from fxprune.layers.problem import layer_of
 from fxprune.passes.base import CalibratedPass
 from fxprune.passes.insert_observers import InsertObservers
 from fxprune.pattern import MixedPattern, NMPattern, Pattern
-from fxprune.precision import full_precision
 from fxprune.recipe import Recipe
+from fxprune.runtime.precision import full_precision
+from fxprune.runtime.surroundings import same_random_numbers
 from fxprune.solvers import LayerProblem
-from fxprune.surroundings import same_random_numbers
 
 TOLERANCE = 1e-4
 IMAGES = 64

@@ -30,10 +30,10 @@ from fxprune.layers.solve import SolvedLayer, SolvedPart, solve_layer
 from fxprune.layers.splits import split_call
 from fxprune.method import Method
 from fxprune.passes.base import CalibratedPass
-from fxprune.precision import full_precision
 from fxprune.ranks.choices import RankPlan
 from fxprune.recipe import Recipe
 from fxprune.report import LayerReport, PruneReport
+from fxprune.runtime.precision import full_precision
 
 
 class SolveLayers(CalibratedPass):

@@ -15,8 +15,8 @@ from fxprune.geometry import LayerGeometry
 from fxprune.layers.macs import layer_shapes, macs_per_sample
 from fxprune.layers.problem import layer_of, pose_problem
 from fxprune.layers.splits import Split, dense_multiply_adds, full_rank, multiply_adds
-from fxprune.precision import full_precision
 from fxprune.ranks.choices import Choice, LayerRanks, Survey, pareto
+from fxprune.runtime.precision import full_precision
 from fxprune.solvers.low_rank import tail_energy, whitened_target
 from fxprune.solvers.problem import LayerProblem
 from fxprune.solvers.spatial_split import arranged, spatial_errors, whitened_arrangement
