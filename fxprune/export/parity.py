@@ -16,7 +16,7 @@ from fxprune.errors import ValidationError
 from fxprune.export.batches import Batch, named_outputs
 from fxprune.export.onnx_file import OnnxFile
 from fxprune.export.session import run_session
-from fxprune.graph import call
+from fxprune.graph import call_quietly
 from fxprune.runtime.precision import full_precision
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def evaluating(model: nn.Module) -> Iterator[Callable[[tuple[Tensor, ...]], dict
     def run(inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         if first is not None:
             inputs = tuple(x.to(first.device, first.dtype if x.is_floating_point() else x.dtype) for x in inputs)
-        return {name: value.cpu() for name, value in named_outputs(call(model, *inputs)).items()}
+        return {name: value.cpu() for name, value in named_outputs(call_quietly(model, *inputs)).items()}
 
     try:
         model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fxprune.graph.nodes import (
-    call,
+    call_quietly,
     call_sites,
     device_of,
     has_global_hooks,
@@ -18,7 +18,7 @@ __all__ = [
     "Runner",
     "Shape",
     "arguments_of",
-    "call",
+    "call_quietly",
     "call_sites",
     "device_of",
     "has_global_hooks",

@@ -19,7 +19,7 @@ def module_of(node: Node) -> nn.Module | None:
     return None if owner is None else owner.get_submodule(str(node.target))
 
 
-def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def call_quietly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call a module as `module(...)` does, hooks included; whatever it raises reaches the caller and nobody else.
 
     A GraphModule called directly would also print its source and a traceback to stderr, which says nothing to a user
