@@ -25,7 +25,7 @@ from fxprune.export.sparse_initializer import sparsify
 from fxprune.export.torch_export import to_onnx_program
 from fxprune.export.validate import check_file, validate_onnx, warn_of_notes
 from fxprune.fine_tuning.recorded_zeros import filled_zeros
-from fxprune.model_argument import not_a_model
+from fxprune.graph.model_argument import not_a_model
 from fxprune.runtime.surroundings import undisturbed
 
 # One protobuf message may hold 2 GiB; the graph itself needs some of that.

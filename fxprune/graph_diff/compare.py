@@ -12,13 +12,13 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxprune.errors import GraphError
+from fxprune.graph.model_argument import not_a_model
 from fxprune.graph_diff.matching import match_graphs
 from fxprune.graph_diff.model_graph import ModelGraph
 from fxprune.graph_diff.node_diff import Comparison
 from fxprune.graph_diff.read_fx import read_fx
 from fxprune.graph_diff.read_onnx import read_onnx_graph
 from fxprune.graph_diff.result import Costs, Edge, GraphDiff, NodeDiff, NodeState
-from fxprune.model_argument import not_a_model
 from fxprune.tracing import trace
 
 Model = nn.Module | str | PathLike[str]
