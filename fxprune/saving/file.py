@@ -14,13 +14,12 @@ from torch.fx import GraphModule
 
 from fxprune.compiled import CompiledModule
 from fxprune.errors import CheckpointError
-from fxprune.files import save_tensors
+from fxprune.files import read_torch_file, save_tensors
 from fxprune.fine_tuning.recorded_zeros import filled_zeros
 from fxprune.saving.graphs import decode_graph, encode_graph, encode_meta
 from fxprune.saving.modules import ModuleReader, ModuleWriter
 from fxprune.saving.names import Allowed, is_identifier
 from fxprune.saving.values import Reader, Writer
-from fxprune.torch_files import read_torch_file
 
 FORMAT = "fxprune graph"
 VERSION = 1
