@@ -130,7 +130,7 @@ def open_model(file: Path, task: Task, num_classes: int, place: torch.device) ->
         FxPruneError: the file cannot be read.
     """
     from fxprune.experiments.checkpoints import load_weights
-    from fxprune.onnx_module import OnnxModule
+    from fxprune.export.onnx_module import OnnxModule
     from fxprune.saving import is_saved, load
 
     if file.suffix == ".onnx":
