@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.calibration.batches import (
-    call,
+    call_by_name,
     check_values,
     describe,
     inputs_by_name,
@@ -198,7 +198,7 @@ def _check_labels(labels: torch.Tensor, classes: int, number: int) -> None:
 def _logits(model: nn.Module, inputs: Mapping[str, Any], place: torch.device, number: int) -> torch.Tensor:
     placed = map_tensors(dict(inputs), lambda x: x.to(place))
     try:
-        output = call(model, placed)
+        output = call_by_name(model, placed)
     except Exception as error:
         if stays_as_it_is(error):
             raise
