@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from fxprune.export.deployment import CPU_NOTE, DENSE, LEGEND
 from fxprune.export.onnx_file import FileSize
 from fxprune.export.parity import Parity
+from fxprune.layers.deployment import CPU_NOTE, DENSE, LEGEND
 from fxprune.tables import Column, as_text, said_once, table, terminal_width
 
 COLUMNS = (
