@@ -14,9 +14,9 @@ from torch.fx.node import map_aggregate
 
 from fxprune.annotations import KEY, annotate_graph, annotation, report_of
 from fxprune.errors import GraphError
-from fxprune.fine_tuning.keeper import attach_again
 from fxprune.fine_tuning.recorded_zeros import current_report, record_zeros
 from fxprune.layers.deployment import assess_deployment
+from fxprune.layers.keeper import attach_again
 from fxprune.layers.kept import layers_inside
 from fxprune.report import LayerReport, PruneReport
 
