@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.calibration import Calibration
-from fxprune.constraints.base import Chain, Constraint, Part, Rest, register
 from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry
+from fxprune.layers.constraint import Chain, Constraint, Part, Rest, register
 from fxprune.layers.sensitivity import sensitivities
 from fxprune.method import Method
 from fxprune.pattern import MixedPattern, NMPattern, Pattern

@@ -11,10 +11,10 @@ from torch.fx import GraphModule, Node
 
 from fxprune.calibration.batches import tensors_in
 from fxprune.calibration.calibration import Calibration
-from fxprune.constraints.base import Constraint, Part, Rest, register
 from fxprune.errors import OptionsError, PatternError
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import module_of
+from fxprune.layers.constraint import Constraint, Part, Rest, register
 from fxprune.layers.splits import SPLITS, Split, full_rank, geometries
 from fxprune.method import Method
 from fxprune.ranks.choices import Choice, RankPlan
