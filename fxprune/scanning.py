@@ -22,9 +22,9 @@ from fxprune.compiler import checked_memory
 from fxprune.constraints import Chain, Constraint, parse_chain
 from fxprune.constraints.mask import Mask
 from fxprune.constraints.rank import Rank
+from fxprune.constraints.sensitivity import sensitivities
 from fxprune.errors import OptionsError
 from fxprune.layers.macs import macs_per_sample
-from fxprune.layers.sensitivity import sensitivities
 from fxprune.method import Method
 from fxprune.options import Options, given_options
 from fxprune.passes import CheckHooks, CheckImages, FoldBatchNorm, InsertObservers, RemoveInplace

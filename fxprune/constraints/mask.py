@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.calibration import Calibration
+from fxprune.constraints.sensitivity import sensitivities
 from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry
 from fxprune.layers.constraint import Chain, Constraint, Part, Rest, register
-from fxprune.layers.sensitivity import sensitivities
 from fxprune.method import Method
 from fxprune.pattern import MixedPattern, NMPattern, Pattern
 from fxprune.solvers.allocation import allocate
