@@ -18,13 +18,13 @@ from torch.fx import GraphModule, Node
 from fxprune import solvers
 from fxprune.annotations import annotation
 from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.macs import macs_per_sample
 from fxprune.compiler import checked_memory
 from fxprune.constraints import Chain, Constraint, parse_chain
 from fxprune.constraints.mask import Mask
 from fxprune.constraints.rank import Rank
 from fxprune.constraints.sensitivity import sensitivities
 from fxprune.errors import OptionsError
-from fxprune.layers.macs import macs_per_sample
 from fxprune.method import Method
 from fxprune.options import Options, given_options
 from fxprune.passes import CheckHooks, CheckImages, FoldBatchNorm, InsertObservers, RemoveInplace

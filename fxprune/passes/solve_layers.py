@@ -16,6 +16,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.annotations import Annotation, annotate, annotate_graph, annotation, report_of
 from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.macs import macs_per_sample
 from fxprune.calibration.stream import CalibrationStream, Outcome, StreamedLayer
 from fxprune.constraints.rank import Rank
 from fxprune.consumers import skip_operands
@@ -24,7 +25,6 @@ from fxprune.geometry import LayerGeometry
 from fxprune.graph import module_of
 from fxprune.layers.checkpoint import LayerCheckpoint
 from fxprune.layers.kept import kept_layer, layers_inside, zeros
-from fxprune.layers.macs import macs_per_sample
 from fxprune.layers.problem import layer_of
 from fxprune.layers.solve import SolvedLayer, SolvedPart, solve_layer
 from fxprune.layers.splits import split_call

@@ -10,9 +10,9 @@ from torch import Size
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.macs import layer_shapes, macs_per_sample
 from fxprune.calibration.stream import dense_statistics
 from fxprune.geometry import LayerGeometry
-from fxprune.layers.macs import layer_shapes, macs_per_sample
 from fxprune.layers.problem import layer_of, pose_problem
 from fxprune.layers.splits import Split, dense_multiply_adds, full_rank, multiply_adds
 from fxprune.ranks.choices import Choice, LayerRanks, Survey, pareto
