@@ -1,7 +1,8 @@
 """CheckImages: warns of calibration images that cannot be right; to be run before BatchNorm is folded.
 
-It sees what can be told without labels, before anything is fitted to the images. BatchNorm's running mean and variance say what the network was trained on; images of other sizes, ranges or contents give
-others. Constant images, and networks most of whose activations are dead, have nothing to fit.
+It sees what can be told without labels, before anything is fitted to the images. BatchNorm's running mean and variance say
+what the network was trained on; images of other sizes, ranges or contents give others. Constant images, and networks most of
+whose activations are dead, have nothing to fit.
 """
 
 from __future__ import annotations
