@@ -11,7 +11,7 @@ from torch import Size
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.batches import count, map_tensors
-from fxprune.calibration.calibration import observers_off
+from fxprune.calibration.observers import observers_off
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.graph import input_of, module_of, value_shapes
 

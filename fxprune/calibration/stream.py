@@ -21,10 +21,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map_only
 
 from fxprune.calibration.batch_store import BatchStore, BatchValues
-from fxprune.calibration.calibration import Calibration, observers_off
+from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.failures import node_failure, remedy_for, stays_as_it_is
 from fxprune.calibration.lifetimes import last_uses, overwrite, reads_strides, spare_input
-from fxprune.calibration.observers import observer_of
+from fxprune.calibration.observers import observer_of, observers_off
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.calibration.reading import Slot, Source, read_into
 from fxprune.calibration.sampling import BatchPlace, PatchSample, sample_patches

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.batches import inputs_of, map_tensors, tensors_in
-from fxprune.calibration.calibration import Calibration, observers_off
+from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.observers import observers_off
 from fxprune.calibration.output_error import OutputError
 from fxprune.calibration.stream import dense_statistics
 from fxprune.errors import PatternError

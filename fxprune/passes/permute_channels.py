@@ -20,9 +20,9 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.annotations import annotation, changed_modules
 from fxprune.calibration.batches import inputs_of, map_tensors, take, tensors_in
-from fxprune.calibration.calibration import Calibration, observers_off
+from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.failures import said, stays_as_it_is
-from fxprune.calibration.observers import observer_of
+from fxprune.calibration.observers import observer_of, observers_off
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.channels import Channels, analyse_channels, permute_channels, value_shapes
 from fxprune.channels.grouping import Reader, search_grouping

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxprune.annotations import annotation
+from fxprune.calibration.observers import remove_observers
 from fxprune.errors import OptionsError
 from fxprune.export.latency import Latency, measure_latency
 from fxprune.export.torch_export import to_onnx_program
 from fxprune.layers.problem import layer_of
 from fxprune.layers.splits import split_call, two_layers
-from fxprune.passes.remove_observers import RemoveObservers
 from fxprune.ranks.choices import RankPlan, Survey
 from fxprune.ranks.rule import within_budget
 
@@ -109,6 +109,7 @@ def write_shape(graph_module: GraphModule, plan: RankPlan | None, inputs: Sequen
             graph_module.set_submodule(str(node.target), pair)
             split_call(node)
             graph_module.graph.erase_node(node)
-    RemoveObservers()(graph_module)
+    remove_observers(graph_module)
+    graph_module.recompile()
     program = to_onnx_program(graph_module.eval(), tuple(inputs), opset=None, dynamic_batch=False, precision="fp32")
     program.save(str(path))
