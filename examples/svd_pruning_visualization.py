@@ -29,7 +29,7 @@ from fxprune.experiments.checkpoints import load_weights
 from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.training import train
 from fxprune.geometry import flatten_weight
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace
 from fxprune.plots import save_figure
 from fxprune.plots.style import FAINT, INK, figure

@@ -14,8 +14,7 @@ from fxprune.calibration.calibration import Calibration
 from fxprune.compiled import CompiledModule
 from fxprune.errors import OptionsError
 from fxprune.graph import device_of
-from fxprune.method import Method
-from fxprune.options import Options, given_options
+from fxprune.options import Method, Options, given_options
 from fxprune.passes import (
     Allocate,
     CheckHooks,

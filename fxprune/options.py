@@ -1,4 +1,4 @@
-"""What concerns the method beyond recipe and solver, and what each solver takes for its own."""
+"""What concerns the method beyond recipe and solver, what each solver takes for its own, and the two together."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # `fxprune prune --help` shows these options, and must not wa
 
 Target = Literal["weights", "dense", "skip", "rectified"]
 Inputs = Literal["pruned", "dense"]
+Factorisation = Literal["data_aware", "svd"]
 LIGHT_SPARSITY = 0.5  # Up to here rectified targets gain nothing on images held out.
 
 
@@ -124,3 +125,36 @@ PUBLISHED = Options(
 OURS = Options(
     inputs="pruned", target="rectified", bias_correction=True, refit=True, reconstruct=True, patches=64, permute=True
 )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A solver with resolved options (`Options.resolved`).
+
+    Attributes:
+        solver: chooses the weights that stay.
+        options: resolved.
+        label: what the report calls the method; "" for the solver's own name.
+    """
+
+    solver: Solver
+    options: Options
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """As the report has it."""
+        return self.label or str(self.solver)
+
+    @property
+    def factorisation(self) -> Factorisation:
+        """How a layer is split: by the output error, or by the weight alone for a solver that sees no images."""
+        return "data_aware" if self.solver.needs_statistics else "svd"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether anything that is done to a layer depends on the calibration images."""
+        o = self.options
+        return (
+            self.solver.needs_statistics or o.target != "weights" or bool(o.refit or o.bias_correction or o.reconstruct)
+        )

@@ -14,8 +14,7 @@ from fxprune.compiler import compile, solving_passes
 from fxprune.constraints.rank import Rank
 from fxprune.errors import OptionsError
 from fxprune.layers.splits import Split, splits_of
-from fxprune.method import Factorisation, Method
-from fxprune.options import OURS, PUBLISHED, Options, given_options
+from fxprune.options import OURS, PUBLISHED, Factorisation, Method, Options, given_options
 from fxprune.ranks.choices import RankPlan
 from fxprune.ranks.rule import RankRule
 from fxprune.recipe import Recipe

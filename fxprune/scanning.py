@@ -25,8 +25,7 @@ from fxprune.constraints.mask import Mask
 from fxprune.constraints.rank import Rank
 from fxprune.constraints.sensitivity import sensitivities
 from fxprune.errors import OptionsError
-from fxprune.method import Method
-from fxprune.options import Options, given_options
+from fxprune.options import Method, Options, given_options
 from fxprune.passes import CheckHooks, CheckImages, FoldBatchNorm, InsertObservers, RemoveInplace
 from fxprune.ranks.rule import RankRule
 from fxprune.recipe import Recipe

@@ -14,7 +14,7 @@ from fxprune.constraints.sensitivity import sensitivities
 from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry
 from fxprune.layers.constraint import Chain, Constraint, Part, Rest, register
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.pattern import MixedPattern, NMPattern, Pattern
 from fxprune.solvers.allocation import allocate
 from fxprune.solvers.problem import LayerProblem

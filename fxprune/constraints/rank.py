@@ -16,7 +16,7 @@ from fxprune.geometry import LayerGeometry
 from fxprune.graph import module_of
 from fxprune.layers.constraint import Constraint, Part, Rest, register
 from fxprune.layers.splits import SPLITS, Split, full_rank, geometries
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.ranks.choices import Choice, RankPlan
 from fxprune.ranks.rule import RankRule
 from fxprune.ranks.survey import survey

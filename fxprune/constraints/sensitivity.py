@@ -27,7 +27,7 @@ from fxprune.graph import Runner, device_of
 from fxprune.layers.constraint import Chain, Part
 from fxprune.layers.problem import layer_of
 from fxprune.layers.solve import product, solve_chain
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.runtime.precision import full_precision
 from fxprune.solvers.problem import LayerProblem
 from fxprune.statistics import InputStatistics

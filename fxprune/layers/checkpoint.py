@@ -18,7 +18,7 @@ from fxprune.files import save_tensors
 from fxprune.geometry import LayerGeometry
 from fxprune.layers.constraint import chain_text
 from fxprune.layers.solve import SolvedLayer, SolvedPart
-from fxprune.method import Method
+from fxprune.options import Method
 
 
 class LayerCheckpoint:

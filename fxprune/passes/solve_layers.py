@@ -28,7 +28,7 @@ from fxprune.layers.kept import kept_layer, layers_inside, zeros
 from fxprune.layers.problem import layer_of
 from fxprune.layers.solve import SolvedLayer, SolvedPart, solve_layer
 from fxprune.layers.splits import split_call
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
 from fxprune.ranks.choices import RankPlan
 from fxprune.recipe import Recipe

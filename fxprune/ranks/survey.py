@@ -23,7 +23,7 @@ from fxprune.solvers.spatial_split import arranged, spatial_errors, whitened_arr
 from fxprune.statistics import InputStatistics
 
 if TYPE_CHECKING:
-    from fxprune.method import Method
+    from fxprune.options import Method
 
 RANKS_TRIED = 48  # of each split, spread evenly where there are more
 

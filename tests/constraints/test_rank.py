@@ -16,7 +16,7 @@ from fxprune.constraints.rank import Rank
 from fxprune.errors import CalibrationError, OptionsError
 from fxprune.export import export_onnx
 from fxprune.layers.splits import full_rank, splits_of
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.passes import Allocate, FoldBatchNorm, InsertObservers, RemoveObservers, SolveLayers, changes, verify
 from fxprune.rank_reduction import low_rank, low_rank_options
 from fxprune.ranks.choices import Choice, PlannedLayer, RankPlan

@@ -13,7 +13,7 @@ from fxprune.annotations import annotation
 from fxprune.errors import OptionsError, ValidationError
 from fxprune.export.latency import measure_latency
 from fxprune.export.torch_export import to_onnx_program
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.passes import InsertObservers
 from fxprune.rank_reduction import low_rank, low_rank_options
 from fxprune.ranks import speedup
