@@ -34,7 +34,7 @@ from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace
 from fxprune.plots import save_figure
 from fxprune.plots.style import FAINT, INK, figure
 from fxprune.rank_reduction import low_rank_options
-from fxprune.ranks.choices import Survey
+from fxprune.ranks.plan import Survey
 from fxprune.ranks.survey import survey
 from fxprune.solvers import ADMM, Magnitude
 from fxprune.solvers.low_rank import tail_energy

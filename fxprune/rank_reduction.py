@@ -15,8 +15,7 @@ from fxprune.constraints.rank import Rank
 from fxprune.errors import OptionsError
 from fxprune.layers.splits import Split, splits_of
 from fxprune.options import OURS, PUBLISHED, Factorisation, Method, Options, given_options
-from fxprune.ranks.choices import RankPlan
-from fxprune.ranks.rule import RankRule
+from fxprune.ranks.plan import RankPlan, RankRule
 from fxprune.recipe import Recipe
 from fxprune.solvers import ADMM, Magnitude
 

@@ -27,7 +27,7 @@ from fxprune.constraints.sensitivity import sensitivities
 from fxprune.errors import OptionsError
 from fxprune.options import Method, Options, given_options
 from fxprune.passes import CheckHooks, CheckImages, FoldBatchNorm, InsertObservers, RemoveInplace
-from fxprune.ranks.rule import RankRule
+from fxprune.ranks.plan import RankRule
 from fxprune.recipe import Recipe
 from fxprune.runtime.devices import default_device
 from fxprune.runtime.progress import layer_progress

@@ -70,7 +70,7 @@ def low_rank(
     The data may be a labelled data set, a folder of pictures, or an .npz or .npy file.
     """
     import fxprune
-    from fxprune.ranks.rule import RankRule
+    from fxprune.ranks.plan import RankRule
 
     RankRule.parse(rank)  # a misspelt rule must not cost a dense evaluation first
     name = f"{model_name(task.model)}-{data_name(task.data)}-{rank.replace(':', '-')}-{method}"

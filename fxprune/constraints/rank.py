@@ -17,8 +17,7 @@ from fxprune.graph import module_of
 from fxprune.layers.constraint import Constraint, Part, Rest, register
 from fxprune.layers.splits import SPLITS, Split, full_rank, geometries
 from fxprune.options import Method
-from fxprune.ranks.choices import Choice, RankPlan
-from fxprune.ranks.rule import RankRule
+from fxprune.ranks.plan import Choice, RankPlan, RankRule
 from fxprune.ranks.survey import survey
 from fxprune.solvers.low_rank import Factors, data_aware_factors, plain_factors, refit_second
 from fxprune.solvers.problem import LayerProblem

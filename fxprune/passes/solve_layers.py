@@ -30,7 +30,7 @@ from fxprune.layers.solve import SolvedLayer, SolvedPart, solve_layer
 from fxprune.layers.splits import split_call
 from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
-from fxprune.ranks.choices import RankPlan
+from fxprune.ranks.plan import RankPlan
 from fxprune.recipe import Recipe
 from fxprune.report import LayerReport, PruneReport
 from fxprune.runtime.precision import full_precision

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -14,15 +15,15 @@ from torch.fx import GraphModule
 from fxprune.annotations import annotation
 from fxprune.calibration.observers import remove_observers
 from fxprune.errors import OptionsError
-from fxprune.export.latency import Latency, measure_latency
-from fxprune.export.torch_export import to_onnx_program
 from fxprune.layers.problem import layer_of
 from fxprune.layers.splits import split_call, two_layers
-from fxprune.ranks.choices import RankPlan, Survey
-from fxprune.ranks.rule import within_budget
+from fxprune.ranks.plan import RankPlan, Survey, within_budget
+
+if TYPE_CHECKING:
+    from fxprune.export.latency import Latency
 
 TRIALS = 5
-Measure = Callable[[Sequence[Path], Sequence[Tensor]], Sequence[Latency]]
+Measure: TypeAlias = "Callable[[Sequence[Path], Sequence[Tensor]], Sequence[Latency]]"
 
 
 def plan_for_speedup(
@@ -31,7 +32,7 @@ def plan_for_speedup(
     factor: float,
     inputs: Sequence[Tensor],
     *,
-    measure: Measure = measure_latency,
+    measure: Measure | None = None,
 ) -> RankPlan:
     """The plan with the most multiply-adds found that runs `factor` times faster than dense, by bisection over budgets.
 
@@ -42,11 +43,15 @@ def plan_for_speedup(
         survey: of that graph.
         factor: wanted ratio of the medians, dense / factored.
         inputs: the model's arguments for one image.
-        measure: how to time files.
+        measure: how to time files; None: `fxprune.export.latency.measure_latency`.
 
     Raises:
         OptionsError: not reached even with the fewest multiply-adds.
     """
+    # The engine imports the export here only, where files are what is measured.
+    from fxprune.export.latency import measure_latency
+
+    measure = measure or measure_latency
     inputs = [x.cpu() for x in inputs]
     with tempfile.TemporaryDirectory() as folder:
         dense, candidate = Path(folder) / "dense.onnx", Path(folder) / "candidate.onnx"
@@ -100,6 +105,8 @@ def search(survey: Survey, factor: float, speed: Callable[[RankPlan], float]) ->
 
 def write_shape(graph_module: GraphModule, plan: RankPlan | None, inputs: Sequence[Tensor], path: Path) -> None:
     """Write the dense graph, or one of the shape that the plan would give it."""
+    from fxprune.export.torch_export import to_onnx_program
+
     graph_module = copy.deepcopy(graph_module).cpu()
     for node in list(graph_module.graph.nodes):
         choice = plan.choice(str(node.target)) if plan is not None and annotation(node).role else None

@@ -15,7 +15,7 @@ from fxprune.calibration.stream import dense_statistics
 from fxprune.geometry import LayerGeometry
 from fxprune.layers.problem import layer_of, pose_problem
 from fxprune.layers.splits import Split, dense_multiply_adds, full_rank, multiply_adds
-from fxprune.ranks.choices import Choice, LayerRanks, Survey, pareto
+from fxprune.ranks.plan import Choice, LayerRanks, Survey, pareto
 from fxprune.runtime.precision import full_precision
 from fxprune.solvers.low_rank import tail_energy, whitened_target
 from fxprune.solvers.problem import LayerProblem

@@ -19,8 +19,7 @@ from fxprune.layers.splits import full_rank, splits_of
 from fxprune.options import Method
 from fxprune.passes import Allocate, FoldBatchNorm, InsertObservers, RemoveObservers, SolveLayers, changes, verify
 from fxprune.rank_reduction import low_rank, low_rank_options
-from fxprune.ranks.choices import Choice, PlannedLayer, RankPlan
-from fxprune.ranks.rule import RankRule
+from fxprune.ranks.plan import Choice, PlannedLayer, RankPlan, RankRule
 from fxprune.recipe import Recipe
 from fxprune.saving import load, save
 from fxprune.solvers import ADMM, Magnitude

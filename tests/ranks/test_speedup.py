@@ -17,8 +17,7 @@ from fxprune.options import Method
 from fxprune.passes import InsertObservers
 from fxprune.rank_reduction import low_rank, low_rank_options
 from fxprune.ranks import speedup
-from fxprune.ranks.choices import RankPlan, Survey
-from fxprune.ranks.rule import RankRule
+from fxprune.ranks.plan import RankPlan, RankRule, Survey
 from fxprune.ranks.survey import survey
 from fxprune.recipe import Recipe
 from fxprune.solvers import Magnitude

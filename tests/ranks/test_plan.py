@@ -5,8 +5,7 @@ import itertools
 import pytest
 
 from fxprune.errors import OptionsError
-from fxprune.ranks.choices import Choice, LayerRanks, RankPlan, Survey, pareto
-from fxprune.ranks.rule import RankRule, within_budget
+from fxprune.ranks.plan import Choice, LayerRanks, RankPlan, RankRule, Survey, pareto, within_budget
 
 
 def layer(dense: int, *choices: tuple[int, int, float]) -> LayerRanks:
