@@ -15,8 +15,8 @@ from fxprune.geometry import LayerGeometry
 from fxprune.report import LayerReport, PruneReport
 
 if TYPE_CHECKING:
-    from fxprune.constraints import Chain
     from fxprune.fine_tuning.recorded_zeros import ZeroMask
+    from fxprune.layers.constraint import Chain
 
 KEY = "fxprune"
 Role = Literal["compress", "reconstruct", "keep"]

@@ -274,10 +274,6 @@ def _module_arguments(module: nn.Module) -> dict[str, str]:
     return texts
 
 
-_WEIGHTED = re.compile(r"conv[123]d|conv_transpose[123]d|linear")
-PRODUCTS = ("matmul", "mm", "bmm")
-
-
 def _node_weights(graph_module: GraphModule, node: Node) -> Weights:
     """Tensors of the module behind a node, or those that a function reads from the model itself."""
     module = module_of(node)

@@ -16,9 +16,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from fxprune.annotations import Annotation, annotate, annotation
 from fxprune.calibration.observers import OBSERVERS
 from fxprune.constraints import Chain, Constraint
-from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
+from fxprune.geometry import LAYERS, TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
 from fxprune.graph import call_sites, input_of, is_tied, module_of
-from fxprune.layers.kept import LAYERS, layers_inside, matrices_read
+from fxprune.layers.kept import layers_inside, matrices_read
 from fxprune.passes.base import Pass
 from fxprune.recipe import Recipe
 from fxprune.statistics import HessianObserver
