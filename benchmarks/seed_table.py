@@ -88,7 +88,7 @@ SHORT = (
 )  # fmt: skip
 SHORTENED = (
     "The CIFAR-10 networks are a quarter as wide as their originals and were trained shortly: in full, resnet18_cifar and "
-    "vgg16_cifar take 0.56 and 0.33 billion multiply-adds an image, a day or more on two cores. `--device cuda` trains "
+    "vgg16_cifar take 0.56 and 0.33 billion MACs an image, a day or more on two cores. `--device cuda` trains "
     "all four in full."
 )
 

@@ -187,7 +187,7 @@ def _by_layer(chain: Chain) -> Chain:
         if isinstance(constraint, Rank) and isinstance(constraint.rule, RankRule):
             if constraint.rule.kind == "speedup":
                 raise OptionsError(f"{constraint} is measured on the whole network; scan 'rank:0.5' or the like")
-            if constraint.rule.kind == "multiply_adds":
+            if constraint.rule.kind == "macs":
                 constraint = replace(constraint, rule=RankRule("ratio", constraint.rule.value))
         own.append(constraint)
     return tuple(own)

@@ -26,7 +26,7 @@ from fxprune.graph_diff.onnx_constants import (
     opset_of,
     tensor_inputs,
 )
-from fxprune.graph_diff.weights import Weights, weight_multiply_adds
+from fxprune.graph_diff.weights import Weights, weight_macs
 
 _MAX_MESSAGE = 2**31 - 2**20  # shape inference passes the model on as one message
 _HAS_BIAS = ("Conv", "ConvTranspose", "Gemm", "FusedConv", "FusedGemm")
@@ -69,7 +69,7 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
                 inputs=tuple(producer[name] for name in node.input if name in producer),
                 weights=weights,
                 output_shape=output or None,
-                multiply_adds=_multiply_adds(node, weights, source, output),
+                macs=_macs(node, weights, source, output),
                 pattern=str(layers.get(name, {}).get("pattern", "")),
                 order=orders.get(name, (None, None)),
             )
@@ -89,7 +89,7 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
         nodes=tuple(nodes),
         parameters=parameters,
         compressed=f"pruned to {pattern}" if pattern else "",
-        shapes_known=any(node.multiply_adds is not None for node in nodes),
+        shapes_known=any(node.macs is not None for node in nodes),
         notes=(f"What happens inside {', '.join(nested)} is not compared.",) if nested else (),
     )
 
@@ -110,12 +110,12 @@ def _layer_names(uses: Mapping[str, WeightUse], origins: Mapping[str, str]) -> d
     return {node: name.removesuffix(".weight") for node, name in stored.items() if readers[name] == 1 and "." in name}
 
 
-def _multiply_adds(
+def _macs(
     node: NodeProto, weights: Weights, source: tuple[int | str, ...], output: tuple[int | str, ...]
 ) -> int | None:
     """Of a layer with a stored weight, or of a product of two activations; None where a size is not known."""
     if weights.weight is not None and output:
-        return weight_multiply_adds(weights, source, output)
+        return weight_macs(weights, source, output)
     factors = [*output[1:], *source[-1:]]
     known = [size for size in factors if isinstance(size, int)]
     if node.op_type == "MatMul" and source and output and len(known) == len(factors):

@@ -79,7 +79,7 @@ class SolveLayers(CalibratedPass):
             peak_memory=outcome.peak_bytes,
             agreement=outcome.agreement,
             kl=outcome.kl,
-            multiply_adds=(before, _macs(graph_module, calibration)) if before else (),
+            macs=(before, _macs(graph_module, calibration)) if before else (),
         )
         annotate_graph(graph_module, report=report)
         return PassResult(graph_module, any(layer.status != "kept" for layer in layers))
@@ -149,7 +149,7 @@ class SolveLayers(CalibratedPass):
             dead_inputs=layer.dead_inputs,
             seconds=layer.seconds,
             rank=rank.choice.rank if rank is not None and rank.choice is not None and factored else 0,
-            multiply_adds=rank.multiply_adds if rank is not None and factored else (),
+            macs=rank.macs if rank is not None and factored else (),
         )
 
     def _asked_for(self, roles: Mapping[Node, Annotation]) -> str:
@@ -186,7 +186,7 @@ class SolveLayers(CalibratedPass):
                 sparsity=zeros(module.weight),
                 relative_error=layer.relative_error if whole else None,
                 seconds=layer.seconds if whole else 0.0,
-                multiply_adds=layer.multiply_adds if whole else (),
+                macs=layer.macs if whole else (),
             )
             annotate(call, report=row)
 

@@ -1,6 +1,6 @@
 """Which ranks a network's layers could have, and the plan that a rule makes of them.
 
-A rule is written "energy:0.95", "ratio:0.5", "multiply_adds:0.7" or "speedup:1.3".
+A rule is written "energy:0.95", "ratio:0.5", "macs:0.7" or "speedup:1.3".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fxprune.errors import OptionsError, SolverError
 from fxprune.layers.splits import Split, full_rank
 from fxprune.solvers.allocation import allocate
 
-Kind = Literal["energy", "ratio", "multiply_adds", "speedup"]
+Kind = Literal["energy", "ratio", "macs", "speedup"]
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,20 @@ class Choice:
     Attributes:
         split: how.
         rank: r, the channels between the two layers.
-        multiply_adds: of both for one sample.
+        macs: of both for one sample.
         error: expected, relative: of the output ("data_aware") or of the weight ("svd").
     """
 
     split: Split
     rank: int
-    multiply_adds: int
+    macs: int
     error: float
 
 
 def pareto(choices: Iterable[Choice]) -> tuple[Choice, ...]:
-    """The choices that no other beats in both multiply-adds and error, cheapest first."""
+    """The choices that no other beats in both MACs and error, cheapest first."""
     kept: list[Choice] = []
-    for choice in sorted(choices, key=lambda choice: (choice.multiply_adds, choice.error)):
+    for choice in sorted(choices, key=lambda choice: (choice.macs, choice.error)):
         if not kept or choice.error < kept[-1].error:
             kept.append(choice)
     return tuple(kept)
@@ -50,12 +50,12 @@ class LayerRanks:
     """What a survey found out about one layer.
 
     Attributes:
-        multiply_adds: of the layer as it is, for one sample.
-        choices: those that save multiply-adds, cheapest first, none beaten by another.
+        macs: of the layer as it is, for one sample.
+        choices: those that save MACs, cheapest first, none beaten by another.
         spectra: singular values by split, descending, relative to the largest.
     """
 
-    multiply_adds: int
+    macs: int
     choices: tuple[Choice, ...]
     spectra: Mapping[Split, tuple[float, ...]]
 
@@ -66,19 +66,17 @@ class Survey:
 
     Attributes:
         layers: by name, every layer that has one of the splits.
-        multiply_adds: of all Conv and Linear modules for one sample.
+        macs: of all Conv and Linear modules for one sample.
     """
 
     layers: Mapping[str, LayerRanks]
-    multiply_adds: int
+    macs: int
 
     @property
-    def least_multiply_adds(self) -> int:
+    def least_macs(self) -> int:
         """Of the whole network with the lowest ranks everywhere."""
-        saved = (
-            layer.multiply_adds - layer.choices[0].multiply_adds for layer in self.layers.values() if layer.choices
-        )
-        return self.multiply_adds - sum(saved)
+        saved = (layer.macs - layer.choices[0].macs for layer in self.layers.values() if layer.choices)
+        return self.macs - sum(saved)
 
 
 @dataclass(frozen=True)
@@ -86,12 +84,12 @@ class PlannedLayer:
     """What one layer is to become.
 
     Attributes:
-        multiply_adds: of the layer as it is.
+        macs: of the layer as it is.
         choice: None leaves it whole.
         reason: why it stays whole, else "".
     """
 
-    multiply_adds: int
+    macs: int
     choice: Choice | None
     reason: str = ""
 
@@ -103,12 +101,12 @@ class RankPlan:
     Attributes:
         rule: how it was chosen, in words.
         layers: by name.
-        multiply_adds: of all Conv and Linear modules for one sample, (now, then).
+        macs: of all Conv and Linear modules for one sample, (now, then).
     """
 
     rule: str
     layers: Mapping[str, PlannedLayer]
-    multiply_adds: tuple[int, int]
+    macs: tuple[int, int]
 
     @classmethod
     def of(cls, rule: str, survey: Survey, chosen: Mapping[str, Choice | None]) -> RankPlan:
@@ -116,10 +114,10 @@ class RankPlan:
         layers = {}
         for name, layer in survey.layers.items():
             choice = chosen[name]
-            reason = "" if choice else f"left whole by {rule}" if layer.choices else "no rank would save multiply-adds"
-            layers[name] = PlannedLayer(layer.multiply_adds, choice, reason)
-        saved = sum(p.multiply_adds - p.choice.multiply_adds for p in layers.values() if p.choice)
-        return cls(rule, layers, (survey.multiply_adds, survey.multiply_adds - saved))
+            reason = "" if choice else f"left whole by {rule}" if layer.choices else "no rank would save MACs"
+            layers[name] = PlannedLayer(layer.macs, choice, reason)
+        saved = sum(p.macs - p.choice.macs for p in layers.values() if p.choice)
+        return cls(rule, layers, (survey.macs, survey.macs - saved))
 
     def choice(self, name: str) -> Choice | None:
         """How a layer is to be factored; None if it stays whole or is not in the plan."""
@@ -162,8 +160,8 @@ class RankRule:
 
     Attributes:
         kind: "energy": each layer keeps that share of its output's variance ("svd": of its squared singular values).
-            "ratio": each layer keeps at most that share of its multiply-adds.
-            "multiply_adds": the network keeps at most that share of its multiply-adds, spread over the layers by error.
+            "ratio": each layer keeps at most that share of its MACs.
+            "macs": the network keeps at most that share of its MACs, spread over the layers by error.
             "speedup": the network gets that many times faster in onnxruntime, measured (`fxprune.low_rank` only).
         value: a share between 0 and 1; for "speedup" a factor above 1.
     """
@@ -184,6 +182,7 @@ class RankRule:
         if isinstance(text, RankRule):
             return text
         name, _, figure = str(text).partition(":")
+        name = "macs" if name == "multiply_adds" else name  # As it was called at first.
         try:
             value = float(figure)
         except ValueError:
@@ -192,7 +191,7 @@ class RankRule:
             if name == kind and (value > 1 if kind == "speedup" else 0 < value < 1):
                 return RankRule(kind, value)
         raise OptionsError(
-            f"cannot read the rank rule {text!r}; write 'energy:0.95', 'ratio:0.5' or 'multiply_adds:0.7', a share "
+            f"cannot read the rank rule {text!r}; write 'energy:0.95', 'ratio:0.5' or 'macs:0.7', a share "
             "between 0 and 1, or 'speedup:1.3', a factor above 1"
         )
 
@@ -207,8 +206,8 @@ class RankRule:
         """
         if self.kind == "speedup":
             raise OptionsError("'speedup' is measured on an exported model: use fxprune.low_rank, or another rule")
-        if self.kind == "multiply_adds":
-            chosen = within_budget(survey, int(self.value * survey.multiply_adds))
+        if self.kind == "macs":
+            chosen = within_budget(survey, int(self.value * survey.macs))
         else:
             chosen = {name: self._of_layer(layer) for name, layer in survey.layers.items()}
         return RankPlan.of(f"rank {self}", survey, chosen)
@@ -216,29 +215,28 @@ class RankRule:
     def _of_layer(self, layer: LayerRanks) -> Choice | None:
         if self.kind == "energy":
             good = [choice for choice in layer.choices if choice.error <= 1 - self.value]
-            return min(good, key=lambda choice: choice.multiply_adds, default=None)
-        affordable = [choice for choice in layer.choices if choice.multiply_adds <= self.value * layer.multiply_adds]
+            return min(good, key=lambda choice: choice.macs, default=None)
+        affordable = [choice for choice in layer.choices if choice.macs <= self.value * layer.macs]
         return min(affordable, key=lambda choice: choice.error, default=None)
 
 
 def within_budget(survey: Survey, budget: int) -> dict[str, Choice | None]:
-    """Choices with the least sum of errors such that the whole network stays within a budget of multiply-adds.
+    """Choices with the least sum of errors such that the whole network stays within a budget of MACs.
 
     Raises:
         OptionsError: even the lowest ranks exceed the budget.
     """
     layers = survey.layers
-    fixed = survey.multiply_adds - sum(layer.multiply_adds for layer in layers.values())
+    fixed = survey.macs - sum(layer.macs for layer in layers.values())
     options: list[list[Choice | None]] = [[None, *layer.choices] for layer in layers.values()]
     costs = [[c.error if c else 0.0 for c in choices] for choices in options]
     kept = [
-        [c.multiply_adds if c else layer.multiply_adds for c in choices]
-        for layer, choices in zip(layers.values(), options, strict=True)
+        [c.macs if c else layer.macs for c in choices] for layer, choices in zip(layers.values(), options, strict=True)
     ]
-    if budget < (least := survey.least_multiply_adds):
+    if budget < (least := survey.least_macs):
         raise OptionsError(
-            f"{budget / 1e6:.1f} M multiply-adds are out of reach: at the lowest ranks the network still has "
-            f"{least / 1e6:.1f} M of {survey.multiply_adds / 1e6:.1f} M; ask for more, or for a smaller `multiple`"
+            f"{budget / 1e6:.1f} M MACs are out of reach: at the lowest ranks the network still has "
+            f"{least / 1e6:.1f} M of {survey.macs / 1e6:.1f} M; ask for more, or for a smaller `multiple`"
         )
     try:
         levels = allocate(costs, kept, budget - fixed)

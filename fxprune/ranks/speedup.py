@@ -34,7 +34,7 @@ def plan_for_speedup(
     *,
     measure: Measure | None = None,
 ) -> RankPlan:
-    """The plan with the most multiply-adds found that runs `factor` times faster than dense, by bisection over budgets.
+    """The plan with the most MACs found that runs `factor` times faster than dense, by bisection over budgets.
 
     Only sizes matter to speed, so the candidates that are timed have weights that mean nothing.
 
@@ -46,7 +46,7 @@ def plan_for_speedup(
         measure: how to time files; None: `fxprune.export.latency.measure_latency`.
 
     Raises:
-        OptionsError: not reached even with the fewest multiply-adds.
+        OptionsError: not reached even with the fewest MACs.
     """
     # The engine imports the export here only, where files are what is measured.
     from fxprune.export.latency import measure_latency
@@ -66,7 +66,7 @@ def plan_for_speedup(
 
 
 def search(survey: Survey, factor: float, speed: Callable[[RankPlan], float]) -> RankPlan:
-    """Bisection over budgets of multiply-adds.
+    """Bisection over budgets of MACs.
 
     Args:
         survey: of the network.
@@ -74,14 +74,14 @@ def search(survey: Survey, factor: float, speed: Callable[[RankPlan], float]) ->
         speed: measures the speed-up of a plan.
 
     Raises:
-        OptionsError: not reached even with the fewest multiply-adds.
+        OptionsError: not reached even with the fewest MACs.
     """
 
     def plan_of(budget: int) -> RankPlan:
         return RankPlan.of(f"rank speedup:{factor:g}", survey, within_budget(survey, budget))
 
     best: tuple[RankPlan, float] | None = None
-    low, high = survey.least_multiply_adds, survey.multiply_adds
+    low, high = survey.least_macs, survey.macs
     budget = max(low, int(0.9 * high / factor))
     for _ in range(TRIALS):
         plan = plan_of(budget)
@@ -97,8 +97,8 @@ def search(survey: Survey, factor: float, speed: Callable[[RankPlan], float]) ->
     plan, reached = best
     if reached < factor:
         raise OptionsError(
-            f"a speed-up of {factor:g} is out of reach: it was {reached:.2f} with the fewest multiply-adds that low rank "
-            f"can give here, {plan.multiply_adds[1] / 1e6:.1f} M of {plan.multiply_adds[0] / 1e6:.1f} M"
+            f"a speed-up of {factor:g} is out of reach: it was {reached:.2f} with the fewest MACs that low rank "
+            f"can give here, {plan.macs[1] / 1e6:.1f} M of {plan.macs[0] / 1e6:.1f} M"
         )
     return replace(plan, rule=f"{plan.rule}, measured {reached:.2f}")
 
