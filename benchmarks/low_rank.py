@@ -191,7 +191,7 @@ def network_row(
         jpeg = make_loader(images(name, data / "cifar10" / "cifar10_jpeg_test.npz", None, AGREEMENT), batch_size=BATCH)
         top1, kl = agreement(model, small, jpeg)
         scores = {"accuracy_dense": evaluate(model, test), "accuracy": evaluate(small, test)}
-        scores |= {"agreement": top1, "kl": kl}
+        scores |= {"agreement": 100 * top1, "kl": kl}
     before, after = small.report.macs
     dense, fast = time_both(model, small, torch.randn(size), runs, threads)
     return NetworkRow(

@@ -96,10 +96,9 @@ def main() -> None:
             compiled = fxprune.compile(model, batches, pattern, method=method, options=options, progress=False)
             seconds = time.perf_counter() - started
             close, accuracy = agreement(model, compiled, test), evaluate(compiled, test)
-            rows.append(
-                Row(pattern, name, dense, accuracy, close.top1, close.kl, seconds, given.images, machine("cpu"))
-            )
-            print(f"{pattern} {name}: {accuracy:.2f} / {close.top1:.2f} / {close.kl:.4f}, {seconds:.0f} s", flush=True)
+            agreed = 100 * close.top1
+            rows.append(Row(pattern, name, dense, accuracy, agreed, close.kl, seconds, given.images, machine("cpu")))
+            print(f"{pattern} {name}: {accuracy:.2f} / {agreed:.2f} / {close.kl:.4f}, {seconds:.0f} s", flush=True)
             write(given.output, rows, given)
 
 

@@ -174,7 +174,7 @@ class _Prepared:
             accuracy=accuracy,
             drop=self.accuracy - accuracy,
             allowed_drop=None if row.method == "magnitude" else self.task.allowed_drop,
-            agreement=close.top1,
+            agreement=100 * close.top1,
             kl=close.kl,
             sparsity=compiled.report.sparsity,
             layers_pruned=sum(layer.status == "pruned" for layer in compiled.report.layers),

@@ -163,7 +163,7 @@ def _finish(run: Run, results: dict[str, Any], exported: OnnxReport | None, wher
 
     name = "pruned" if run.command == "prune" else "low rank"
     rows = [("dense", percent("dense_accuracy"), "", "", "")] if "dense_accuracy" in results else []
-    figures = (percent("agreement"), f"{results['kl']:.4f}", f"{results['sparsity']:.1%}")
+    figures = (f"{results['agreement']:.2%}", f"{results['kl']:.4f}", f"{results['sparsity']:.1%}")
     rows.append((name, percent("accuracy"), *figures))
     if exported is not None:
         rows.append(("in onnxruntime", percent("onnx_accuracy"), "", "", f"{exported.sparsity:.1%}"))

@@ -66,7 +66,7 @@ def evaluate(
             part.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     stdout.print(f"{file}: {found.accuracy:.2f}% of {found.images} test images of {task.data}", soft_wrap=True)
     if against is not None:
-        stdout.print(f"agrees with {against} on {figures['agreement']:.2f}%, KL {figures['kl']:.4f}", soft_wrap=True)
+        stdout.print(f"agrees with {against} on {figures['agreement']:.2%}, KL {figures['kl']:.4f}", soft_wrap=True)
     if found.says_nothing:
         fail(
             f"{found.accuracy:.2f}% is no better than guessing ({found.guessing:.2f}%). Is {task.data} the data set that the "

@@ -16,7 +16,7 @@ OK, FAILED = "ok", "failed"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV: what was run, then what came out. Accuracies and agreement in percent.
+    """One line of the CSV: what was run, then what came out. Accuracies in percent, agreement as a share.
 
     Attributes:
         name: the model's label.

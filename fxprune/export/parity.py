@@ -40,7 +40,7 @@ class Parity:
         max_rel: largest absolute difference of an output tensor over its largest absolute value in the batch; for
             integer outputs, the share of numbers that differ.
         tolerance: what `max_rel` may be at most.
-        agreement: percent of positions where the first output (N, classes, ...) has its maximum in the same class; None
+        agreement: share of positions where the first output (N, classes, ...) has its maximum in the same class; None
             if the first output has no class axis.
         accuracy_model: percent right of the model where labels are given, else None.
         accuracy_onnx: the same of the file.
@@ -155,7 +155,7 @@ def compare(
         max_abs=tally.max_abs,
         max_rel=tally.max_rel,
         tolerance=TOLERANCES.get(dtype, TOLERANCES["float32"]),
-        agreement=_percent(tally.same, tally.classified),
+        agreement=tally.same / tally.classified if tally.classified else None,
         accuracy_model=_percent(tally.right_model, tally.labelled),
         accuracy_onnx=_percent(tally.right_onnx, tally.labelled),
         worst_sample=tally.worst_sample,
