@@ -62,7 +62,7 @@ def main(folder: Path = Path("out/demo"), epochs: int = 6) -> None:
         close = agreement(model, pruned, test)
         name = "admm (default)" if pruned is best else method
         zeros = f"{pruned.report.sparsity:.1%}"
-        table.add_row(name, f"{evaluate(pruned, test):.1f}%", f"{close.top1:.1f}%", f"{close.kl:.5f}", zeros)
+        table.add_row(name, f"{evaluate(pruned, test):.1f}%", f"{close.top1:.1%}", f"{close.kl:.5f}", zeros)
     table.add_row("default in onnxruntime", f"{onnx.parity.accuracy_onnx:.1f}%", "", "", f"{onnx.sparsity:.1%}")
     console.print(table)
     console.print(f"ONNX file, validated in onnxruntime: {onnx_file}")

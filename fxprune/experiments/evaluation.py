@@ -136,8 +136,8 @@ def agreement(
         device: where to compute; None is where each model is.
 
     Returns:
-        (top1, kl): the share of images on which both agree, and mean KL(a || b) in nats, in float64. An `EvaluationWarning` says so where the
-        agreement is no better than chance.
+        (top1, kl): the share of images on which both agree, and mean KL(a || b) in nats, in float64. An `EvaluationWarning`
+        says so where the agreement is no better than chance.
 
     Raises:
         EvaluationError: no batches, a model that fails on one, outputs that are no finite logits, or different class counts.
@@ -157,8 +157,8 @@ def agreement(
         raise EvaluationError("the loader gave no batches; there is nothing to compare the models on")
     if classes > 1 and seen.same * classes <= seen.count:
         warnings.warn(
-            f"the two models agree on {seen.same} of {seen.count} images, which guessing one of {classes} classes would do too: are "
-            "these images of the data set that they were trained on, and do both have its classes in one order?",
+            f"the two models agree on {seen.same} of {seen.count} images, which guessing one of {classes} classes would do "
+            "too: are these images of the data set that they were trained on, and do both have its classes in one order?",
             EvaluationWarning,
             stacklevel=3,
         )
