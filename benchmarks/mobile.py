@@ -25,8 +25,8 @@ from benchmarks.machine import machine
 from fxprune import Options
 from fxprune.data import calibration_loader, load_data, make_loader
 from fxprune.experiments.evaluation import agreement, evaluate
-from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.training import train
+from fxprune.experiments.training_recipe import TrainingRecipe
 
 HERE = Path(__file__).resolve().parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -81,7 +81,7 @@ def main() -> None:
     test = make_loader(splits.test, batch_size=500)
     images = Subset(splits.train, range(given.train_images))
     model = network(given.width)
-    recipe = Recipe(given.epochs, channels_last=True)
+    recipe = TrainingRecipe(given.epochs, channels_last=True)
     train(
         model, make_loader(images, shuffle=True), test, recipe, device="cpu", folder=Path("out/mobile"), resume=True,
         on_epoch=lambda e: print(f"epoch {e.epoch}: {e.val_accuracy:.2f}%, {e.seconds:.0f} s", flush=True),

@@ -29,8 +29,8 @@ from benchmarks.seed_table_output import write_markdown, write_plot
 from benchmarks.seed_table_rows import Row, read_rows, write_rows
 from fxprune.data import calibration_loader, load_data, make_loader
 from fxprune.experiments.evaluation import agreement, evaluate
-from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.training import train
+from fxprune.experiments.training_recipe import TrainingRecipe
 from fxprune.export import export_onnx
 from fxprune.models import create, model_info
 
@@ -57,7 +57,7 @@ class Task:
     name: str
     model: str
     data: str
-    recipe: Recipe
+    recipe: TrainingRecipe
     images: int | None = None
     width: int | None = None
     augment: bool = False
@@ -66,24 +66,24 @@ class Task:
 
 FAST: dict[str, Any] = {"amp": True, "channels_last": True}
 FULL = (
-    Task("simple_cnn, MNIST", "simple_cnn", MNIST, Recipe(10, **FAST), allowed_drop=0.3),
-    Task("cifar_cnn, CIFAR-10", "cifar_cnn", CIFAR10, Recipe(30, **FAST), augment=True, allowed_drop=4.0),
-    Task("resnet18_cifar, CIFAR-10", "resnet18_cifar", CIFAR10, Recipe(30, **FAST), augment=True),
-    Task("vgg16_cifar, CIFAR-10", "vgg16_cifar", CIFAR10, Recipe(40, learning_rate=0.05, **FAST), augment=True),
+    Task("simple_cnn, MNIST", "simple_cnn", MNIST, TrainingRecipe(10, **FAST), allowed_drop=0.3),
+    Task("cifar_cnn, CIFAR-10", "cifar_cnn", CIFAR10, TrainingRecipe(30, **FAST), augment=True, allowed_drop=4.0),
+    Task("resnet18_cifar, CIFAR-10", "resnet18_cifar", CIFAR10, TrainingRecipe(30, **FAST), augment=True),
+    Task("vgg16_cifar, CIFAR-10", "vgg16_cifar", CIFAR10, TrainingRecipe(40, learning_rate=0.05, **FAST), augment=True),
 )
 SHORT = (
-    Task("simple_cnn, MNIST", "simple_cnn", MNIST, Recipe(3, channels_last=True), allowed_drop=0.3),
+    Task("simple_cnn, MNIST", "simple_cnn", MNIST, TrainingRecipe(3, channels_last=True), allowed_drop=0.3),
     Task(
         "cifar_cnn, CIFAR-10 (width 16, 10,000 images, 4 epochs)", "cifar_cnn", CIFAR10,
-        Recipe(4, channels_last=True), images=10_000, width=16, allowed_drop=4.0,
+        TrainingRecipe(4, channels_last=True), images=10_000, width=16, allowed_drop=4.0,
     ),
     Task(
         "resnet18_cifar, CIFAR-10 (width 16, 20,000 images, 6 epochs)", "resnet18_cifar", CIFAR10,
-        Recipe(6, channels_last=True), images=20_000, width=16,
+        TrainingRecipe(6, channels_last=True), images=20_000, width=16,
     ),
     Task(
         "vgg16_cifar, CIFAR-10 (width 16, 20,000 images, 6 epochs)", "vgg16_cifar", CIFAR10,
-        Recipe(6, learning_rate=0.05, channels_last=True), images=20_000, width=16,
+        TrainingRecipe(6, learning_rate=0.05, channels_last=True), images=20_000, width=16,
     ),
 )  # fmt: skip
 SHORTENED = (

@@ -17,8 +17,8 @@ from rich.table import Table
 import fxprune
 from fxprune.data import calibration_loader, load_data, make_loader
 from fxprune.experiments.evaluation import agreement, evaluate
-from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.training import Epoch, train
+from fxprune.experiments.training_recipe import TrainingRecipe
 
 
 def main(folder: Path = Path("out/demo"), epochs: int = 6) -> None:
@@ -37,7 +37,7 @@ def main(folder: Path = Path("out/demo"), epochs: int = 6) -> None:
 
     # 2. Train it: a normal, dense network.
     console.print(f"Training a simple CNN on {len(digits.train)} digits")  # type: ignore[arg-type]
-    train(model, make_loader(digits.train, batch_size=100, shuffle=True), test, Recipe(epochs), on_epoch=say)
+    train(model, make_loader(digits.train, batch_size=100, shuffle=True), test, TrainingRecipe(epochs), on_epoch=say)
 
     # 3. Compile it. No training, no labels: 1,024 images to calibrate on are all that is needed.
     calibration = calibration_loader(digits.train, images=1024)

@@ -26,8 +26,8 @@ import fxprune
 from fxprune.annotations import annotation
 from fxprune.data import DataSplits, calibration_loader, load_data, make_loader
 from fxprune.experiments.checkpoints import load_weights
-from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.training import train
+from fxprune.experiments.training_recipe import TrainingRecipe
 from fxprune.geometry import flatten_weight
 from fxprune.options import Method
 from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace
@@ -174,7 +174,12 @@ def network(args: argparse.Namespace) -> tuple[nn.Module, DataSplits]:
         return load_weights(model, args.weights).eval(), data
     torch.manual_seed(0)
     print(f"Training {args.model} on {args.data}, {args.epochs} epoch(s)")
-    train(model, make_loader(data.train, batch_size=100, shuffle=True), make_loader(data.test), Recipe(args.epochs))
+    train(
+        model,
+        make_loader(data.train, batch_size=100, shuffle=True),
+        make_loader(data.test),
+        TrainingRecipe(args.epochs),
+    )
     return model.eval(), data
 
 

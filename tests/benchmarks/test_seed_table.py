@@ -11,7 +11,7 @@ from benchmarks import seed_table
 from benchmarks.seed_table import Task, run
 from benchmarks.seed_table_output import write_markdown, write_plot
 from benchmarks.seed_table_rows import read_rows
-from fxprune.experiments.recipe import Recipe
+from fxprune.experiments.training_recipe import TrainingRecipe
 
 
 @pytest.fixture
@@ -26,7 +26,9 @@ def task(tmp_path: Path) -> Task:
             image[4 + label // 5 * 12 : 12 + label // 5 * 12, label % 5 * 5 : label % 5 * 5 + 5] = 255
         arrays |= {f"{split}_images": images, f"{split}_labels": labels}
     np.savez(tmp_path / "squares.npz", **arrays)
-    return Task("squares", "simple_cnn", "squares.npz", Recipe(2, learning_rate=0.02), width=8, allowed_drop=50.0)
+    return Task(
+        "squares", "simple_cnn", "squares.npz", TrainingRecipe(2, learning_rate=0.02), width=8, allowed_drop=50.0
+    )
 
 
 def test_the_table_is_made_once_and_then_read(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
