@@ -82,7 +82,7 @@ METHODS: dict[str, Method] = {
     "+ dense target": compiled_with("admm", target="dense", bias_correction=False, reconstruct=False, permute=False),
     "+ bias": compiled_with("admm", target="dense", reconstruct=False, permute=False),
     "+ skip target": compiled_with("admm", target="skip", reconstruct=False, permute=False),
-    # + rectified target (from LIGHT_SPARSITY on): "ours without permutation"; + permutation: "ours".
+    # + ReLU-aware target (from LIGHT_SPARSITY on): "ours without permutation"; + permutation: "ours".
 }
 
 

@@ -90,7 +90,7 @@ class StreamedLayer:
     @property
     def relu_aware(self) -> Callable[[SolvedLayer], CrossStatistics] | None:
         """The cross term of its target once its weights are known, where a rectifier follows; else None."""
-        if self._stream.target != "rectified" or self.cross is None or not consumers(self.node).rectifier:
+        if self._stream.target != "relu_aware" or self.cross is None or not consumers(self.node).rectifier:
             return None
         cross = self.cross
 
@@ -213,7 +213,7 @@ class CalibrationStream:
             for node in nodes:
                 self.current = layer = StreamedLayer(self, node, LayerGeometry.of(layer_of(node)))
                 if gather(node) and self._fit and self.target != "weights":
-                    skip = self.target in ("skip", "rectified")
+                    skip = self.target in ("skip", "relu_aware")
                     layer.cross = cross_statistics(self, node, layer.geometry, skip=skip)
                 else:
                     self.advance(node)
