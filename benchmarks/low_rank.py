@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from benchmarks.low_rank_output import LAYERS, NETWORKS, append, read, write_page, write_plot
+from benchmarks.low_rank_output import LAYERS, NETWORKS, write_page, write_plot
 from benchmarks.machine import machine
 from fxprune.annotations import annotation
 from fxprune.calibration.observers import observer_of
 from fxprune.data import load_npz, make_loader
 from fxprune.experiments.checkpoints import load_weights
+from fxprune.experiments.csv_rows import append_rows, read_lines
 from fxprune.experiments.evaluation import agreement, evaluate
 from fxprune.export.latency import Latency, measure_latency
 from fxprune.export.torch_export import to_onnx_program
@@ -231,19 +232,19 @@ def main() -> None:
     torch.set_num_threads(args.cores)
     parts, models = args.parts.split(","), args.models.split(",")
     for name in models if "layers" in parts else ():
-        if not any(row["model"] == name for row in read(LAYERS)):
-            append(LAYERS, layer_rows(name, args.data))
+        if not any(row["model"] == name for row in read_lines(LAYERS)):
+            append_rows(LAYERS, layer_rows(name, args.data), number=".6g")
     todo = [(name, args.data, trial) for name in models for trial in TRIALS] if "networks" in parts else []
     if "latency" in parts:
         todo += [(name, None, ("svd", "auto", rank, 16)) for name in LARGE for rank in LARGE_RANKS]
     for name, data, trial in todo:
-        done = {(r["model"], r["method"], r["split"], r["rank"], int(r["multiple"])) for r in read(NETWORKS)}
+        done = {(r["model"], r["method"], r["split"], r["rank"], int(r["multiple"])) for r in read_lines(NETWORKS)}
         if (name, *trial) not in done:
             row = network_row(name, data, trial, args.runs, args.threads, args.cores)
-            append(NETWORKS, [row])
+            append_rows(NETWORKS, [row], number=".6g")
             print(row, flush=True)
-    write_plot(read(NETWORKS), read(LAYERS))
-    write_page(read(NETWORKS), read(LAYERS))
+    write_plot(read_lines(NETWORKS), read_lines(LAYERS))
+    write_page(read_lines(NETWORKS), read_lines(LAYERS))
 
 
 if __name__ == "__main__":

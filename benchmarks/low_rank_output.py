@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -19,25 +15,6 @@ PAGE = HERE / "low_rank.md"
 DATA_AWARE, PLAIN, CHANNEL = "#0072B2", "#7F7F7F", "#D55E00"
 
 Table = list[dict[str, str]]
-
-
-def read(path: Path) -> Table:
-    """The rows of a table; none if there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, rows: Sequence[Any]) -> None:
-    """Add rows, dataclasses all of one kind."""
-    fresh = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
-        if fresh:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
 
 
 def write_page(networks: Table, layers: Table) -> None:

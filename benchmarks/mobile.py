@@ -10,9 +10,8 @@ weights are kept in out/mobile. The images there are re-encoded as JPEG, for tra
 from __future__ import annotations
 
 import argparse
-import csv
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ import fxprune
 from benchmarks.machine import machine
 from fxprune import Options
 from fxprune.data import calibration_loader, load_data, make_loader
+from fxprune.experiments.csv_rows import write_rows
 from fxprune.experiments.evaluation import agreement, evaluate
 from fxprune.experiments.training import train
 from fxprune.experiments.training_recipe import TrainingRecipe
@@ -104,10 +104,7 @@ def main() -> None:
 
 def write(path: Path, rows: list[Row], given: argparse.Namespace) -> None:
     """The CSV, and the table as a page."""
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_rows(path.with_suffix(".csv"), Row, rows)
     lines = [
         "# A mobile network",
         "",

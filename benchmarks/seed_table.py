@@ -26,8 +26,9 @@ from torch.utils.data import Subset
 import fxprune
 from benchmarks.machine import machine
 from benchmarks.seed_table_output import write_markdown, write_plot
-from benchmarks.seed_table_rows import Row, read_rows, write_rows
+from benchmarks.seed_table_rows import Row
 from fxprune.data import calibration_loader, load_data, make_loader
+from fxprune.experiments.csv_rows import read_rows, write_rows
 from fxprune.experiments.evaluation import agreement, evaluate
 from fxprune.experiments.training import train
 from fxprune.experiments.training_recipe import TrainingRecipe
@@ -104,7 +105,7 @@ def run(
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Train what is not trained, run what the CSV does not hold, write it after each row; the tasks' rows in order."""
-    known = {row.key: row for row in read_rows(csv_file)}
+    known = {row.key: row for row in read_rows(csv_file, Row)}
     rows: list[Row] = []
     for task in tasks:
         todo = [_row(task, data_root, method, calibration_images) for method in METHODS]
@@ -113,7 +114,7 @@ def run(
             for row in todo:
                 if row.key not in known:
                     known[row.key] = prepared.prune(row, weights_folder)
-                    write_rows(csv_file, known.values())
+                    write_rows(csv_file, Row, known.values())
         for row in todo:
             rows.append(known[row.key])
             on_row(rows[-1])
