@@ -16,8 +16,8 @@ from fxprune.annotations import KEY, annotate_graph, annotation, report_of
 from fxprune.errors import GraphError
 from fxprune.fine_tuning.recorded_zeros import current_report, record_zeros
 from fxprune.layers.deployment import assess_deployment
-from fxprune.layers.keeper import attach_again
 from fxprune.layers.kept import layers_inside
+from fxprune.layers.zero_keeper import attach_again
 from fxprune.report import LayerReport, PruneReport
 
 

@@ -20,7 +20,7 @@ from fxprune.calibration.batches import names_in
 from fxprune.errors import OptionsError, TraceError
 from fxprune.graph.code_names import allow_any_name, refuse_reserved_names
 from fxprune.graph.model_argument import not_a_model
-from fxprune.layers.keeper import let_go
+from fxprune.layers.zero_keeper import let_go
 from fxprune.trace_check import difference
 
 _NOT_THE_USERS_CODE = (str(Path(torch.__file__).parent), __file__)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fxprune.annotations import graph_annotation, report_of
 from fxprune.errors import GraphError
 from fxprune.geometry import LAYERS
-from fxprune.layers.keeper import write_kept_zeros
+from fxprune.layers.zero_keeper import write_kept_zeros
 from fxprune.pattern import Pattern
 from fxprune.report import LayerReport, PruneReport
 from fxprune.tracing import matches

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Size
@@ -15,15 +15,13 @@ from fxprune.calibration.stream import dense_statistics
 from fxprune.geometry import LayerGeometry
 from fxprune.layers.problem import layer_of, pose_problem
 from fxprune.layers.splits import Split, dense_macs, factored_macs, full_rank
+from fxprune.options import Method
 from fxprune.ranks.plan import Choice, LayerRanks, Survey, pareto
 from fxprune.runtime.precision import full_precision
 from fxprune.solvers.low_rank import tail_energy, whitened_target
 from fxprune.solvers.problem import LayerProblem
 from fxprune.solvers.spatial_split import arranged, spatial_errors, whitened_arrangement
 from fxprune.statistics import InputStatistics
-
-if TYPE_CHECKING:
-    from fxprune.options import Method
 
 RANKS_TRIED = 48  # of each split, spread evenly where there are more
 
