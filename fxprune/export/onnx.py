@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import ExportError, ValidationError
-from fxprune.export.batches import Batch, example_tensors, other_batch
 from fxprune.export.file_metadata import file_metadata
+from fxprune.export.inputs_outputs import Batch, example_tensors, other_batch
 from fxprune.export.model_layers import prune_report
 from fxprune.export.onnx_file import OnnxFile, first_line, read_onnx
 from fxprune.export.onnx_report import OnnxReport

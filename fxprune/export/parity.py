@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import ValidationError
-from fxprune.export.batches import Batch, named_outputs
+from fxprune.export.inputs_outputs import Batch, named_outputs
 from fxprune.export.onnx_file import OnnxFile
 from fxprune.export.session import run_session
 from fxprune.graph import call_quietly

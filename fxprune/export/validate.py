@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import nn
 
 from fxprune.errors import ValidationError
-from fxprune.export.batches import Batch, input_names, read_batch
+from fxprune.export.inputs_outputs import Batch, input_names, read_batch
 from fxprune.export.layer_check import FOLDED, check_layers
 from fxprune.export.model_layers import (
     UNCHECKED,

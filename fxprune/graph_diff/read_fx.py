@@ -19,7 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from fxprune.annotations import annotation, changes, report_of
 from fxprune.channels.apply import channel_order
 from fxprune.errors import GraphError
-from fxprune.export.batches import example_tensors
+from fxprune.export.inputs_outputs import example_tensors
 from fxprune.export.parity import evaluating
 from fxprune.fine_tuning.recorded_zeros import FilledZeros, filled_zeros
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
