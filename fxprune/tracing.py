@@ -127,6 +127,7 @@ class _Failure:
     cause: Exception | None = None
 
 
+@torch.random.fork_rng()
 def _first_way(task: _Task) -> GraphModule:
     """The graph by the first way that leads to one."""
     first = _symbolically(task)
@@ -226,8 +227,10 @@ def _excluding(task: _Task, tracer_of: Callable[[set[str]], PathTracer], *, way:
             graph = tracer.trace(task.model)
             if isinstance(tracer, ValueTracer):
                 tracer.tidy()
+            graph_module = GraphModule(task.model, graph, type(task.model).__name__).eval()
+            if isinstance(tracer, ValueTracer):
                 _restore(before)
-            graph_module = task.finished(GraphModule(task.model, graph, type(task.model).__name__).eval())
+            task.finished(graph_module)
         except Exception as error:
             failure: _Failure | None = _Failure(explain(task.model, tracer, error), tuple(tracer.path), error)
             _restore(before)

@@ -78,6 +78,6 @@ def _outcome(module: nn.Module, graph_module: GraphModule, batch: Any) -> Any:
     with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         try:
-            return module(**values)
+            return module.forward(**values)  # GraphModule prints code when a call of it fails.
         except Exception as error:
             return error

@@ -42,15 +42,31 @@ def compute(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Origin]:
     for path, module in _modules(model, exclude):
         prefix = f"{path}." if path else ""
         if parametrize.is_parametrized(module):
-            for name, chain in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
-                sources = [f"{prefix}parametrizations.{name}.{key}" for key in chain.state_dict()]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-                found[prefix + name] = Origin(tuple(sources), "computed")
+            found |= _settle(module, prefix)
         for key, hook, suffixes in list(_hooks(module)):
             name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
             found[prefix + name] = Origin(tuple(f"{prefix}{name}{suffix}" for suffix in suffixes), "computed")
             hook.remove(module)
             del module._forward_pre_hooks[key]
+    return found
+
+
+def _settle(module: Any, prefix: str) -> dict[str, Origin]:
+    """Take the parametrizations off a module.
+
+    torch's `remove_parametrizations` changes the class, which the user's own model shares with its copies.
+    """
+    chains = dict(module.parametrizations.items())
+    values = {name: getattr(module, name).detach().clone() for name in chains}
+    module.__class__ = type(module).__bases__[0]
+    del module._modules["parametrizations"]
+    found = {}
+    for name, chain in chains.items():
+        trained = any(p.requires_grad for p in chain.parameters())
+        is_parameter = any(True for _ in chain.parameters())
+        setattr(module, name, nn.Parameter(values[name], trained) if is_parameter else nn.Buffer(values[name]))
+        sources = tuple(f"{prefix}parametrizations.{name}.{key}" for key in chain.state_dict())
+        found[prefix + name] = Origin(sources, "computed")
     return found
 
 

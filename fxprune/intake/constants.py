@@ -39,9 +39,10 @@ class Constants:
         return self._known[node]
 
     def _is_constant(self, node: Node) -> bool:
-        if any(_writes_into(user, node) for user in node.users):
-            return False
         if node.op == "get_attr":
+            same = self.graph_module.graph.find_nodes(op="get_attr")
+            if any(_is_written_to(n) for n in same if n.target == node.target):
+                return False
             return isinstance(attrgetter(str(node.target))(self.graph_module), Tensor)
         if node.op in ("placeholder", "output") or not node.all_input_nodes or not _is_pure(node):
             return False
@@ -110,5 +111,5 @@ _INPLACE_OPERATORS = frozenset(
 )
 
 
-def _writes_into(user: Node, value: Node) -> bool:
-    return _writes(user) and bool(user.args) and user.args[0] is value
+def _is_written_to(value: Node) -> bool:
+    return any(_writes(user) and user.args and user.args[0] is value for user in value.users)

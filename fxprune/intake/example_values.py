@@ -7,6 +7,7 @@ what was frozen, and where, is noted. An answer that depends on what the images 
 
 from __future__ import annotations
 
+import builtins
 import math
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node, Proxy
+from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import Attribute
 
 from fxprune.calibration.batches import assign
@@ -23,8 +24,7 @@ from fxprune.intake.symbolic import InplaceProxy, PathTracer, users_line
 
 # What can be asked of a tensor without looking at its numbers.
 _ABOUT_SHAPE = frozenset(
-    "shape size dim ndim ndimension numel nelement stride dtype device layout is_contiguous is_floating_point is_complex "
-    "is_cuda is_sparse is_quantized requires_grad element_size itemsize names type_as".split()
+    "shape size dim ndim ndimension numel nelement stride dtype device layout requires_grad element_size itemsize".split()
 )
 _FACTORIES = (
     torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.linspace, torch.eye, torch.rand, torch.randn,
@@ -73,6 +73,25 @@ class ValueTracer(PathTracer):
         self.running = False
         self._autowrap_function_ids |= set(map(id, _FACTORIES))
         self._autowrap_search.append(torch)
+
+    def trace(self, root: Any, concrete_args: Any = None) -> Graph:
+        """As torch.fx; the length of a tensor is recorded like its shape."""
+        length = builtins.len
+
+        def recorded(value: Any) -> Any:
+            if isinstance(value, ValueProxy) and not self.running and isinstance(self.value_of(value), Tensor):
+                return self.create_proxy("call_function", length, (value,), {})
+            return length(value)
+
+        builtins.len = recorded  # Python insists on a number from __len__.
+        try:
+            return super().trace(root, concrete_args)
+        finally:
+            builtins.len = length
+
+    def value_of(self, proxy: Proxy) -> Any:
+        """The example value behind a proxy."""
+        return self._value(proxy.node)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -170,15 +189,19 @@ class ValueTracer(PathTracer):
             self.from_data.add(node)
 
     def _value(self, node: Any) -> Any:
-        return self.values[node] if isinstance(node, Node) else node
+        if not isinstance(node, Node):
+            return node
+        if node not in self.values:  # A buffer, or a tensor that forward has made.
+            self._run(node)
+        return self.values[node]
 
     def _is_from_data(self, node: Node) -> bool:
         if any(source in self.from_data for source in node.all_input_nodes):
             return True
         if node.op == "call_function" and node.target is getattr:
-            return node.args[1] not in _ABOUT_SHAPE
+            return not _is_about_shape(node.args[1])
         reads_tensor = any(isinstance(self.values[source], Tensor) for source in node.all_input_nodes)
-        about_shape = node.op == "call_method" and node.target in _ABOUT_SHAPE
+        about_shape = _is_about_shape(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
         holds_tensors = isinstance(self.values[node], list) and any(isinstance(x, Tensor) for x in self.values[node])
         return reads_tensor and not about_shape and not holds_tensors and node.target is not len
 
@@ -224,6 +247,10 @@ class ValueProxy(InplaceProxy):
 
 class ValueAttribute(Attribute, ValueProxy):
     """An attribute of a proxy, such as its shape; a node of the graph once it is used."""
+
+
+def _is_about_shape(name: Any) -> bool:
+    return name in _ABOUT_SHAPE or (str(name).startswith("is_") and name not in ("is_nonzero", "is_same_size"))
 
 
 def _is_plain(value: Any) -> bool:

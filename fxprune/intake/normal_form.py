@@ -357,7 +357,9 @@ def _is_transpose(node: Node) -> bool:
     """Whether a node is the transpose of a parameter, w.t()."""
     source = node.args[0] if node.args else None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return isinstance(source, Node) and source.op == "get_attr" and name in ("t", "T", "transpose", "t.default")
+    if name == "getattr":
+        name = str(node.args[1])
+    return isinstance(source, Node) and source.op == "get_attr" and name in ("t", "T", "mT", "transpose")
 
 
 def _same(a: nn.Module, b: nn.Module) -> bool:
