@@ -272,8 +272,9 @@ def _other_sizes(
     if batch_sizes.agree(task.reference, graph_module, more) is False:
         lines = "; ".join(f"{f.line}, which gave {f.answer}" for f in frozen(more))
         return _Failure(
-            f"the graph holds for batches of {FEW} images only, because Python decided something by their number: "
-            f"{lines or 'somewhere in the code that torch.export runs'}"
+            f"the graph holds for batches of {FEW} images, or for one call, only: Python decided something by their number, or "
+            "keeps count of calls: "
+            f"{lines or 'it does not say where'}"
         )
     larger = batch_sizes.with_larger_images(batch)
     if larger is None or batch_sizes.agree(task.reference, graph_module, larger) is not False:

@@ -20,6 +20,7 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import Attribute
 
 from fxprune.calibration.batches import assign
+from fxprune.intake.item_assignment import with_item
 from fxprune.intake.symbolic import InplaceProxy, PathTracer, users_line
 
 # What can be asked of a tensor without looking at its numbers.
@@ -75,12 +76,12 @@ class ValueTracer(PathTracer):
         self._autowrap_search.append(torch)
 
     def trace(self, root: Any, concrete_args: Any = None) -> Graph:
-        """As torch.fx; the length of a tensor is recorded like its shape."""
+        """As torch.fx; the length of a tensor is recorded as its size."""
         length = builtins.len
 
         def recorded(value: Any) -> Any:
             if isinstance(value, ValueProxy) and not self.running and isinstance(self.value_of(value), Tensor):
-                return self.create_proxy("call_function", length, (value,), {})
+                return self.create_proxy("call_method", "size", (value, 0), {})
             return length(value)
 
         builtins.len = recorded  # Python insists on a number from __len__.
@@ -199,7 +200,7 @@ class ValueTracer(PathTracer):
         if any(source in self.from_data for source in node.all_input_nodes):
             return True
         if node.op == "call_function" and node.target is getattr:
-            return not _is_about_shape(node.args[1])
+            return isinstance(self._value(node.args[0]), Tensor) and not _is_about_shape(node.args[1])
         reads_tensor = any(isinstance(self.values[source], Tensor) for source in node.all_input_nodes)
         about_shape = _is_about_shape(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
         holds_tensors = isinstance(self.values[node], list) and any(isinstance(x, Tensor) for x in self.values[node])
@@ -231,6 +232,10 @@ class ValueProxy(InplaceProxy):
 
     def __float__(self) -> float:
         return float(self.tracer.ask(self, float))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """The variable is bound to a new tensor; that other names of the old one see no change shows in the comparison."""
+        self.node = with_item(self, index, value, self.tracer.value_of(self).dim()).node
 
     def __format__(self, spec: str) -> str:
         return format(self.tracer.values[self.node], spec)

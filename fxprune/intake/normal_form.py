@@ -132,6 +132,9 @@ class _Normaliser:
         layer = build(arguments, kind, constants, self.model)
         if layer is None or constants.holds(layer.input):
             return None
+        sources = [_find(self.graph_module, name) for name in constants.sources(layer.home)]
+        if kind != "norm" and not any(isinstance(source, nn.Parameter) for source in sources):
+            return None  # A fixed filter or basis, which nobody trained.
         stays_exact = kind in ("conv", "linear", "transposed") and all(o.how == "same" for o in layer.origins.values())
         if stays_exact:
             return layer

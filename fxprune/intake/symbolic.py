@@ -36,7 +36,6 @@ class PathTracer(Tracer):
         self, leaves: Collection[str] = (), given: Collection[str] = (), into: tuple[type[nn.Module], ...] = ()
     ) -> None:
         super().__init__()
-        self._autowrap_function_ids.add(id(len))  # A graph's own code has it among its globals.
         self.leaves = leaves
         self.given = given
         self.into = into
