@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import traceback
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -20,7 +21,9 @@ _INPLACE = (
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
     operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
 )  # fmt: skip
-_NOT_THE_USERS_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_HERE = Path(__file__).parent
+# With the separator: torchvision lies beside torch.
+_NOT_THE_USERS_CODE = (f"{Path(torch.__file__).parent}{os.sep}", f"{_HERE}{os.sep}", str(_HERE.parent / "tracing.py"))
 
 
 class PathTracer(Tracer):
