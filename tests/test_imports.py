@@ -21,7 +21,7 @@ FLOORS = (
     ("consumers", "geometry", "graph", "pattern", "report"),
     ("solvers", "statistics"),
     ("annotations", "calibration", "layers", "options"),
-    ("channels", "constraints", "passes", "ranks", "recipe", "trace_check", "tracing"),
+    ("channels", "constraints", "intake", "passes", "ranks", "recipe", "trace_check", "tracing"),
     ("compiled", "compiler", "fine_tuning", "rank_reduction", "scanning"),
     ("data", "export", "graph_diff", "models", "saving"),
     ("cli", "experiments", "plots"),
