@@ -41,6 +41,11 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
             the message says what, and the remedy.
         OSError: the file cannot be written.
     """
+    if not isinstance(compiled, GraphModule):
+        raise CheckpointError(
+            f"save takes what fxprune.compile returned, or another GraphModule, not a {type(compiled).__name__}; of a "
+            "plain module keep the state_dict, of a compiled or wrapped one the module inside"
+        )
     if filled := filled_zeros(compiled):
         raise CheckpointError(
             f"{path} would not hold a pruned model: {filled}. To keep the weights as they are, "
@@ -48,11 +53,6 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
         )
     writer = Writer(tuple(allow))
     modules = ModuleWriter(writer)
-    if not isinstance(compiled, GraphModule):
-        raise CheckpointError(
-            f"save takes what fxprune.compile returned, or another GraphModule, not a {type(compiled).__name__}; of a "
-            "plain module keep the state_dict, of a compiled or wrapped one the module inside"
-        )
     try:
         content = {
             "class_name": _class_name(compiled),
