@@ -75,7 +75,7 @@ def test_every_reader_says_that_zeros_are_gone(
     assert list(tmp_path.iterdir()) == []
     fxprune.export_onnx(compiled, tmp_path / "model.onnx", images)
     with pytest.raises(ValidationError, match=LOST):
-        fxprune.validate_onnx(tmp_path / "model.onnx", broken, [images], progress=False)
+        fxprune.validate_onnx(broken, tmp_path / "model.onnx", [images], progress=False)
     text = str(fxprune.diff(compiled, broken)).replace("\n", " ")
     assert "zeros filled in since" in text
     assert "288 of its zeros have been filled in" in text
