@@ -12,10 +12,9 @@ from torch.fx import GraphModule, Node
 
 from fxprune.calibration.batches import count, map_tensors
 from fxprune.calibration.calibration import observers_off
-from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxprune.geometry import TRANSPOSED_CONVOLUTIONS
 from fxprune.graph import input_of, module_of, value_shapes
-
-LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, torch.nn.Linear)
+from fxprune.operations import LAYERS
 
 
 def layer_shapes(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[Node, tuple[Size, Size]]:
