@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.failures import node_failure, remedy_for, stays_as_it_is
-from fxprune.calibration.lifetimes import last_uses, overwrite, reads_strides, spare_input
+from fxprune.calibration.lifetimes import last_uses, overwrite, spare_input
 from fxprune.calibration.observers import observer_of, observers_off
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.calibration.reading import Slot, Source, read_into
@@ -36,6 +36,7 @@ from fxprune.graph import arguments_of, device_of, input_of, module_of
 from fxprune.layers.install import install
 from fxprune.layers.problem import layer_of
 from fxprune.layers.solve import SolvedLayer
+from fxprune.operations import any_reads_strides
 from fxprune.options import Options
 from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics, Pool
 
@@ -151,7 +152,7 @@ class CalibrationStream:
         self._spare = {node: spare_input(node) for node in self._nodes}
         self._diverged: set[Node] = set()  # Nodes whose values differ between the two models.
         # On a CPU, convolutions then need not reorder every activation before and after.
-        self._channels_last = self.device.type == "cpu" and not any(reads_strides(node) for node in self._nodes)
+        self._channels_last = self.device.type == "cpu" and not any_reads_strides(self._nodes)
         self._store = BatchStore(self.device, calibration.memory_limit)
         self._source: Source | None = None
         self._cut: Node | None = None

@@ -129,7 +129,7 @@ class Rank(Constraint):
         from fxprune.ranks.speedup import plan_for_speedup  # It exports files, for which the rest is not needed.
 
         calibration.on_layer("measuring", 0)
-        example = calibration.example(graph_module, images=1)
+        example = calibration.images(graph_module, 1)
         return plan_for_speedup(graph_module, found, self.rule.value, list(tensors_in(example)))
 
     def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fxprune.annotations import graph_annotation, report_of
 from fxprune.errors import GraphError
-from fxprune.geometry import LAYERS
 from fxprune.layers.zero_keeper import write_kept_zeros
+from fxprune.operations import LAYERS
 from fxprune.pattern import Pattern
 from fxprune.report import LayerReport, PruneReport
 from fxprune.tracing import matches

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
@@ -16,21 +14,16 @@ from torch.nn.utils.parametrize import is_parametrized
 from fxprune.annotations import Annotation, annotate, annotation
 from fxprune.calibration.observers import OBSERVERS
 from fxprune.constraints import Chain, Constraint
-from fxprune.geometry import LAYERS, TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
+from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
 from fxprune.graph import call_sites, input_of, is_tied, module_of
 from fxprune.layers.kept import layers_inside, matrices_read
+from fxprune.operations import LAYERS, operation_of
 from fxprune.passes.base import Pass
 from fxprune.recipe import Recipe
 from fxprune.statistics import HessianObserver
 from fxprune.tracing import matches
 
 MAX_COLUMNS = 16_384  # A float64 Hessian of 2 GiB, of which solving needs several copies.
-WEIGHT_FUNCTIONS = (
-    F.linear, F.conv1d, F.conv2d, F.conv3d, F.bilinear, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
-)  # fmt: skip
-PRODUCTS = (operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum)
-PRODUCT_METHODS = ("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm")
 
 
 class InsertObservers(Pass):
@@ -144,11 +137,12 @@ def _kept_constraints(chain: Chain, geometry: LayerGeometry) -> tuple[Chain, str
 
 def reads_weights(node: Node) -> bool:
     """Whether a node is a call of a Conv or Linear module, or a function or product with a parameter in its place."""
-    if node.op == "call_function" and node.target in WEIGHT_FUNCTIONS:
-        return True
-    if node.target in (PRODUCTS if node.op == "call_function" else PRODUCT_METHODS):
-        return bool(matrices_read(node))
-    return isinstance(module_of(node), LAYERS)
+    if module_of(node) is not None:
+        return isinstance(module_of(node), LAYERS)
+    operation = operation_of(node)
+    if operation is None or operation.weight is None:
+        return False
+    return operation.channels == "matrix" or operation.name in ("bilinear", "convolution") or bool(matrices_read(node))
 
 
 def _place(node: Node) -> str:

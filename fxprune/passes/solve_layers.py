@@ -244,4 +244,4 @@ def _has_ranks(roles: Mapping[Node, Annotation]) -> bool:
 
 def _macs(graph_module: GraphModule, calibration: Calibration) -> int:
     """Of all Conv and Linear modules for one sample."""
-    return sum(macs_per_sample(graph_module, calibration.example(graph_module)).values())
+    return sum(macs_per_sample(calibration.example(graph_module)).values())
