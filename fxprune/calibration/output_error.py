@@ -12,6 +12,7 @@ from torch.fx import Node
 from fxprune.geometry import CONVOLUTIONS
 from fxprune.graph import module_of
 from fxprune.statistics.offset import Offset
+from fxprune.statistics.pool import Pool
 
 CHUNK_NUMBERS = 2**18
 ROUNDING = 1e-11  # Of the energy: a constant output varies by a few times 1e-7 of its size in float32.
@@ -66,6 +67,10 @@ class OutputError:
         self.squares += squares
         self.sums = total if self.sums is None else self.sums + total
         self.count += dense.numel() // len(total)
+
+    def pool(self) -> Pool:
+        """Takes small batches of outputs, of both models, several at a time."""
+        return Pool(lambda _, dense, pruned: self.update(dense, pruned))
 
     @property
     def relative(self) -> float:

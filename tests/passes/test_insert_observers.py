@@ -129,7 +129,7 @@ def test_a_subclass_is_traced_through_and_named():
     assert "a functional call in module 'layer' (Custom)" in task.reason
 
 
-def test_a_shared_module_is_kept_at_each_call():
+def test_calls_of_one_module_are_one_layer_with_one_observer():
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -141,8 +141,9 @@ def test_a_shared_module_is_kept_at_each_call():
 
     graph_module = observed(Shared())
     found = [annotation(node) for node in graph_module.graph.nodes if annotation(node).role]
-    assert found == [Annotation("keep", "shared: called at 2 places with different inputs")] * 2
-    assert not observers(graph_module)
+    assert [task.role for task in found] == ["compress", "repeat"]
+    first, second = observers(graph_module)
+    assert module_of(first) is module_of(second)
 
 
 def test_one_module_under_two_names_called_once_is_pruned():
@@ -151,11 +152,12 @@ def test_one_module_under_two_names_called_once_is_pruned():
     assert tasks(observed(model))["layer"].role == "compress"
 
 
-def test_tied_weights_are_kept():
+def test_a_tied_weight_with_two_biases_is_kept():
     model = Block(nn.Conv2d(8, 8, 1))
     model.layer.weight = model.first.weight
     found = tasks(observed(model))
-    assert {task.reason for task in found.values()} == {"its weight is shared with another part of the model"}
+    assert found["first"].reason == "its weight is shared with 'layer', which has a bias of its own"
+    assert found["layer"].role == "keep"
 
 
 def test_a_weight_that_is_also_read_directly_is_kept():
