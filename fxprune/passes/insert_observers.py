@@ -25,6 +25,7 @@ from fxprune.tracing import matches
 
 OBSERVERS = "fxprune_observers"
 MAX_COLUMNS = 16_384  # A float64 Hessian of 2 GiB, of which solving needs several copies.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WEIGHT_FUNCTIONS = (
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.bilinear, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
     torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
@@ -119,12 +120,12 @@ class InsertObservers(Pass):
             return f"a functional call in {_place(node)}: its weight belongs to no nn.Conv2d or nn.Linear module"
         if matches(str(node.target), self.exclude):
             return "excluded"
-        if isinstance(module, TRANSPOSED_CONVOLUTIONS):
-            return "transposed convolutions are not pruned"
         if is_parametrized(module):
             return "parametrized: its weight is computed; call torch.nn.utils.parametrize.remove_parametrizations first"
         if not is_matrix_layer(module):
-            return f"{type(module).__name__} is not exactly a Conv1d, Conv2d, Conv3d or Linear"
+            return f"{type(module).__name__} is not exactly a Conv1d, Conv2d, Conv3d, their transposed kind or Linear"
+        if isinstance(module, TRANSPOSED_CONVOLUTIONS) and (len(node.args) > 1 or "output_size" in node.kwargs):
+            return "a transposed convolution that is called with an output_size; give it an output_padding instead"
         computed = next((name for name in ("weight", "bias") if name not in module._parameters), None)
         if computed is not None:
             remedy = "call torch.nn.utils.remove_weight_norm, prune.remove or the like first"
@@ -135,8 +136,8 @@ class InsertObservers(Pass):
             shared := self._reason_to_keep_shared(graph_module, node, together)
         ):
             return shared
-        if module.weight.dtype not in (torch.float32, torch.float64):
-            return f"its weight is {module.weight.dtype}; statistics need float32 or float64"
+        if module.weight.dtype not in DTYPES:
+            return f"its weight is {module.weight.dtype}; float16, bfloat16, float32 and float64 can be solved"
         columns = LayerGeometry.of(module).columns
         if columns > MAX_COLUMNS and self.observe:
             return f"{columns:,} inputs to an output: the Hessian alone would take {8 * columns**2 / 2**30:.1f} GiB"

@@ -64,6 +64,7 @@ PRUNED = [
     nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect"),
     nn.Conv2d(8, 8, 3, groups=2),
     nn.Conv2d(8, 4, 1),
+    nn.ConvTranspose2d(8, 8, 3),
 ]
 
 
@@ -76,7 +77,6 @@ def test_layers_that_take_the_pattern(layer):
 
 
 KEPT = [
-    (nn.ConvTranspose2d(8, 8, 3), "transposed"),
     (parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), "parametrized: its weight is computed"),
     (prune.identity(nn.Conv2d(8, 8, 3), "weight"), "its weight is computed by a hook"),
     (nn.Conv2d(8, 8, 3).half(), "torch.float16; statistics need float32"),
