@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from fxprune.channels.apply import channel_order
 from fxprune.errors import CheckpointError, TraceError
 from fxprune.graph import module_of
+from fxprune.model_argument import not_a_model
 from fxprune.passes.base import changes
 from fxprune.tracing import trace
 
@@ -78,6 +79,9 @@ class _Return:
     state: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
+        for given in (self.compiled, self.model):
+            if not isinstance(given, nn.Module):
+                raise CheckpointError(not_a_model(given))
         self.own, self.state = _tensors(self.model), _tensors(self.compiled)
 
     @torch.no_grad()

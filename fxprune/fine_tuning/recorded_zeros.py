@@ -19,6 +19,7 @@ from fxprune.annotations import graph_annotation, report_of
 from fxprune.errors import GraphError
 from fxprune.fine_tuning.keeper import write_kept_zeros
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxprune.model_argument import not_a_model
 from fxprune.pattern import Pattern
 from fxprune.report import LayerReport, PruneReport
 from fxprune.tracing import matches
@@ -164,6 +165,8 @@ def restore_zeros(model: nn.Module, *, exclude: str | Sequence[str] = ()) -> dic
         GraphError: no zeros were recorded, `exclude` names none of the layers, a layer is gone, or its weight has another
             shape now; nothing is changed then.
     """
+    if not isinstance(model, nn.Module):
+        raise GraphError(not_a_model(model))
     masks = recorded_masks(model)
     if not masks:
         raise GraphError(

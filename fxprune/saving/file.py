@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from fxprune.compiled import CompiledModule
 from fxprune.errors import CheckpointError
 from fxprune.files import save_tensors
 from fxprune.fine_tuning.recorded_zeros import filled_zeros
+from fxprune.model_argument import not_a_model
 from fxprune.saving.graphs import decode_graph, encode_graph, encode_meta
 from fxprune.saving.modules import ModuleReader, ModuleWriter
 from fxprune.saving.names import Allowed, is_identifier
@@ -42,6 +44,8 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
             the message says what, and the remedy.
         OSError: the file cannot be written.
     """
+    if not isinstance(compiled, nn.Module):
+        raise CheckpointError(not_a_model(compiled))
     if filled := filled_zeros(compiled):
         raise CheckpointError(
             f"{path} would not hold a pruned model: {filled}. To keep the weights as they are, "

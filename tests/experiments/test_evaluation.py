@@ -148,7 +148,9 @@ def test_accuracy_errors(model, data, message):
 def test_what_guessing_would_give_is_said():
     logits = torch.eye(3).repeat(10, 1)
     wrong, half = (logits.argmax(1) + 1) % 3, torch.where(torch.arange(30) < 15, logits.argmax(1), 0)
-    with pytest.warns(EvaluationWarning, match="right on 0 of 30 images, which guessing one of 3 classes would be too"):
+    with pytest.warns(
+        EvaluationWarning, match=r"right on 0\.00% of 30 images, which guessing one of 3 classes would be too"
+    ):
         assert evaluate(Logits(), [(logits, wrong)]) == 0
     with pytest.warns(EvaluationWarning, match="agree on 10 of 30 images"):
         agreement(Logits(), Logits(9.0), [logits])
