@@ -115,7 +115,7 @@ def test_low_rank_and_export(name: str, tmp_path: Path) -> None:
         before = _state()
         factored = fxprune.low_rank(model, [X], "ratio:0.5", progress=False)
         report = fxprune.export_onnx(factored, tmp_path / "model.onnx", X)
-        assert fxprune.validate_onnx(tmp_path / "model.onnx", factored, [(X, Y)], progress=False).parity.samples == 32
+        assert fxprune.validate_onnx(factored, tmp_path / "model.onnx", [(X, Y)], progress=False).parity.samples == 32
         assert _state() == before
     torch.testing.assert_close(factored.state_dict(), plain.state_dict(), rtol=0, atol=0)
     assert report.parity.max_rel < 1e-5
