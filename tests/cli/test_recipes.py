@@ -36,7 +36,9 @@ def test_each_layer_gets_its_own_and_the_run_folder_knows(fxprune: Fxprune, prun
 
 
 def test_a_mapping_and_a_chain_in_yaml(fxprune: Fxprune, pruned: Path, tmp_path: Path) -> None:
-    text = (pruned / "config.yaml").read_text().replace("pattern: 2:4", 'pattern: {"3": rank:ratio=0.7+2:4, "8": dense}')
+    text = (
+        (pruned / "config.yaml").read_text().replace("pattern: 2:4", 'pattern: {"3": rank:ratio=0.7+2:4, "8": dense}')
+    )
     (tmp_path / "c.yaml").write_text(text)
     fxprune("prune", "--config", tmp_path / "c.yaml", "--no-onnx", "--out", tmp_path / "a")
     report = load(tmp_path / "a" / "pruned.pt").report
