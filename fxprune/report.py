@@ -143,8 +143,10 @@ class PruneReport:
         done = sum(layer.status in ("pruned", "factored") for layer in self.layers)
         if self.macs:
             before, after = self.macs
-            what = f"factored ({self.pattern}) with {self.method}; {before / 1e6:.1f} M MACs a sample became "
-            what += f"{after / 1e6:.1f} M ({before / max(after, 1):.2f} times fewer)"
+            pruned = any(layer.status == "pruned" for layer in self.layers)
+            what = f"{'compressed' if pruned else 'factored'} ({self.pattern}) with {self.method}; "
+            what += f"{before / 1e6:.1f} M MACs a sample became {after / 1e6:.1f} M ({before / max(after, 1):.2f} times fewer)"
+            what += f"; {self.sparsity:.1%} of all weights are zero" if pruned else ""
         else:
             what = f"pruned to {self.pattern} with {self.method}; {self.sparsity:.1%} of all weights are zero"
         images = (
