@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from fxprune.annotations import annotate, annotation
 from fxprune.channels.layout import Channels, Classes, Layout, new_places
 from fxprune.channels.operations import MATRIX_MODULES, VECTOR_MODULES, VECTORS
+from fxprune.geometry import laid_out_like
 from fxprune.graph import input_of, module_of
 
 
@@ -71,7 +72,8 @@ def _permute_matrix(module: nn.Module, inputs: Classes | None, outputs: Classes 
     assert isinstance(weight, nn.Parameter)
     transposed = isinstance(module, _ConvTransposeNd)
     groups = int(getattr(module, "groups", 1))
-    weight.data = reordered(weight.data, inputs, outputs, groups=groups, transposed=transposed)
+    moved = reordered(weight.data, inputs, outputs, groups=groups, transposed=transposed)
+    weight.data = laid_out_like(weight, moved)
     if outputs is not None and isinstance(bias, Tensor):
         bias.data = bias.data[_index(outputs, bias)]
 
