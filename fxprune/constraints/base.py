@@ -140,6 +140,22 @@ def _parse(piece: str, text: str) -> Constraint:
     )
 
 
+def keep_possible(chain: Sequence[Constraint], geometry: LayerGeometry) -> tuple[Chain, str]:
+    """The constraints that a layer can keep, and why it cannot keep the others.
+
+    What follows a constraint that changes the layer's geometry is asked again when the layer is solved.
+    """
+    kept: list[Constraint] = []
+    reasons = []
+    for constraint in chain:
+        reason = None if any(accepted.changes_geometry for accepted in kept) else constraint.decline(geometry)
+        if reason is None:
+            kept.append(constraint)
+        else:
+            reasons.append(reason)
+    return tuple(kept), "; ".join(reasons)
+
+
 def chain_text(chain: Chain) -> str:
     """A chain as it is written in a recipe."""
     return "+".join(map(str, chain)) or "dense"

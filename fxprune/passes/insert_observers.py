@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxprune.annotations import Annotation, annotate, annotation
-from fxprune.constraints import Chain, Constraint
+from fxprune.constraints import keep_possible
 from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
 from fxprune.graph import call_sites, input_of, is_tied, module_of
 from fxprune.layers.kept import LAYERS, layers_inside, matrices_read
@@ -88,7 +88,7 @@ class InsertObservers(Pass):
         assert module is not None
         geometry = LayerGeometry.of(module)
         wanted = self.recipe.chain(str(node.target))
-        chain, declined = _kept_constraints(wanted or (), geometry)
+        chain, declined = keep_possible(wanted or (), geometry)
         if chain:
             return Annotation("compress", "", geometry, chain)
         if not declined:
@@ -124,22 +124,6 @@ class InsertObservers(Pass):
         if columns > MAX_COLUMNS and self.observe:
             return f"{columns:,} inputs to an output: the Hessian alone would take {8 * columns**2 / 2**30:.1f} GiB"
         return None
-
-
-def _kept_constraints(chain: Chain, geometry: LayerGeometry) -> tuple[Chain, str]:
-    """The constraints that a layer can keep, and why it cannot keep the others.
-
-    What follows a constraint that changes the layer's geometry is asked again when the layer is solved.
-    """
-    kept: list[Constraint] = []
-    reasons = []
-    for constraint in chain:
-        reason = None if any(accepted.changes_geometry for accepted in kept) else constraint.decline(geometry)
-        if reason is None:
-            kept.append(constraint)
-        else:
-            reasons.append(reason)
-    return tuple(kept), "; ".join(reasons)
 
 
 def reads_weights(node: Node) -> bool:
