@@ -93,8 +93,8 @@ def within_budget(survey: Survey, budget: int) -> dict[str, Choice | None]:
     ]
     if budget < (least := survey.least_multiply_adds):
         raise OptionsError(
-            f"{budget / 1e6:.1f} M multiply-adds are out of reach: at the lowest ranks the network still has "
-            f"{least / 1e6:.1f} M of {survey.multiply_adds / 1e6:.1f} M; ask for more, or for a smaller `multiple`"
+            f"{budget:,} multiply-adds are out of reach: at the lowest ranks the network still has {least:,} of "
+            f"{survey.multiply_adds:,}; ask for more, or for a smaller `multiple`"
         )
     try:
         levels = allocate(costs, kept, budget - fixed)
