@@ -489,7 +489,7 @@ def test_layers_that_share_an_input_share_one_factorisation(method, factorisatio
 
 @pytest.mark.parametrize("target", ["rectified", "dense"])
 def test_from_dense_inputs_each_layer_is_solved_as_if_it_were_alone(target):
-    """Of inputs that differ between the models, and that nothing else reads, the dense ones are still there for the rectifier."""
+    """Dense inputs that nothing else reads are still there when the rectifier's target is gathered."""
     torch.manual_seed(8)
     layers = [layer for _ in range(3) for layer in (nn.Conv2d(4, 4, 3), nn.ReLU())]
     model, images = nn.Sequential(*layers).double(), list(torch.randn(32, 4, 9, 9, dtype=torch.float64).split(8))
