@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxprune.constraints.base import (
+from fxprune.layers.constraint import (
     CONSTRAINTS,
     Chain,
     Constraint,

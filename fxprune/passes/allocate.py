@@ -8,7 +8,8 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.annotations import annotate, annotation
 from fxprune.calibration.calibration import Calibration
 from fxprune.constraints import Chain, Constraint, keep_possible
-from fxprune.method import Method
+from fxprune.layers.shared import weight_calls
+from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
 
 
@@ -47,8 +48,9 @@ class Allocate(CalibratedPass):
         if others:
             annotate(node, chain=others)
         else:
-            role = "reconstruct" if self.method.options.reconstruct else "keep"
-            annotate(node, chain=(), role=role, reason=reason)
+            # Of a layer of several calls the target is its own output: its weights are the best fit.
+            refitted = self.method.options.reconstruct and len(weight_calls(graph_module)[node]) == 1
+            annotate(node, chain=(), role="reconstruct" if refitted else "keep", reason=reason)
         self.record(graph_module, "kept", node, reason=reason)
 
 

@@ -20,7 +20,7 @@ from fxprune.constraints.mask import Mask, sparse_matrix
 from fxprune.errors import ExportError
 from fxprune.geometry import CONVOLUTIONS
 from fxprune.graph import module_of
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.pattern import NMPattern, Pattern
 from fxprune.solvers.magnitude import magnitude
 from fxprune.solvers.refit import refit

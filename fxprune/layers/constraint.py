@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.solvers.problem import LayerProblem
 
 if TYPE_CHECKING:
@@ -140,8 +140,8 @@ def _parse(piece: str, text: str) -> Constraint:
     )
 
 
-def keep_possible(chain: Sequence[Constraint], geometry: LayerGeometry) -> tuple[Chain, str]:
-    """The constraints that a layer can keep, and why it cannot keep the others.
+def keep_possible(chain: Sequence[Constraint], geometry: LayerGeometry, calls: int = 1) -> tuple[Chain, str]:
+    """The constraints that a layer of so many calls can keep, and why it cannot keep the others.
 
     What follows a constraint that changes the layer's geometry is asked again when the layer is solved.
     """
@@ -149,6 +149,8 @@ def keep_possible(chain: Sequence[Constraint], geometry: LayerGeometry) -> tuple
     reasons = []
     for constraint in chain:
         reason = None if any(accepted.changes_geometry for accepted in kept) else constraint.decline(geometry)
+        if reason is None and constraint.changes_geometry and calls > 1:
+            reason = f"called at {calls} places: two layers in place of one are put at one place only"
         if reason is None:
             kept.append(constraint)
         else:
