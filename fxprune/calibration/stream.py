@@ -287,9 +287,10 @@ class CalibrationStream:
             if slot.held_out == (cut.op == "output"):  # A score is of images that nothing was fitted to.
                 with torch.inference_mode(), self.stopwatch.measure("statistics"):
                     visit(place, values)
-            # Of the layer's inputs only the pruned one is still needed, to run the layer once it is replaced.
+            # Of the layer's inputs only the pruned one is still needed, to run the layer once it is replaced, unless
+            # statistics are taken from the dense one: `revisit` may then ask for it.
             for dead in self._dying[cut]:
-                if dead in values.pruned_values:
+                if dead in values.pruned_values and not self.observe_dense:
                     values.dense_values.pop(dead, None)
             self._store.put(slot.key, values)
         for pool in outputs.values():

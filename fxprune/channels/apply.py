@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from fxprune.annotations import annotate, annotation
 from fxprune.channels.layout import Channels, Classes, Layout, new_places
+from fxprune.geometry import laid_out_like
 from fxprune.graph import input_of, module_of
 from fxprune.operations import operation_of
 
@@ -72,7 +73,8 @@ def _permute_matrix(module: nn.Module, inputs: Classes | None, outputs: Classes 
     assert isinstance(weight, nn.Parameter)
     transposed = isinstance(module, _ConvTransposeNd)
     groups = int(getattr(module, "groups", 1))
-    weight.data = reordered(weight.data, inputs, outputs, groups=groups, transposed=transposed)
+    moved = reordered(weight.data, inputs, outputs, groups=groups, transposed=transposed)
+    weight.data = laid_out_like(weight, moved)
     if outputs is not None and isinstance(bias, Tensor):
         bias.data = bias.data[_index(outputs, bias)]
 

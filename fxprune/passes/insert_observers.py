@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fxprune.annotations import Annotation, annotate, annotation
 from fxprune.calibration.observers import OBSERVERS
-from fxprune.constraints import Chain, Constraint
+from fxprune.constraints import keep_possible
 from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
 from fxprune.graph import input_of, is_tied, module_of
 from fxprune.layers.kept import layers_inside, matrices_read
@@ -97,7 +97,7 @@ class InsertObservers(Pass):
         assert module is not None
         geometry = LayerGeometry.of(module)
         wanted = self.recipe.chain(str(node.target))
-        chain, declined = _kept_constraints(wanted or (), geometry, len(together))
+        chain, declined = keep_possible(wanted or (), geometry, len(together))
         if chain:
             return Annotation("compress", "", geometry, chain)
         if not declined:
@@ -155,24 +155,6 @@ class InsertObservers(Pass):
 def _seen(geometry: LayerGeometry) -> LayerGeometry:
     """What an observer has to know of a layer: layers that differ in their outputs alone share one."""
     return replace(geometry, out_channels=geometry.groups)
-
-
-def _kept_constraints(chain: Chain, geometry: LayerGeometry, calls: int) -> tuple[Chain, str]:
-    """The constraints that a layer of so many calls can keep, and why it cannot keep the others.
-
-    What follows a constraint that changes the layer's geometry is asked again when the layer is solved.
-    """
-    kept: list[Constraint] = []
-    reasons = []
-    for constraint in chain:
-        reason = None if any(accepted.changes_geometry for accepted in kept) else constraint.decline(geometry)
-        if reason is None and constraint.changes_geometry and calls > 1:
-            reason = f"called at {calls} places: two layers in place of one are put at one place only"
-        if reason is None:
-            kept.append(constraint)
-        else:
-            reasons.append(reason)
-    return tuple(kept), "; ".join(reasons)
 
 
 def reads_weights(node: Node) -> bool:

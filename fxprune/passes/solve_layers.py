@@ -19,10 +19,11 @@ from fxprune.annotations import Annotation, annotate, annotate_graph, annotation
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.macs import macs_per_sample
 from fxprune.calibration.stream import CalibrationStream, Outcome, StreamedLayer
+from fxprune.constraints import keep_possible
 from fxprune.constraints.rank import Rank
 from fxprune.consumers import skip_operands
 from fxprune.errors import FxPruneError, GraphError, SolverError
-from fxprune.geometry import LayerGeometry
+from fxprune.geometry import LayerGeometry, is_matrix_layer
 from fxprune.graph import module_of
 from fxprune.intake.totals import little, uncovered
 from fxprune.layers.checkpoint import LayerCheckpoint
@@ -33,6 +34,7 @@ from fxprune.layers.solve import SolvedLayer, SolvedPart, solve_layer
 from fxprune.layers.splits import split_call
 from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
+from fxprune.pattern import Pattern
 from fxprune.ranks.plan import RankPlan
 from fxprune.recipe import Recipe
 from fxprune.report import LayerReport, PruneReport
@@ -103,9 +105,21 @@ class SolveLayers(CalibratedPass):
             return
         told = "; ".join(f"{reason} ({count} layers)" for reason, count in reasons.most_common(3))
         raise GraphError(
-            f"nothing can be compressed to {self.recipe}: of {len(roles)} layers none can take it. Why: {told}. Choose another "
-            "pattern, such as '0.5', which any layer with 4 input channels or more can hold"
+            f"nothing can be compressed to {self.recipe}: of {len(roles)} layers none can take it. Why: {told}. "
+            f"{self._remedy(roles)}"
         )
+
+    def _remedy(self, roles: Mapping[Node, Annotation]) -> str:
+        """What to do where no layer can take the recipe."""
+        modules = {node: module for node in roles if is_matrix_layer(module := module_of(node))}
+        for node, module in modules.items():
+            geometry, chain = LayerGeometry.of(module), self.recipe.chain(str(node.target)) or ()
+            by_recipe = roles[node].reason == keep_possible(chain, geometry)[1]
+            if by_recipe and Pattern.parse("0.5").decline(geometry) is None:
+                return "Choose another pattern, such as '0.5', which any layer with 4 input channels or more can hold"
+        if any(module.weight.dtype in (torch.float16, torch.bfloat16) for module in modules.values()):
+            return "Compile model.float(), and call .half() on the result"
+        return "No other pattern would help: choose other layers, or leave this model dense"
 
     def _tell_of_little(self, graph_module: GraphModule, rows: Sequence[LayerReport], calibration: Calibration) -> None:
         """Warn if less than half of the weights were compressed, though the recipe is one for all layers."""

@@ -235,8 +235,8 @@ def within_budget(survey: Survey, budget: int) -> dict[str, Choice | None]:
     ]
     if budget < (least := survey.least_macs):
         raise OptionsError(
-            f"{budget / 1e6:.1f} M MACs are out of reach: at the lowest ranks the network still has "
-            f"{least / 1e6:.1f} M of {survey.macs / 1e6:.1f} M; ask for more, or for a smaller `multiple`"
+            f"{budget:,} MACs are out of reach: at the lowest ranks the network still has {least:,} of {survey.macs:,}; "
+            "ask for more, or for a smaller `multiple`"
         )
     try:
         levels = allocate(costs, kept, budget - fixed)

@@ -485,3 +485,18 @@ def test_layers_that_share_an_input_share_one_factorisation(method, factorisatio
         torch.testing.assert_close(
             graph_module.get_submodule(name).weight, alone.get_submodule(name).weight, rtol=1e-10, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("target", ["rectified", "dense"])
+def test_from_dense_inputs_each_layer_is_solved_as_if_it_were_alone(target):
+    """Dense inputs that nothing else reads are still there when the rectifier's target is gathered."""
+    torch.manual_seed(8)
+    layers = [layer for _ in range(3) for layer in (nn.Conv2d(4, 4, 3), nn.ReLU())]
+    model, images = nn.Sequential(*layers).double(), list(torch.randn(32, 4, 9, 9, dtype=torch.float64).split(8))
+    together = solve(model, images, "admm", "1:4", inputs="dense", target=target)
+    for name in ("0", "2", "4"):
+        alone = solve(
+            model, images, "admm", "1:4", exclude=tuple({"0", "2", "4"} - {name}), inputs="dense", target=target
+        )
+        weights = (made.get_submodule(name).weight for made in (together, alone))
+        torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
