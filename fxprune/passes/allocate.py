@@ -39,12 +39,17 @@ class Allocate(CalibratedPass):
         if not isinstance(own, str):
             annotate(node, chain=tuple(own if constraint == shared else constraint for constraint in chain))
             return
-        others = tuple(constraint for constraint in chain if constraint != shared)
+        # What was to hold for the layer's factors has to hold for the layer itself now, which may not be able to.
+        geometry = annotation(node).geometry
+        assert geometry is not None
+        declined = {c: c.decline(geometry) for c in chain if c != shared}
+        others = tuple(constraint for constraint, reason in declined.items() if reason is None)
+        reason = "; ".join([own, *(reason for reason in declined.values() if reason is not None)])
         if others:
             annotate(node, chain=others)
         else:
-            annotate(node, chain=(), role="reconstruct" if self.method.options.reconstruct else "keep", reason=own)
-        self.record(graph_module, "kept", node, reason=own)
+            annotate(node, chain=(), role="reconstruct" if self.method.options.reconstruct else "keep", reason=reason)
+        self.record(graph_module, "kept", node, reason=reason)
 
 
 def _first_shared(graph_module: GraphModule, method: Method) -> tuple[Constraint, list[Node]] | None:

@@ -463,3 +463,10 @@ def test_rank_in_a_recipe_is_low_rank() -> None:
     for (key, one), (other, two) in zip(by_recipe.state_dict().items(), by_name.state_dict().items(), strict=True):
         assert key == other
         torch.testing.assert_close(one, two)
+
+
+def test_a_layer_that_stays_whole_is_asked_again_what_it_can_hold() -> None:
+    """Its factors could have held 2:4; the stem itself, with 3 channels, cannot."""
+    stem = fxprune.compile(net(), smooth().split(32), "rank:0.9+2:4", progress=False).report["stem"]
+    assert stem.status == "reconstructed"
+    assert stem.reason == "left whole by rank multiply_adds:0.9; 3 input channels are not a multiple of 4"
