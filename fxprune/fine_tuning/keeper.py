@@ -206,6 +206,11 @@ def keepers(module: nn.Module) -> Iterator[Keeper]:
     return (keeper for hook in module._load_state_dict_post_hooks.values() if (keeper := _keeper_of(hook)))
 
 
+def is_keeper_hook(hook: object) -> bool:
+    """Whether a module's hook is there to keep zeros."""
+    return _keeper_of(hook) is not None
+
+
 def _keeper_of(hook: object) -> Keeper | None:
     owner = getattr(hook, "__self__", None)
     return owner if isinstance(owner, Keeper) else None
