@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.calibration import Calibration
@@ -17,8 +16,6 @@ from fxprune.layers.sensitivity import sensitivities
 from fxprune.method import Method
 from fxprune.pattern import MixedPattern, NMPattern, Pattern
 from fxprune.solvers.allocation import allocate
-from fxprune.solvers.problem import LayerProblem
-from fxprune.solvers.refit import refit
 
 
 @register
@@ -50,12 +47,16 @@ class Mask(Constraint):
 
     def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:
         """The solver chooses the weights that stay; with `Options.refit` they are then fitted by least squares."""
-        if (
-            self.decline(part.geometry) is not None
-        ):  # A factor may be too narrow for a pattern that the layer could hold.
+        if self.decline(part.geometry) is not None:  # A factor may be too narrow for what the layer could hold.
             return rest(part)
-        matrix = sparse_matrix(part.problem, self.pattern, method)
-        return rest(replace(part, matrix=matrix, mask=matrix != 0, pattern=str(self.pattern)))
+        if isinstance(self.pattern, MixedPattern):
+            raise PatternError(f"pattern {self} is a choice over layers: a budget has to be allocated first")
+        problem = part.problem
+        if part.mask is not None:  # Choose among the weights that an earlier mask left, to put out what they put out.
+            target = part.matrix @ problem.hessian if problem.is_observed else problem.target
+            problem = replace(problem, weight=part.matrix, target=target)
+        matrix = torch.stack([method.solver(group, self.pattern) for group in problem.groups()])
+        return rest(replace(part.masked(matrix != 0, method, start=matrix), pattern=str(self.pattern)))
 
     def is_shared(self, method: Method) -> bool:  # noqa: D102
         budget = method.options.global_budget and not isinstance(self.pattern, NMPattern)
@@ -82,16 +83,3 @@ class Mask(Constraint):
             node: dense if (level := levels[index]) is None else Mask(level, allocated=True)
             for node, index in zip(layers, chosen, strict=True)
         }
-
-
-def sparse_matrix(problem: LayerProblem, pattern: Pattern, method: Method) -> Tensor:
-    """What the solver makes of all groups of a layer, (G, R/G, D), re-fitted on its mask if the options say so."""
-    if isinstance(pattern, MixedPattern):
-        raise PatternError(f"pattern {pattern} is a choice over layers: a budget has to be allocated first")
-    matrix = torch.stack([method.solver(group, pattern) for group in problem.groups()])
-    return refitted(problem, matrix != 0, matrix) if method.options.refit else matrix
-
-
-def refitted(problem: LayerProblem, mask: Tensor, start: Tensor) -> Tensor:
-    """Least squares on a mask (G, R/G, D), for every group."""
-    return torch.stack([refit(p, m, start=s) for p, m, s in zip(problem.groups(), mask, start, strict=True)])
