@@ -24,13 +24,13 @@ class Rows(Constraint):
     """Every second output channel is zero."""
 
     @classmethod
-    def parse(cls, text: str) -> Rows | None:  # noqa: D102
+    def parse(cls, text: str) -> Rows | None:
         return cls() if text == "rows" else None
 
-    def decline(self, geometry: LayerGeometry) -> str | None:  # noqa: D102
+    def decline(self, geometry: LayerGeometry) -> str | None:
         return "one row" if geometry.rows < 2 else None
 
-    def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:  # noqa: D102
+    def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:
         mask = torch.ones_like(part.matrix, dtype=torch.bool)
         mask[:, ::2] = False
         return rest(part.masked(mask, method))
@@ -41,13 +41,13 @@ class Mirrored(Constraint):
     """Pairs of neighbouring input channels have one weight: no mask says so."""
 
     @classmethod
-    def parse(cls, text: str) -> Mirrored | None:  # noqa: D102
+    def parse(cls, text: str) -> Mirrored | None:
         return cls() if text == "mirrored" else None
 
-    def decline(self, geometry: LayerGeometry) -> str | None:  # noqa: D102
+    def decline(self, geometry: LayerGeometry) -> str | None:
         return None if geometry.in_channels % 2 == 0 else "an odd number of input channels"
 
-    def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:  # noqa: D102
+    def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:
         problem, both = part.problem, torch.eye(part.geometry.columns // 2).repeat_interleave(2, 1).to(part.matrix)
         shared = torch.linalg.solve(both @ problem.hessian @ both.mT, (problem.target @ both.mT).mT).mT
         return rest(Part(part.geometry, problem, shared @ both))
