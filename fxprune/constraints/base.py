@@ -85,7 +85,7 @@ class Constraint(ABC):
     def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:
         """Decide, fit what stays free, and hand it to the rest of the chain: `return rest(part.masked(mask, method))`.
 
-        What constraints before this one decided stays decided: zeros outside `part.mask` stay zero, which `Part.masked` sees to.
+        What earlier constraints decided stays decided: weights outside `part.mask` stay zero, which `Part.masked` sees to.
 
         Args:
             part: of the layer. For methods that look at no images `part.problem.is_observed` is False, and H and T are NaN.
