@@ -6,7 +6,8 @@ The statistics of a layer come from the prefix that is already compressed, so ev
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,9 +20,10 @@ from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.stream import CalibrationStream, Outcome, StreamedLayer
 from fxprune.constraints.rank import Rank
 from fxprune.consumers import skip_operands
-from fxprune.errors import FxPruneError, SolverError
+from fxprune.errors import FxPruneError, GraphError, SolverError
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import module_of
+from fxprune.intake.totals import little, uncovered
 from fxprune.layers.checkpoint import LayerCheckpoint
 from fxprune.layers.kept import kept_layer, layers_inside, zeros
 from fxprune.layers.macs import macs_per_sample
@@ -56,6 +58,8 @@ class SolveLayers(CalibratedPass):
         roles = {n: a for n in graph_module.graph.nodes if (a := annotation(n)).role and a.report is None}
         if not roles and report_of(graph_module) is not None:
             return PassResult(graph_module, False)
+        if roles:
+            self._require_something(roles)
         before = _macs(graph_module, calibration) if _has_ranks(roles) else 0
         with torch.no_grad(), full_precision():
             found, outcome = self._solve_all(graph_module, roles, calibration)
@@ -68,6 +72,8 @@ class SolveLayers(CalibratedPass):
         for node in graph_module.graph.nodes:
             done = annotation(node).report
             layers += [done] if done is not None else layers_inside(node)
+        layers += uncovered(graph_module, layers)
+        self._tell_of_little(graph_module, layers, calibration)
         report = PruneReport(
             layers=tuple(layers),
             method=self.method.name,
@@ -83,6 +89,24 @@ class SolveLayers(CalibratedPass):
         )
         annotate_graph(graph_module, report=report)
         return PassResult(graph_module, any(layer.status != "kept" for layer in layers))
+
+    def _require_something(self, roles: Mapping[Node, Annotation]) -> None:
+        """Raise GraphError, before any work, if the recipe asks for something and no layer can take it."""
+        asks = any(chain for _, chain in self.recipe.entries)
+        reasons = Counter(decided.reason for decided in roles.values())
+        if not asks or any(decided.role == "compress" for decided in roles.values()) or set(reasons) == {"excluded"}:
+            return
+        told = "; ".join(f"{reason} ({count} layers)" for reason, count in reasons.most_common(3))
+        raise GraphError(
+            f"nothing can be compressed to {self.recipe}: of {len(roles)} layers none can take it. Why: {told}. Choose another "
+            "pattern, such as '0.5', which any layer with 4 input channels or more can hold"
+        )
+
+    def _tell_of_little(self, graph_module: GraphModule, rows: Sequence[LayerReport], calibration: Calibration) -> None:
+        """Warn if less than half of the weights were compressed, though the recipe is one for all layers."""
+        if self.recipe.is_uniform and any(row.status in ("pruned", "factored") for row in rows):
+            if message := little(graph_module, rows, str(self.recipe)):
+                calibration.warn(message)
 
     def _solve_all(
         self, graph_module: GraphModule, roles: Mapping[Node, Annotation], calibration: Calibration

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, symbolic_trace
 from torch.nn.utils import parametrizations, prune
 
 from fxprune.annotations import Annotation, annotation
@@ -22,7 +22,7 @@ from fxprune.tracing import trace
 
 
 def observed(model: nn.Module, pattern: object = "2:4", **options: object) -> GraphModule:
-    graph_module = trace(model)
+    graph_module = trace(model, exclude=options.get("exclude", ()))
     insert = InsertObservers(Recipe.parse(pattern), **options)
     insert(graph_module)
     recorded = changes(graph_module)
@@ -77,8 +77,6 @@ def test_layers_that_take_the_pattern(layer):
 
 KEPT = [
     (nn.ConvTranspose2d(8, 8, 3), "transposed"),
-    (parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), "parametrized: its weight is computed"),
-    (prune.identity(nn.Conv2d(8, 8, 3), "weight"), "its weight is computed by a hook"),
     (nn.Conv2d(8, 8, 3).half(), "torch.float16; statistics need float32"),
     (nn.Conv2d(8, 8, 3).to(torch.bfloat16), "torch.bfloat16"),
 ]
@@ -122,11 +120,22 @@ def test_excluded_layers(exclude):
     assert len(observers(graph_module)) == 2 - len(exclude)
 
 
-def test_a_subclass_is_traced_through_and_named():
-    graph_module = observed(Block(Custom(8, 8, 3)))
-    task = tasks(graph_module)["conv2d"]
-    assert task.role == "keep"
-    assert "a functional call in module 'layer' (Custom)" in task.reason
+COMPUTED = [
+    (lambda: parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), "parametrized: its weight is computed"),
+    (lambda: prune.identity(nn.Conv2d(8, 8, 3), "weight"), "its weight is computed by a hook"),
+]
+
+
+@pytest.mark.parametrize(("layer", "reason"), COMPUTED, ids=[reason for _, reason in COMPUTED])
+def test_computed_weights_are_kept_in_a_graph_that_is_not_in_the_normal_form(layer, reason):
+    graph_module = symbolic_trace(Block(layer()))
+    InsertObservers(Recipe.parse("2:4"))(graph_module)
+    assert reason in tasks(graph_module)["layer"].reason
+    assert tasks(observed(Block(layer())))["layer"].role == "compress"
+
+
+def test_a_subclass_is_traced_through_and_pruned():
+    assert tasks(observed(Block(Custom(8, 8, 3))))["layer"].role == "compress"
 
 
 def test_a_shared_module_is_kept_at_each_call():
@@ -181,8 +190,10 @@ class Functional(nn.Module):
         return x.matmul(self.matrix) * (x @ x.mT).mean()
 
 
-def test_functional_calls_and_products_with_a_parameter():
-    found = tasks(observed(Functional()))
+def test_functional_calls_and_products_in_a_graph_that_is_not_in_the_normal_form():
+    graph_module = symbolic_trace(Functional())
+    InsertObservers(Recipe.parse("2:4"))(graph_module)
+    found = tasks(graph_module)
     assert sorted(found) == ["conv2d", "linear", "matmul", "matmul_2"]
     for task in found.values():
         assert task.role == "keep"
@@ -198,7 +209,7 @@ def test_layers_inside_a_leaf_are_on_record():
         def forward(self, x: Tensor) -> Tensor:
             return self.attention(x, x, x)[0]
 
-    graph_module = observed(Leafy())
+    graph_module = observed(Leafy(), exclude=("attention",))
     reasons = [change.reason for change in changes(graph_module)]
     assert any("attention.out_proj" in reason for reason in reasons)
     assert any("attention.in_proj_weight" in reason for reason in reasons)
