@@ -18,7 +18,7 @@ ADDS = (operator.add, torch.add)
 
 
 def last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
-    """For each node, the nodes whose values are not read after it."""
+    """For each node, the nodes whose values it is the last to read."""
     dying: dict[Node, list[Node]] = {node: [] for node in nodes}
     seen: set[Node] = set()
     for node in reversed(nodes):
@@ -30,9 +30,10 @@ def last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
 
 
 def spare_input(node: Node) -> Node | None:
-    """The input of a ReLU or an add whose memory its output may take: a layer or an add has just made it, for this alone.
+    """The input of a ReLU or an add whose memory the output may overwrite; None if there is none.
 
-    Memory that has been touched already takes half the time of new.
+    That is an input which a layer or an add has just made, and which nothing else reads. Writing to memory that has been
+    touched before takes half the time of writing to new memory.
     """
     module = module_of(node)
     if _is_hooked(module):
@@ -65,6 +66,6 @@ def overwrite(node: Node, source: Node, value_of: Callable[[Node], Any]) -> Tens
 
 
 def reads_strides(node: Node) -> bool:
-    """Whether a node's value depends on how its input lies in memory."""
+    """Whether a node's value depends on the strides of its input."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.op in ("call_method", "call_function") and name in ("as_strided", "as_strided_", "stride", "set_")

@@ -11,7 +11,7 @@ from fxprune.passes.base import CalibratedPass
 
 
 class CheckImages(CalibratedPass):
-    """Changes nothing; what speaks against the images becomes a `CalibrationWarning` and a line in the report."""
+    """Changes nothing; what is wrong with the images becomes a `CalibrationWarning` and a line in the report."""
 
     def calibrate(self, graph_module: GraphModule, calibration: Calibration) -> PassResult:  # noqa: D102
         for sentence in suspicions(graph_module, calibration.head(IMAGES)):
