@@ -15,7 +15,7 @@ from fxprune.passes.base import CalibratedPass
 class Allocate(CalibratedPass):
     """Replaces a constraint that layers share ("mixed:0.6") by one for each layer ("1:4"); to be run after InsertObservers.
 
-    Layers with equal shared constraints share one budget. A layer for which the budget asks nothing stays dense and is re-fitted.
+    Layers with equal shared constraints share one budget. A layer of which the budget asks nothing stays dense.
 
     Args:
         method: solver and options.
