@@ -16,10 +16,10 @@ from fxprune.geometry import LayerGeometry
 from fxprune.report import LayerReport, PruneReport
 
 if TYPE_CHECKING:
-    from fxprune.constraints import Chain
     from fxprune.fine_tuning.recorded_zeros import ZeroMask
     from fxprune.intake.origins import Origin
     from fxprune.intake.record import Intake
+    from fxprune.layers.constraint import Chain
 
 KEY = "fxprune"
 Role = Literal["compress", "reconstruct", "keep"]

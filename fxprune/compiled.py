@@ -14,10 +14,10 @@ from torch.fx.node import map_aggregate
 
 from fxprune.annotations import KEY, annotate_graph, annotation, report_of
 from fxprune.errors import GraphError
-from fxprune.export.deployment import assess_deployment
-from fxprune.fine_tuning.keeper import attach_again
 from fxprune.fine_tuning.recorded_zeros import current_report, record_zeros
+from fxprune.layers.deployment import assess_deployment
 from fxprune.layers.kept import layers_inside
+from fxprune.layers.zero_keeper import attach_again
 from fxprune.report import LayerReport, PruneReport
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 MatrixLayer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
 
 
 def is_matrix_layer(module: nn.Module | None) -> TypeGuard[MatrixLayer]:

@@ -16,8 +16,8 @@ from torch.fx import GraphModule, Node
 
 from fxprune.calibration import sampling
 from fxprune.calibration.batches import count, map_tensors, take
-from fxprune.calibration.calibration import observers_off
 from fxprune.calibration.failures import stays_as_it_is
+from fxprune.calibration.observers import observers_off
 from fxprune.calibration.sampling import BatchPlace
 from fxprune.graph import Shape, module_of, value_shapes
 from fxprune.statistics import HessianObserver

@@ -21,10 +21,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map_only
 
 from fxprune.calibration.batch_store import BatchStore, BatchValues
-from fxprune.calibration.calibration import Calibration, observers_off
+from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.failures import node_failure, remedy_for, stays_as_it_is
 from fxprune.calibration.lifetimes import last_uses, overwrite, reads_strides, spare_input
-from fxprune.calibration.observers import observer_of
+from fxprune.calibration.observers import observer_of, observers_off
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.calibration.reading import Slot, Source, read_into
 from fxprune.calibration.sampling import BatchPlace, PatchSample, sample_patches
@@ -90,7 +90,7 @@ class StreamedLayer:
     @property
     def relu_aware(self) -> Callable[[SolvedLayer], CrossStatistics] | None:
         """The cross term of its target once its weights are known, where a rectifier follows; else None."""
-        if self._stream.target != "rectified" or self.cross is None or not consumers(self.node).rectifier:
+        if self._stream.target != "relu_aware" or self.cross is None or not consumers(self.node).rectifier:
             return None
         cross = self.cross
 
@@ -213,7 +213,7 @@ class CalibrationStream:
             for node in nodes:
                 self.current = layer = StreamedLayer(self, node, LayerGeometry.of(layer_of(node)))
                 if gather(node) and self._fit and self.target != "weights":
-                    skip = self.target in ("skip", "rectified")
+                    skip = self.target in ("skip", "relu_aware")
                     layer.cross = cross_statistics(self, node, layer.geometry, skip=skip)
                 else:
                     self.advance(node)

@@ -88,7 +88,7 @@ def relu_aware_statistics(
 
     def update(seen: LayerGeometry, x: Tensor, dense: Tensor, *added: Tensor) -> None:
         z = sum(added, start=seen.apply(x, part.weight, part.bias))
-        change.update(seen, x, _rectified(dense, z, low, high))
+        change.update(seen, x, _relu_aware(dense, z, low, high))
 
     pool = Pool(update)
 
@@ -125,7 +125,7 @@ def _compensated(values: BatchValues, node: Node, skips: Iterable[Node], sample:
     return y
 
 
-def _rectified(dense: Tensor, z: Tensor, low: float, high: float) -> Tensor:
+def _relu_aware(dense: Tensor, z: Tensor, low: float, high: float) -> Tensor:
     """ReLU-aware target less dense value, for a layer that puts out z now and a rectifier that clamps to (low, high)."""
     change = torch.where(dense <= low, z.clamp_max(low) - dense, 0)
     return change if high == math.inf else torch.where(dense >= high, z.clamp_min(high) - dense, change)

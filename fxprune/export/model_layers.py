@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import ValidationError
-from fxprune.fine_tuning.recorded_zeros import LAYERS, current_report
+from fxprune.fine_tuning.recorded_zeros import current_report
+from fxprune.geometry import LAYERS
 from fxprune.report import PruneReport
 
 UNCHECKED = "No sparsity pattern was checked"

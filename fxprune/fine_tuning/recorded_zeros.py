@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from fxprune.annotations import graph_annotation, report_of
 from fxprune.errors import GraphError
-from fxprune.fine_tuning.keeper import write_kept_zeros
-from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxprune.geometry import LAYERS
+from fxprune.layers.zero_keeper import write_kept_zeros
 from fxprune.pattern import Pattern
 from fxprune.report import LayerReport, PruneReport
 from fxprune.tracing import matches
 
-LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
 # A layer that a compilation left alone counts as pruned before if so much of it is zero; fewer zeros may be an accident.
 _PRUNED_BEFORE = 0.5
 

@@ -19,13 +19,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from fxprune.annotations import annotation, changes, report_of
 from fxprune.channels.apply import channel_order
 from fxprune.errors import GraphError
-from fxprune.export.batches import example_tensors
+from fxprune.export.inputs_outputs import example_tensors
 from fxprune.export.parity import evaluating
 from fxprune.fine_tuning.recorded_zeros import FilledZeros, filled_zeros
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.graph import module_of, value_shapes
 from fxprune.graph_diff.model_graph import GraphNode, ModelGraph
-from fxprune.graph_diff.weights import Weights, weight_multiply_adds
+from fxprune.graph_diff.weights import Weights, weight_macs
 from fxprune.passes.fold_batchnorm import scale_and_shift
 from fxprune.report import PruneReport
 
@@ -41,7 +41,7 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
     Args:
         graph_module: run once in eval mode if there are inputs; its training flags are put back.
         example_inputs: a tensor, a tuple of the model's inputs, or a dict of them by name; None leaves sizes of
-            activations and multiply-adds unknown.
+            activations and MACs unknown.
 
     Raises:
         ExportError: example_inputs does not fit the model's inputs.
@@ -64,7 +64,7 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
         own = _node_parameters(graph_module, node)
         for name, parameter in own:
             parameters.setdefault(id(parameter), (name, parameter))
-        if node.op == "call_module" and read.multiply_adds is None and any(p.dim() > 1 for _, p in own):
+        if node.op == "call_module" and read.macs is None and any(p.dim() > 1 for _, p in own):
             uncounted[read.op] += 1
     report = report_of(graph_module)
     return ModelGraph(
@@ -76,11 +76,7 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
         shapes_known=bool(shapes),
         notes=(
             *([f"{filled}."] if filled else []),
-            *(
-                f"Multiply-adds leave out what happens inside {op} ({calls} calls)."
-                for op, calls in uncounted.items()
-                if shapes
-            ),
+            *(f"MACs leave out what happens inside {op} ({calls} calls)." for op, calls in uncounted.items() if shapes),
         ),
     )
 
@@ -123,7 +119,7 @@ def _read_node(
         order=_order(node),
         inplace=_is_inplace(node),
         output_shape=shapes.get(node),
-        multiply_adds=_multiply_adds(node, weights, shapes),
+        macs=_macs(node, weights, shapes),
         status=report.status if report and not lost else "",
         pattern=report.pattern if report and not lost else "",
         output_error=report.relative_error if report else None,
@@ -166,13 +162,13 @@ def _order(node: Node) -> tuple[Tensor | None, Tensor | None]:
     )
 
 
-def _multiply_adds(node: Node, weights: Weights, shapes: Mapping[Node, tuple[int, ...]]) -> int | None:
-    """Multiply-adds for one sample: of a layer with a weight, or of a product of two activations."""
+def _macs(node: Node, weights: Weights, shapes: Mapping[Node, tuple[int, ...]]) -> int | None:
+    """MACs for one sample: of a layer with a weight, or of a product of two activations."""
     sources = [source for source in _read_nodes(node) if source.op != "get_attr"]
     if node not in shapes or not sources or sources[0] not in shapes:
         return None
     if weights.weight is not None:
-        return weight_multiply_adds(weights, shapes[sources[0]], shapes[node])
+        return weight_macs(weights, shapes[sources[0]], shapes[node])
     if node.op != "call_module" and _operation_name(node) in PRODUCTS:
         return math.prod(shapes[node][1:]) * shapes[sources[0]][-1]
     return None
@@ -272,10 +268,6 @@ def _module_arguments(module: nn.Module) -> dict[str, str]:
         elif item.strip() and not module._parameters:
             texts[f"argument {position}"] = item.strip()
     return texts
-
-
-_WEIGHTED = re.compile(r"conv[123]d|conv_transpose[123]d|linear")
-PRODUCTS = ("matmul", "mm", "bmm")
 
 
 def _node_weights(graph_module: GraphModule, node: Node) -> Weights:

@@ -7,11 +7,10 @@ from operator import attrgetter
 from torch import Tensor, nn
 from torch.fx import Node
 
-from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxprune.geometry import LAYERS
 from fxprune.graph import module_of
 from fxprune.report import LayerReport
 
-LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
 # Modules of torch.nn whose own parameters are matrices; the tracer never looks inside them.
 WITH_MATRICES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 

@@ -8,7 +8,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.annotations import annotate, annotation
 from fxprune.calibration.calibration import Calibration
 from fxprune.constraints import Chain, Constraint
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
 
 

@@ -14,16 +14,16 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxprune.annotations import Annotation, annotate, annotation
+from fxprune.calibration.observers import OBSERVERS
 from fxprune.constraints import Chain, Constraint
-from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
+from fxprune.geometry import LAYERS, TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
 from fxprune.graph import call_sites, input_of, is_tied, module_of
-from fxprune.layers.kept import LAYERS, layers_inside, matrices_read
+from fxprune.layers.kept import layers_inside, matrices_read
 from fxprune.passes.base import Pass
 from fxprune.recipe import Recipe
 from fxprune.statistics import HessianObserver
 from fxprune.tracing import matches
 
-OBSERVERS = "fxprune_observers"
 MAX_COLUMNS = 16_384  # A float64 Hessian of 2 GiB, of which solving needs several copies.
 WEIGHT_FUNCTIONS = (
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.bilinear, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,

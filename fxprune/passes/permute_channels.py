@@ -20,9 +20,9 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.annotations import annotation, changed_modules
 from fxprune.calibration.batches import inputs_of, map_tensors, take, tensors_in
-from fxprune.calibration.calibration import Calibration, observers_off
+from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.failures import said, stays_as_it_is
-from fxprune.calibration.observers import observer_of
+from fxprune.calibration.observers import observer_of, observers_off
 from fxprune.calibration.stream import CalibrationStream
 from fxprune.channels import Channels, analyse_channels, permute_channels, value_shapes
 from fxprune.channels.grouping import Reader, search_grouping
@@ -35,10 +35,10 @@ from fxprune.layers.problem import layer_of
 from fxprune.passes.base import CalibratedPass
 from fxprune.passes.insert_observers import InsertObservers
 from fxprune.pattern import MixedPattern, NMPattern, Pattern
-from fxprune.precision import full_precision
 from fxprune.recipe import Recipe
+from fxprune.runtime.precision import full_precision
+from fxprune.runtime.surroundings import same_random_numbers
 from fxprune.solvers import LayerProblem
-from fxprune.surroundings import same_random_numbers
 
 TOLERANCE = 1e-4
 IMAGES = 64

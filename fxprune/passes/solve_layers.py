@@ -17,6 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.annotations import Annotation, annotate, annotate_graph, annotation, report_of
 from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.macs import macs_per_sample
 from fxprune.calibration.stream import CalibrationStream, Outcome, StreamedLayer
 from fxprune.constraints.rank import Rank
 from fxprune.consumers import skip_operands
@@ -26,16 +27,15 @@ from fxprune.graph import module_of
 from fxprune.intake.totals import little, uncovered
 from fxprune.layers.checkpoint import LayerCheckpoint
 from fxprune.layers.kept import kept_layer, layers_inside, zeros
-from fxprune.layers.macs import macs_per_sample
 from fxprune.layers.problem import layer_of
 from fxprune.layers.solve import SolvedLayer, SolvedPart, solve_layer
 from fxprune.layers.splits import split_call
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
-from fxprune.precision import full_precision
-from fxprune.ranks.choices import RankPlan
+from fxprune.ranks.plan import RankPlan
 from fxprune.recipe import Recipe
 from fxprune.report import LayerReport, PruneReport
+from fxprune.runtime.precision import full_precision
 
 
 class SolveLayers(CalibratedPass):
@@ -85,7 +85,7 @@ class SolveLayers(CalibratedPass):
             peak_memory=outcome.peak_bytes,
             agreement=outcome.agreement,
             kl=outcome.kl,
-            multiply_adds=(before, _macs(graph_module, calibration)) if before else (),
+            macs=(before, _macs(graph_module, calibration)) if before else (),
         )
         annotate_graph(graph_module, report=report)
         return PassResult(graph_module, any(layer.status != "kept" for layer in layers))
@@ -173,7 +173,7 @@ class SolveLayers(CalibratedPass):
             dead_inputs=layer.dead_inputs,
             seconds=layer.seconds,
             rank=rank.choice.rank if rank is not None and rank.choice is not None and factored else 0,
-            multiply_adds=rank.multiply_adds if rank is not None and factored else (),
+            macs=rank.macs if rank is not None and factored else (),
         )
 
     def _asked_for(self, roles: Mapping[Node, Annotation]) -> str:
@@ -210,7 +210,7 @@ class SolveLayers(CalibratedPass):
                 sparsity=zeros(module.weight),
                 relative_error=layer.relative_error if whole else None,
                 seconds=layer.seconds if whole else 0.0,
-                multiply_adds=layer.multiply_adds if whole else (),
+                macs=layer.macs if whole else (),
             )
             annotate(call, report=row)
 

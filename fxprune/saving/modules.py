@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fxprune.errors import CheckpointError
-from fxprune.fine_tuning.keeper import is_keeper_hook
+from fxprune.layers.zero_keeper import keeper_of
 from fxprune.saving.names import class_name, find_class, is_identifier, is_part_name
 from fxprune.saving.values import Reader, Writer
 
@@ -151,15 +151,16 @@ def _refuse_hooks(module: nn.Module, path: str) -> None:
 
 
 def _hooks(module: nn.Module, name: str) -> list[Any]:
-    """A module's hooks of one kind, but for those that a file can do without.
+    """A module's hooks of one kind that change what is stored.
 
-    These are what `keep_zeros` attaches, and those with which torch's parametrizations read weights of older versions.
+    Not those with which torch's parametrizations read weights of older versions, nor those that hold weights at zero:
+    a file says where the zeros are.
     """
     found = [getattr(hook, "hook", hook) for hook in (getattr(module, name) or {}).values()]
     return [
         hook
         for hook in found
-        if getattr(hook, "__module__", "") != "torch.nn.utils.parametrizations" and not is_keeper_hook(hook)
+        if getattr(hook, "__module__", "") != "torch.nn.utils.parametrizations" and keeper_of(hook) is None
     ]
 
 

@@ -30,7 +30,7 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
     support = int(mask.sum(1).max())
     if support == 0:
         return torch.zeros_like(problem.target)
-    # Cholesky: S^3 / 3 multiply-adds a row, at a lower rate than a large product; conjugate gradients: D^2 an iteration.
+    # Cholesky: S^3 / 3 MACs a row, at a lower rate than a large product; conjugate gradients: D^2 an iteration.
     if support**3 / 3 > CG_COST * mask.shape[1] ** 2:
         # float32 takes half the time, and its rounding errors are below the tolerance. Scaling by a power of two is exact, and
         # keeps H within float32's range whatever the size of the activations.

@@ -13,7 +13,7 @@ import fxprune
 from fxprune.constraints import Constraint, Part, Rest
 from fxprune.constraints.mask import Mask
 from fxprune.geometry import LayerGeometry
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.recipe import Recipe
 
 HALF = Mask(fxprune.Pattern.parse("2:4"))
@@ -83,7 +83,7 @@ def test_the_second_mask_chooses_among_what_the_first_left(model: nn.Module) -> 
 
 
 def test_a_relu_aware_fit_breaks_no_constraint_without_a_mask(model: nn.Module) -> None:
-    result = compiled(model, Mirrored(), options=fxprune.Options(target="rectified"))
+    result = compiled(model, Mirrored(), options=fxprune.Options(target="relu_aware"))
     for name in ("0", "2", "4"):
         weight: Tensor = result.get_submodule(name).weight
         torch.testing.assert_close(weight[:, ::2], weight[:, 1::2])

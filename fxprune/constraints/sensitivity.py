@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.batches import inputs_of, map_tensors, tensors_in
-from fxprune.calibration.calibration import Calibration, observers_off
+from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.observers import observers_off
 from fxprune.calibration.output_error import OutputError
 from fxprune.calibration.stream import dense_statistics
-from fxprune.constraints.base import Chain, Part
 from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import Runner, device_of
+from fxprune.layers.constraint import Chain, Part
 from fxprune.layers.problem import layer_of
 from fxprune.layers.solve import product, solve_chain
-from fxprune.method import Method
-from fxprune.precision import full_precision
+from fxprune.options import Method
+from fxprune.runtime.precision import full_precision
 from fxprune.solvers.problem import LayerProblem
 from fxprune.statistics import InputStatistics
 

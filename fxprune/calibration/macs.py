@@ -11,11 +11,9 @@ from torch import Size
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.batches import count, map_tensors
-from fxprune.calibration.calibration import observers_off
-from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxprune.calibration.observers import observers_off
+from fxprune.geometry import LAYERS, TRANSPOSED_CONVOLUTIONS
 from fxprune.graph import input_of, module_of, value_shapes
-
-LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, torch.nn.Linear)
 
 
 def layer_shapes(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[Node, tuple[Size, Size]]:
