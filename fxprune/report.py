@@ -39,7 +39,7 @@ class LayerReport:
         pattern: the pattern that the weight now satisfies, or "" if it was not pruned.
         status: "pruned", "factored" (replaced by two layers), "reconstructed" (dense, re-fitted to the dense model's
             output) or "kept" (as it was).
-        reason: why the layer was not pruned, or how it was factored; "" for pruned layers.
+        reason: why the layer was not pruned, or how it was factored; of a pruned layer, what is unusual about it, or "".
         sparsity: share of zeros in the weight.
         relative_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on the held-out images, or None if not measured; without
             such images on those that were fitted, a quarter of the patches whose statistics were taken.

@@ -163,7 +163,7 @@ def scan(
         given = [_allocated(graph_module, layers, chain, calibration, how) for chain in chains]
         by_layer = {node: [own for own, _ in (of[node] for of in given)] for node in layers}
         found = sensitivities(graph_module, by_layer, calibration, how, probe_every=1)
-        macs = macs_per_sample(graph_module, calibration.example(graph_module))
+        macs = macs_per_sample(calibration.example(graph_module))
     rows = []
     for node in layers:
         of = found[node]

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.batches import call_by_name, inputs_of, map_tensors, take, tensors_in
-from fxprune.calibration.failures import FUNCTIONAL, node_failure, remedy_for, said, stays_as_it_is, values_read
+from fxprune.calibration.failures import (
+    node_failure,
+    remedy_for,
+    said,
+    stays_as_it_is,
+    values_read,
+    weight_of_convolution,
+)
 from fxprune.errors import CalibrationError
 from fxprune.geometry import CONVOLUTIONS
 from fxprune.graph import Runner, device_of, input_of, module_of
@@ -85,8 +92,8 @@ class _Run(Runner):
         module = module_of(node)
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
             return len(getattr(module, "kernel_size", ())) + 1
-        weight = node.args[1] if node.target in FUNCTIONAL and len(node.args) > 1 else None
-        return self.env[weight].dim() - 1 if isinstance(weight, Node) else None
+        weight = weight_of_convolution(node)
+        return None if weight is None else self.env[weight].dim() - 1
 
     def outcome(self, values: list[Any]) -> Any:
         return _attempt(lambda: self.run(*_copies(values)))

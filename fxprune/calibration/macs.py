@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Size
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from fxprune.calibration.batches import count, map_tensors
-from fxprune.calibration.observers import observers_off
-from fxprune.geometry import LAYERS, TRANSPOSED_CONVOLUTIONS
-from fxprune.graph import input_of, module_of, value_shapes
+from fxprune.calibration.shapes import Example
+from fxprune.geometry import TRANSPOSED_CONVOLUTIONS
+from fxprune.graph import input_of, module_of
+from fxprune.operations import LAYERS
 
 
-def layer_shapes(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[Node, tuple[Size, Size]]:
-    """Input and output shape of every Conv and Linear module call, for example inputs of the graph."""
-    with torch.no_grad(), observers_off(graph_module):
-        shapes = value_shapes(graph_module, *map_tensors(list(inputs), torch.clone))
+def layer_shapes(example: Example) -> dict[Node, tuple[Size, Size]]:
+    """Input and output shape of every Conv and Linear module call of the example's graph."""
     found = {}
-    for node in graph_module.graph.nodes:
+    for node, given in example.shapes.items():
         if isinstance(module_of(node), LAYERS):
-            read, given = shapes[input_of(node)], shapes[node]
+            read = example.shapes[input_of(node)]
             assert isinstance(read, Size)
             assert isinstance(given, Size)
             found[node] = (read, given)
     return found
 
 
-def macs_per_sample(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[Node, int]:
-    """MACs of every Conv and Linear module call for one sample, for example inputs of several samples."""
-    samples = count(list(inputs))
+def macs_per_sample(example: Example) -> dict[Node, int]:
+    """MACs of every Conv and Linear module call of the example's graph for one sample."""
     counts = {}
-    for node, (read, given) in layer_shapes(graph_module, inputs).items():
+    for node, (read, given) in layer_shapes(example).items():
         module: Any = module_of(node)
         moved = read if isinstance(module, TRANSPOSED_CONVOLUTIONS) else given
         weight = module.weight
-        counts[node] = math.prod(moved) * (weight.numel() // weight.shape[0]) // samples
+        counts[node] = math.prod(moved) * (weight.numel() // weight.shape[0]) // example.images
     return counts

@@ -81,6 +81,10 @@ class Rank(Constraint):
     def decline(self, geometry: LayerGeometry) -> str | None:  # noqa: D102 - documented on Constraint
         if geometry.groups > 1:
             return f"{geometry.groups} groups, each small already"
+        if geometry.transposed:
+            return "a transposed convolution is not split in two"
+        if geometry.blocks > 1:
+            return f"{geometry.blocks} blocks of columns, and factors need all columns together"
         if any(full_rank(geometry, split) > 1 for split in self.splits):
             return None
         if min(geometry.rows, geometry.columns) < 2:
@@ -129,7 +133,7 @@ class Rank(Constraint):
         from fxprune.ranks.speedup import plan_for_speedup  # It exports files, for which the rest is not needed.
 
         calibration.on_layer("measuring", 0)
-        example = calibration.example(graph_module, images=1)
+        example = calibration.images(graph_module, 1)
         return plan_for_speedup(graph_module, found, self.rule.value, list(tensors_in(example)))
 
     def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:

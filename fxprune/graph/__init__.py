@@ -12,11 +12,12 @@ from fxprune.graph.nodes import (
     is_tied,
     module_of,
 )
-from fxprune.graph.running import Runner, Shape, arguments_of, value_shapes
+from fxprune.graph.running import Runner, Shape, ShapeRecorder, arguments_of, value_shapes
 
 __all__ = [
     "Runner",
     "Shape",
+    "ShapeRecorder",
     "arguments_of",
     "call_quietly",
     "call_sites",

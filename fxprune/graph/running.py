@@ -65,17 +65,20 @@ class Runner(Interpreter):
 
 def value_shapes(graph_module: GraphModule, *inputs: Any) -> dict[Node, Shape]:
     """Run the graph once on example inputs, one for each placeholder; the shape of every node's value."""
-    recorder = _ShapeRecorder(graph_module)
+    recorder = ShapeRecorder(graph_module)
     recorder.run(*inputs)
     return recorder.shapes
 
 
-class _ShapeRecorder(Runner):
+class ShapeRecorder(Runner):
+    """Runs a graph, and keeps the shape of every node's value."""
+
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module)
         self.shapes: dict[Node, Shape] = {}
 
     def run_node(self, n: Node) -> Any:
+        """Run a node and note the shape of its value."""
         value = super().run_node(n)
         self.shapes[n] = _shape(value)
         return value

@@ -42,7 +42,9 @@ class LayerCheckpoint:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         chains = {
-            str(n.target): chain_text(annotation(n).chain) for n in graph_module.graph.nodes if annotation(n).role
+            str(n.target): chain_text(annotation(n).chain)
+            for n in graph_module.graph.nodes
+            if annotation(n).role not in ("", "repeat")
         }
         run = {
             "model": _fingerprint(graph_module),

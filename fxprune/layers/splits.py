@@ -39,7 +39,7 @@ def splits_of(split: Split | Literal["auto"]) -> tuple[Split, ...]:
 
 def full_rank(geometry: LayerGeometry, split: Split) -> int:
     """Largest rank of a split; 0 if the layer has no such split."""
-    if geometry.groups > 1:
+    if geometry.groups > 1 or geometry.transposed:
         return 0
     if split == "channel":
         return min(geometry.rows, geometry.columns)

@@ -20,7 +20,7 @@ from fxprune.annotations import annotate
 from fxprune.calibration.batches import inputs_of, map_tensors, take, tensors_in
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.failures import stays_as_it_is
-from fxprune.geometry import is_matrix_layer
+from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, is_matrix_layer
 from fxprune.graph import Runner, device_of, has_global_hooks, has_hooks, module_of
 from fxprune.passes.base import CalibratedPass
 from fxprune.runtime.precision import full_precision
@@ -126,6 +126,9 @@ def _own_value(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     x = args[0] if args else kwargs["input"]
     if isinstance(module, nn.Linear):
         return F.linear(x, module.weight, module.bias)
+    if isinstance(module, TRANSPOSED_CONVOLUTIONS):
+        forward: Any = type(module).forward
+        return forward(module, *args, **kwargs)
     return module._conv_forward(x, module.weight, module.bias)
 
 

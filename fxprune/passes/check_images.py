@@ -19,6 +19,7 @@ from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.failures import stays_as_it_is
 from fxprune.calibration.holdout import LEAST_IMAGES
 from fxprune.graph import Runner, device_of, input_of, module_of
+from fxprune.operations import bounds_of
 from fxprune.passes.base import CalibratedPass
 
 IMAGES = 64  # That are looked at.
@@ -111,7 +112,7 @@ class _Watch(Runner):
             moments = [x.sum(1), x.square().sum(1), torch.tensor(float(x.shape[1]))]
             before = self._sums.get(n)
             self._sums[n] = moments if before is None else [a + b for a, b in zip(before, moments, strict=True)]
-        if isinstance(value, Tensor) and value.dim() > 1 and _is_rectifier(n):
+        if isinstance(value, Tensor) and value.dim() > 1 and bounds_of(n) is not None:
             largest = value.abs().transpose(0, 1).flatten(1).amax(1)
             self._largest[n] = largest if n not in self._largest else torch.maximum(self._largest[n], largest)
         return value
@@ -149,11 +150,3 @@ def _is_trained_norm(module: nn.Module | None) -> bool:
         return False
     untouched = bool((module.running_mean == 0).all() and (module.running_var == 1).all())
     return not untouched and not module.training
-
-
-def _is_rectifier(node: Node) -> bool:
-    module = module_of(node)
-    if module is not None:
-        return isinstance(module, (nn.ReLU, nn.ReLU6))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in ("relu", "relu_", "relu6")

@@ -28,6 +28,7 @@ from fxprune.intake.totals import little, uncovered
 from fxprune.layers.checkpoint import LayerCheckpoint
 from fxprune.layers.kept import kept_layer, layers_inside, zeros
 from fxprune.layers.problem import layer_of
+from fxprune.layers.shared import weight_calls
 from fxprune.layers.solve import SolvedLayer, SolvedPart, solve_layer
 from fxprune.layers.splits import split_call
 from fxprune.options import Method
@@ -55,7 +56,11 @@ class SolveLayers(CalibratedPass):
         self.method = method
 
     def calibrate(self, graph_module: GraphModule, calibration: Calibration) -> PassResult:  # noqa: D102
-        roles = {n: a for n in graph_module.graph.nodes if (a := annotation(n)).role and a.report is None}
+        roles = {
+            n: a
+            for n in graph_module.graph.nodes
+            if (a := annotation(n)).role not in ("", "repeat") and a.report is None
+        }
         if not roles and report_of(graph_module) is not None:
             return PassResult(graph_module, False)
         if roles:
@@ -155,7 +160,9 @@ class SolveLayers(CalibratedPass):
         pattern = next((part.pattern for part in parts if part.pattern), "")
         factored = len(parts) > 1
         status = "factored" if factored else "pruned" if decided.role == "compress" else "reconstructed"
-        reason = decided.reason
+        reason, calls = decided.reason, len(weight_calls(graph_module)[node])
+        if calls > 1:
+            reason = f"one weight at {calls} places"
         if rank is not None and rank.choice is not None and factored:
             reason = f"{rank.choice.split} split"
         else:
@@ -218,7 +225,7 @@ class SolveLayers(CalibratedPass):
 def unaffected(graph_module: GraphModule, roles: Mapping[Node, Annotation]) -> list[Node]:
     """The layers to be re-fitted that keep their weights: nothing compressed feeds them, or what they are added to."""
     changed: set[Node] = set()
-    found = []
+    found, calls = [], weight_calls(graph_module)
     for node in graph_module.graph.nodes:
         decided = roles.get(node)
         sources = {*node.all_input_nodes}
@@ -227,7 +234,9 @@ def unaffected(graph_module: GraphModule, roles: Mapping[Node, Annotation]) -> l
                 found.append(node)
             else:
                 changed.add(node)
-        elif not changed.isdisjoint(sources) or (decided is not None and decided.role == "compress"):
+        elif decided is not None and decided.role == "compress":
+            changed.update(calls[node])
+        elif not changed.isdisjoint(sources):
             changed.add(node)
     return found
 
@@ -244,4 +253,4 @@ def _has_ranks(roles: Mapping[Node, Annotation]) -> bool:
 
 def _macs(graph_module: GraphModule, calibration: Calibration) -> int:
     """Of all Conv and Linear modules for one sample."""
-    return sum(macs_per_sample(graph_module, calibration.example(graph_module)).values())
+    return sum(macs_per_sample(calibration.example(graph_module)).values())

@@ -49,7 +49,7 @@ def survey(
     if data_aware:
         calibration.hold()
     example = calibration.example(graph_module)
-    shapes = {node: read for node, (read, _) in layer_shapes(graph_module, example).items()}
+    shapes = {node: read for node, (read, _) in layer_shapes(example).items()}
     seen = layers if data_aware else ()
     found = {}
     with (
@@ -60,7 +60,7 @@ def survey(
         for node in layers:
             problem = _problem(node, statistics[node], method) if data_aware else None
             found[str(node.target)] = _layer_ranks(node, shapes[node], problem, splits, multiple)
-    return Survey(found, sum(macs_per_sample(graph_module, example).values()))
+    return Survey(found, sum(macs_per_sample(example).values()))
 
 
 def _problem(node: Node, inputs: InputStatistics, method: Method) -> LayerProblem:

@@ -61,7 +61,8 @@ def applies(geometry: LayerGeometry) -> bool:
         len(geometry.kernel_size) == 2
         and geometry.kernel_size != (1, 1)
         and geometry.stride == (1, 1)
-        and geometry.groups == 1
+        and geometry.matrices == 1
+        and not geometry.transposed
     )
 
 
