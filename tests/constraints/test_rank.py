@@ -476,3 +476,10 @@ def test_a_loader_that_can_be_read_once_is_enough(recipe: str, method: str) -> N
     assert once.report.macs == listed.report.macs
     for name, value in listed.state_dict().items():
         assert torch.equal(once.state_dict()[name], value)
+
+
+def test_a_layer_that_stays_whole_is_asked_again_what_it_can_hold() -> None:
+    """Its factors could have held 2:4; the stem itself, with 3 channels, cannot."""
+    stem = fxprune.compile(net(), smooth().split(32), "rank:0.9+2:4", progress=False).report["stem"]
+    assert stem.status == "reconstructed"
+    assert stem.reason == "left whole by rank macs:0.9; 3 input channels are not a multiple of 4"
