@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from fxprune.annotations import KEY, annotate_graph, annotation, report_of
 from fxprune.errors import GraphError
-from fxprune.export.deployment import assess_deployment
-from fxprune.fine_tuning.keeper import attach_again
 from fxprune.fine_tuning.recorded_zeros import current_report, record_zeros
+from fxprune.geometry import reduction_second
+from fxprune.layers.deployment import assess_deployment
 from fxprune.layers.kept import layers_inside
+from fxprune.layers.zero_keeper import attach_again
 from fxprune.report import LayerReport, PruneReport
 
 
@@ -157,6 +158,5 @@ def _with_verdict(layer: LayerReport, graph_module: GraphModule) -> LayerReport:
     if not layer.pattern:
         return layer
     module = graph_module.get_submodule(layer.name)
-    assert isinstance(module.weight, Tensor)
-    verdict = assess_deployment(module.weight, op=layer.op, groups=getattr(module, "groups", 1)).verdict
+    verdict = assess_deployment(reduction_second(module), op=layer.op, groups=getattr(module, "groups", 1)).verdict
     return replace(layer, verdict=verdict)

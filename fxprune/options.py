@@ -1,4 +1,4 @@
-"""What concerns the method beyond recipe and solver, and what each solver takes for its own."""
+"""What concerns the method beyond recipe and solver, what each solver takes for its own, and the two together."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ if TYPE_CHECKING:  # `fxprune prune --help` shows these options, and must not wa
     from fxprune.recipe import Recipe
     from fxprune.solvers.solver import Solver
 
-Target = Literal["weights", "dense", "skip", "rectified"]
+Target = Literal["weights", "dense", "skip", "relu_aware"]
 Inputs = Literal["pruned", "dense"]
-LIGHT_SPARSITY = 0.5  # Up to here rectified targets gain nothing on images held out.
+Factorisation = Literal["data_aware", "svd"]
+LIGHT_SPARSITY = 0.5  # Up to here ReLU-aware targets gain nothing on images held out.
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Options:
         damping: lambda / mean(diag H), the pull towards the dense weights.
         inputs: where a layer's statistics come from: the "pruned" prefix (sequential), or the "dense" model.
         target: what a layer regresses: the output of its own "weights" on those inputs, the "dense" model's output, or
-            "skip": the dense output plus the error that a skip connection brings to the add that follows, or "rectified":
+            "skip": the dense output plus the error that a skip connection brings to the add that follows, or "relu_aware":
             the same, but where a ReLU follows, what the dense model has below its threshold need only stay below; it gains
             where fewer than half of the weights stay.
         bias_correction: fit the bias too (means are removed from the statistics); created where there was none.
@@ -72,7 +73,7 @@ class Options:
         if self.inputs not in (None, "pruned", "dense"):
             raise OptionsError(f"inputs is {self.inputs!r}; it should be 'pruned' or 'dense'")
         if self.target not in (None, *get_args(Target)):
-            raise OptionsError(f"target is {self.target!r}; it should be 'weights', 'dense', 'skip' or 'rectified'")
+            raise OptionsError(f"target is {self.target!r}; it should be 'weights', 'dense', 'skip' or 'relu_aware'")
         if self.patches is not None and self.patches < 0:
             raise OptionsError(f"patches is {self.patches}; it is a number for each column, 0 for all there are")
         if self.polish < 0:
@@ -96,7 +97,7 @@ class Options:
             raise OptionsError(f"global_budget: {recipe} says what each layer gets; use a sparsity, or 'mixed:0.6'")
         own = PUBLISHED if solver.published else OURS
         missing = {f.name: getattr(own, f.name) for f in fields(self) if getattr(self, f.name) is None}
-        if missing.get("target") == "rectified" and recipe.sparsity <= LIGHT_SPARSITY:
+        if missing.get("target") == "relu_aware" and recipe.sparsity <= LIGHT_SPARSITY:
             missing["target"] = "skip"
         missing["permute"] = grouped and bool(own.permute if self.permute is None else self.permute)
         return replace(self, **missing)
@@ -122,5 +123,38 @@ PUBLISHED = Options(
     inputs="pruned", target="weights", bias_correction=False, refit=False, reconstruct=False, patches=0, permute=False
 )
 OURS = Options(
-    inputs="pruned", target="rectified", bias_correction=True, refit=True, reconstruct=True, patches=64, permute=True
+    inputs="pruned", target="relu_aware", bias_correction=True, refit=True, reconstruct=True, patches=64, permute=True
 )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A solver with resolved options (`Options.resolved`).
+
+    Attributes:
+        solver: chooses the weights that stay.
+        options: resolved.
+        label: what the report calls the method; "" for the solver's own name.
+    """
+
+    solver: Solver
+    options: Options
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """As the report has it."""
+        return self.label or str(self.solver)
+
+    @property
+    def factorisation(self) -> Factorisation:
+        """How a layer is split: by the output error, or by the weight alone for a solver that sees no images."""
+        return "data_aware" if self.solver.needs_statistics else "svd"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether anything that is done to a layer depends on the calibration images."""
+        o = self.options
+        return (
+            self.solver.needs_statistics or o.target != "weights" or bool(o.refit or o.bias_correction or o.reconstruct)
+        )

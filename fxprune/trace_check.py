@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxprune.calibration.batches import call, inputs_of, map_tensors, take, tensors_in
+from fxprune.calibration.batches import call_by_name, inputs_of, map_tensors, take, tensors_in
 from fxprune.calibration.failures import (
     node_failure,
     remedy_for,
@@ -24,7 +24,7 @@ from fxprune.calibration.failures import (
 from fxprune.errors import CalibrationError
 from fxprune.geometry import CONVOLUTIONS
 from fxprune.graph import Runner, device_of, input_of, module_of
-from fxprune.surroundings import same_random_numbers
+from fxprune.runtime.surroundings import same_random_numbers
 
 IMAGES = 4
 TOLERANCE = 1e-3  # Relative. Both run the same kernels, but TF32 or bfloat16 ones need not repeat exactly.
@@ -101,7 +101,7 @@ class _Run(Runner):
 
 def _outcome(module: nn.Module, placeholders: list[Node], values: list[Any]) -> Any:
     names = [str(node.target).lstrip("*") for node in placeholders]
-    return _attempt(lambda: call(module, dict(zip(names, _copies(values), strict=True))))
+    return _attempt(lambda: call_by_name(module, dict(zip(names, _copies(values), strict=True))))
 
 
 def _copies(values: list[Any]) -> list[Any]:

@@ -13,11 +13,11 @@ from torch.fx import GraphModule
 
 from fxprune.calibration.batches import count, inputs_of, map_tensors, peek, read_all, take
 from fxprune.calibration.holdout import drawn, held_out_count
+from fxprune.calibration.observers import observers_off
 from fxprune.calibration.shapes import Example, KnownShapes
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.errors import CalibrationWarning
-from fxprune.graph import Runner, device_of, module_of
-from fxprune.statistics import HessianObserver
+from fxprune.graph import Runner, device_of
 
 HEAD_IMAGES = 160  # In a set of as many, the first FITTED_HEAD are never held out: some passes look at no more of it.
 FITTED_HEAD = 64
@@ -141,19 +141,3 @@ class Calibration:
         """Say that something is wrong with the images, here and in the report."""
         self.warnings.append(message)
         warnings.warn(message, CalibrationWarning, stacklevel=2)
-
-
-class observers_off:  # noqa: N801 - a context manager
-    """Inside, the observers of a graph see nothing; what they were is put back afterwards."""
-
-    def __init__(self, graph_module: GraphModule) -> None:
-        self.observers = [m for n in graph_module.graph.nodes if isinstance(m := module_of(n), HessianObserver)]
-
-    def __enter__(self) -> None:
-        self.enabled = [observer.enabled for observer in self.observers]
-        for observer in self.observers:
-            observer.enabled = False
-
-    def __exit__(self, *error: object) -> None:
-        for observer, enabled in zip(self.observers, self.enabled, strict=True):
-            observer.enabled = enabled

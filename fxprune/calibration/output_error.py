@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from fxprune.geometry import CONVOLUTIONS
+from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.graph import module_of
 from fxprune.statistics.offset import Offset
+from fxprune.statistics.pool import Pool
 
 CHUNK_NUMBERS = 2**18
 ROUNDING = 1e-11  # Of the energy: a constant output varies by a few times 1e-7 of its size in float32.
@@ -21,7 +22,7 @@ def channel_dim(layer: Node) -> int:
     """Where a layer's output has its channels, from the end: last for Linear, before the spatial ones for convolutions."""
     module = module_of(layer)  # While it is solved, a factored layer is an nn.Sequential of two.
     last = module[-1] if isinstance(module, nn.Sequential) else module
-    return -1 - len(last.kernel_size) if isinstance(last, CONVOLUTIONS) else -1
+    return -1 - len(last.kernel_size) if isinstance(last, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)) else -1
 
 
 @dataclass
@@ -66,6 +67,10 @@ class OutputError:
         self.squares += squares
         self.sums = total if self.sums is None else self.sums + total
         self.count += dense.numel() // len(total)
+
+    def pool(self) -> Pool:
+        """Takes small batches of outputs, of both models, several at a time."""
+        return Pool(lambda _, dense, pruned: self.update(dense, pruned))
 
     @property
     def relative(self) -> float:

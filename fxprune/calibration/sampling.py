@@ -197,7 +197,7 @@ def sample_patches(
         return PatchSample(geometry, size, x.dim())
     too_many = Fraction(patch_count(geometry, x) * images, place.images) / (Fraction(share) * columns)
     rows, bands = 0, 1
-    if geometry.kernel_size and geometry.padding_mode == "zeros":
+    if geometry.kernel_size and geometry.padding_mode == "zeros" and not geometry.transposed:
         rows = geometry.output_size((x.shape[2] + sum(geometry.padding[0]), *x.shape[3:]))[0]
         bands = max([n for n in range(2, rows // BAND_ROWS + 1) if rows % n == 0 and n <= too_many], default=1)
     step = min(Fraction(images, max(1, least)), too_many / bands)

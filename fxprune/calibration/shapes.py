@@ -16,9 +16,9 @@ from fxprune.calibration.batches import count, map_tensors, take
 from fxprune.calibration.failures import run_graph
 from fxprune.errors import CalibrationError
 from fxprune.graph import Shape, ShapeRecorder, input_of, module_of
-from fxprune.precision import full_precision
+from fxprune.runtime.precision import full_precision
+from fxprune.runtime.surroundings import same_random_numbers
 from fxprune.statistics import HessianObserver
-from fxprune.surroundings import same_random_numbers
 
 FEW_IMAGES = 4
 _Signature: TypeAlias = tuple[Any, ...]

@@ -87,7 +87,7 @@ def relu_aware_statistics(
 
     def update(seen: LayerGeometry, x: Tensor, dense: Tensor, *added: Tensor) -> None:
         z = sum(added, start=seen.apply(x, part.weight, part.bias))
-        change.update(seen, x, _rectified(dense, z, low, high))
+        change.update(seen, x, _relu_aware(dense, z, low, high))
 
     pool = Pool(update)
 
@@ -125,7 +125,7 @@ def _compensated(values: BatchValues, node: Node, skips: Iterable[Node], sample:
     return y
 
 
-def _rectified(dense: Tensor, z: Tensor, low: float, high: float) -> Tensor:
+def _relu_aware(dense: Tensor, z: Tensor, low: float, high: float) -> Tensor:
     """By how much the target of a layer that gives z now differs from the dense value, for a rectifier's bounds."""
     change = torch.where(dense <= low, z.clamp_max(low) - dense, 0)
     return change if high == math.inf else torch.where(dense >= high, z.clamp_min(high) - dense, change)

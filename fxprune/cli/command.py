@@ -28,7 +28,7 @@ from typer.models import OptionInfo
 
 from fxprune.errors import FxPruneError, OptionsError
 from fxprune.experiments.yaml_files import check_keys, parse_scalar, read_yaml, to_yaml
-from fxprune.interrupt import INTERRUPTED, raise_again
+from fxprune.runtime.interrupt import INTERRUPTED, raise_again
 from fxprune.tables import terminal_width
 
 ERROR = 1

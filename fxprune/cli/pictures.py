@@ -15,7 +15,7 @@ from fxprune.cli.run_folder import dense_model
 from fxprune.errors import DataError, FxPruneError, OptionsError
 from fxprune.experiments.grid_rows import OK, read_rows
 from fxprune.experiments.tasks import module_classes
-from fxprune.geometry import is_matrix_layer
+from fxprune.geometry import is_matrix_layer, reduction_second
 from fxprune.passes import FoldBatchNorm, RemoveInplace
 from fxprune.pattern import MixedPattern, NMPattern, Pattern
 from fxprune.saving import load
@@ -62,9 +62,7 @@ def _model_pictures(file: Path, plots: Any, chosen: list[str]) -> Iterator[tuple
 
 
 def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
+    return reduction_second(module)
 
 
 def _dense_weights(folder: Path) -> tuple[Weights | None, tuple[type[nn.Module], ...]]:

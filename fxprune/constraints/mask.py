@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.calibration import Calibration
-from fxprune.constraints.base import Chain, Constraint, Part, Rest, register
+from fxprune.constraints.sensitivity import sensitivities
 from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry
-from fxprune.layers.sensitivity import sensitivities
-from fxprune.method import Method
+from fxprune.layers.constraint import Chain, Constraint, Part, Rest, register
+from fxprune.options import Method
 from fxprune.pattern import MixedPattern, NMPattern, Pattern
 from fxprune.solvers.allocation import allocate
 from fxprune.solvers.problem import LayerProblem

@@ -19,13 +19,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from fxprune.annotations import annotation, changes, report_of
 from fxprune.channels.apply import channel_order
 from fxprune.errors import GraphError
-from fxprune.export.batches import example_tensors
+from fxprune.export.inputs_outputs import example_tensors
 from fxprune.export.parity import evaluating
 from fxprune.fine_tuning.recorded_zeros import FilledZeros, filled_zeros
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.graph import module_of, value_shapes
 from fxprune.graph_diff.model_graph import GraphNode, ModelGraph
-from fxprune.graph_diff.weights import Weights, weight_multiply_adds
+from fxprune.graph_diff.weights import Weights, weight_macs
 from fxprune.operations import Argument, is_augmented, operation_of, writes_in_place
 from fxprune.passes.fold_batchnorm import scale_and_shift
 from fxprune.report import PruneReport
@@ -40,7 +40,7 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
     Args:
         graph_module: run once in eval mode if there are inputs; its training flags are put back.
         example_inputs: a tensor, a tuple of the model's inputs, or a dict of them by name; None leaves sizes of
-            activations and multiply-adds unknown.
+            activations and MACs unknown.
 
     Raises:
         ExportError: example_inputs does not fit the model's inputs.
@@ -63,7 +63,7 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
         own = _node_parameters(graph_module, node)
         for name, parameter in own:
             parameters.setdefault(id(parameter), (name, parameter))
-        if node.op == "call_module" and read.multiply_adds is None and any(p.dim() > 1 for _, p in own):
+        if node.op == "call_module" and read.macs is None and any(p.dim() > 1 for _, p in own):
             uncounted[read.op] += 1
     report = report_of(graph_module)
     return ModelGraph(
@@ -75,11 +75,7 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
         shapes_known=bool(shapes),
         notes=(
             *([f"{filled}."] if filled else []),
-            *(
-                f"Multiply-adds leave out what happens inside {op} ({calls} calls)."
-                for op, calls in uncounted.items()
-                if shapes
-            ),
+            *(f"MACs leave out what happens inside {op} ({calls} calls)." for op, calls in uncounted.items() if shapes),
         ),
     )
 
@@ -122,7 +118,7 @@ def _read_node(
         order=_order(node),
         inplace=writes_in_place(node),
         output_shape=shapes.get(node),
-        multiply_adds=_multiply_adds(node, weights, shapes),
+        macs=_macs(node, weights, shapes),
         status=report.status if report and not lost else "",
         pattern=report.pattern if report and not lost else "",
         output_error=report.relative_error if report else None,
@@ -165,13 +161,13 @@ def _order(node: Node) -> tuple[Tensor | None, Tensor | None]:
     )
 
 
-def _multiply_adds(node: Node, weights: Weights, shapes: Mapping[Node, tuple[int, ...]]) -> int | None:
-    """Multiply-adds for one sample: of a layer with a weight, or of a product of two activations."""
+def _macs(node: Node, weights: Weights, shapes: Mapping[Node, tuple[int, ...]]) -> int | None:
+    """MACs for one sample: of a layer with a weight, or of a product of two activations."""
     sources = [source for source in _read_nodes(node) if source.op != "get_attr"]
     if node not in shapes or not sources or sources[0] not in shapes:
         return None
     if weights.weight is not None:
-        return weight_multiply_adds(weights, shapes[sources[0]], shapes[node])
+        return weight_macs(weights, shapes[sources[0]], shapes[node])
     operation = operation_of(node)
     if operation is not None and operation.factors is not None:
         first = _read_nodes(node)[operation.factors[0]]

@@ -8,6 +8,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxprune.layers.problem import layer_of
+from fxprune.layers.shared import modules_called, weight_calls
 from fxprune.layers.solve import SolvedLayer
 from fxprune.layers.splits import Split, two_layers
 
@@ -23,7 +24,9 @@ def install(graph_module: GraphModule, node: Node, layer: SolvedLayer) -> None:
         (part,) = layer.parts
         module.weight.data = part.weight
         if part.bias is not None:
-            module.bias = nn.Parameter(part.bias, requires_grad=trained)
+            bias = nn.Parameter(part.bias, requires_grad=trained)
+            for reader in modules_called(weight_calls(graph_module)[node]):
+                reader.bias = bias
         return
     first, second = layer.parts
     split: Split = "channel" if math.prod(second.geometry.kernel_size) == 1 else "spatial"

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fxprune.constraints.base import Chain, Part
 from fxprune.errors import SolverError
 from fxprune.geometry import LayerGeometry, MatrixLayer
+from fxprune.layers.constraint import Chain, Part
 from fxprune.layers.problem import dead_inputs, fitted_bias, pose_problem, weights_alone
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.solvers.refit import refit
 from fxprune.statistics import CrossStatistics, InputStatistics
 

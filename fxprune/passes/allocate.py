@@ -8,7 +8,8 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.annotations import annotate, annotation
 from fxprune.calibration.calibration import Calibration
 from fxprune.constraints import Chain, Constraint
-from fxprune.method import Method
+from fxprune.layers.shared import weight_calls
+from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
 
 
@@ -43,7 +44,9 @@ class Allocate(CalibratedPass):
         if others:
             annotate(node, chain=others)
         else:
-            annotate(node, chain=(), role="reconstruct" if self.method.options.reconstruct else "keep", reason=own)
+            # Of a layer of several calls the target is its own output: its weights are the best fit.
+            refitted = self.method.options.reconstruct and len(weight_calls(graph_module)[node]) == 1
+            annotate(node, chain=(), role="reconstruct" if refitted else "keep", reason=own)
         self.record(graph_module, "kept", node, reason=own)
 
 

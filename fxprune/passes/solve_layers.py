@@ -17,6 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.annotations import Annotation, annotate, annotate_graph, annotation, report_of
 from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.macs import macs_per_sample
 from fxprune.calibration.stream import CalibrationStream, Outcome, StreamedLayer
 from fxprune.constraints.rank import Rank
 from fxprune.consumers import skip_operands
@@ -26,16 +27,16 @@ from fxprune.graph import module_of
 from fxprune.intake.totals import little, uncovered
 from fxprune.layers.checkpoint import LayerCheckpoint
 from fxprune.layers.kept import kept_layer, layers_inside, zeros
-from fxprune.layers.macs import macs_per_sample
 from fxprune.layers.problem import layer_of
+from fxprune.layers.shared import weight_calls
 from fxprune.layers.solve import SolvedLayer, SolvedPart, solve_layer
 from fxprune.layers.splits import split_call
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
-from fxprune.precision import full_precision
-from fxprune.ranks.choices import RankPlan
+from fxprune.ranks.plan import RankPlan
 from fxprune.recipe import Recipe
 from fxprune.report import LayerReport, PruneReport
+from fxprune.runtime.precision import full_precision
 
 
 class SolveLayers(CalibratedPass):
@@ -55,7 +56,11 @@ class SolveLayers(CalibratedPass):
         self.method = method
 
     def calibrate(self, graph_module: GraphModule, calibration: Calibration) -> PassResult:  # noqa: D102
-        roles = {n: a for n in graph_module.graph.nodes if (a := annotation(n)).role and a.report is None}
+        roles = {
+            n: a
+            for n in graph_module.graph.nodes
+            if (a := annotation(n)).role not in ("", "repeat") and a.report is None
+        }
         if not roles and report_of(graph_module) is not None:
             return PassResult(graph_module, False)
         if roles:
@@ -85,7 +90,7 @@ class SolveLayers(CalibratedPass):
             peak_memory=outcome.peak_bytes,
             agreement=outcome.agreement,
             kl=outcome.kl,
-            multiply_adds=(before, _macs(graph_module, calibration)) if before else (),
+            macs=(before, _macs(graph_module, calibration)) if before else (),
         )
         annotate_graph(graph_module, report=report)
         return PassResult(graph_module, any(layer.status != "kept" for layer in layers))
@@ -155,7 +160,9 @@ class SolveLayers(CalibratedPass):
         pattern = next((part.pattern for part in parts if part.pattern), "")
         factored = len(parts) > 1
         status = "factored" if factored else "pruned" if decided.role == "compress" else "reconstructed"
-        reason = decided.reason
+        reason, calls = decided.reason, len(weight_calls(graph_module)[node])
+        if calls > 1:
+            reason = f"one weight at {calls} places"
         if rank is not None and rank.choice is not None and factored:
             reason = f"{rank.choice.split} split"
         else:
@@ -173,7 +180,7 @@ class SolveLayers(CalibratedPass):
             dead_inputs=layer.dead_inputs,
             seconds=layer.seconds,
             rank=rank.choice.rank if rank is not None and rank.choice is not None and factored else 0,
-            multiply_adds=rank.multiply_adds if rank is not None and factored else (),
+            macs=rank.macs if rank is not None and factored else (),
         )
 
     def _asked_for(self, roles: Mapping[Node, Annotation]) -> str:
@@ -210,7 +217,7 @@ class SolveLayers(CalibratedPass):
                 sparsity=zeros(module.weight),
                 relative_error=layer.relative_error if whole else None,
                 seconds=layer.seconds if whole else 0.0,
-                multiply_adds=layer.multiply_adds if whole else (),
+                macs=layer.macs if whole else (),
             )
             annotate(call, report=row)
 
@@ -218,7 +225,7 @@ class SolveLayers(CalibratedPass):
 def unaffected(graph_module: GraphModule, roles: Mapping[Node, Annotation]) -> list[Node]:
     """The layers to be re-fitted that keep their weights: nothing compressed feeds them, or what they are added to."""
     changed: set[Node] = set()
-    found = []
+    found, calls = [], weight_calls(graph_module)
     for node in graph_module.graph.nodes:
         decided = roles.get(node)
         sources = {*node.all_input_nodes}
@@ -227,7 +234,9 @@ def unaffected(graph_module: GraphModule, roles: Mapping[Node, Annotation]) -> l
                 found.append(node)
             else:
                 changed.add(node)
-        elif not changed.isdisjoint(sources) or (decided is not None and decided.role == "compress"):
+        elif decided is not None and decided.role == "compress":
+            changed.update(calls[node])
+        elif not changed.isdisjoint(sources):
             changed.add(node)
     return found
 

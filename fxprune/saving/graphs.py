@@ -13,8 +13,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from fxprune.annotations import KEY
-from fxprune.code_names import AnyNameCodeGen, allow_any_name
 from fxprune.errors import CheckpointError
+from fxprune.graph.code_names import AnyNameCodeGen, allow_any_name
 from fxprune.saving.names import find_function, function_name, is_identifier, is_method, is_module_path
 from fxprune.saving.values import Reader, Writer
 

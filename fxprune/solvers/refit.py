@@ -30,7 +30,7 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
     support = int(mask.sum(1).max())
     if support == 0:
         return torch.zeros_like(problem.target)
-    # Cholesky: S^3 / 3 multiply-adds a row, at a lower rate than a large product; conjugate gradients: D^2 an iteration.
+    # Cholesky: S^3 / 3 MACs a row, at a lower rate than a large product; conjugate gradients: D^2 an iteration.
     if support**3 / 3 > CG_COST * mask.shape[1] ** 2:
         # In float32: what rounding leaves is below what the tolerance leaves, in half the time.
         # A power of two changes no digit, and keeps H within float32's range whatever the size of the activations.

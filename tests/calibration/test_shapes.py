@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from fxprune.layers.macs import macs_per_sample
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 
@@ -13,7 +14,6 @@ import fxprune
 from fxprune.calibration.calibration import Calibration
 from fxprune.errors import CalibrationError
 from fxprune.graph import value_shapes
-from fxprune.layers.macs import macs_per_sample
 from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveObservers
 from fxprune.recipe import Recipe
 from fxprune.statistics import HessianObserver

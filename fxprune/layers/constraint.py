@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.solvers.problem import LayerProblem
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from torch import nn
 
 import fxprune
 from fxprune.experiments.evaluation import agreement, evaluate
-from fxprune.precision import full_precision
-from fxprune.surroundings import own_surroundings, undisturbed, without_inference_tensors
+from fxprune.runtime.precision import full_precision
+from fxprune.runtime.surroundings import own_surroundings, undisturbed, without_inference_tensors
 
 X = torch.randn(32, 8, 9, 9, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(32) % 8
@@ -115,7 +115,7 @@ def test_low_rank_and_export(name: str, tmp_path: Path) -> None:
         before = _state()
         factored = fxprune.low_rank(model, [X], "ratio:0.5", progress=False)
         report = fxprune.export_onnx(factored, tmp_path / "model.onnx", X)
-        assert fxprune.validate_onnx(tmp_path / "model.onnx", factored, [(X, Y)], progress=False).parity.samples == 32
+        assert fxprune.validate_onnx(factored, tmp_path / "model.onnx", [(X, Y)], progress=False).parity.samples == 32
         assert _state() == before
     torch.testing.assert_close(factored.state_dict(), plain.state_dict(), rtol=0, atol=0)
     assert report.parity.max_rel < 1e-5

@@ -180,7 +180,7 @@ def attach_again(module: nn.Module) -> None:
     """Complete the hooks of a copied GraphModule, which takes along only those of load_state_dict."""
     for keeper in list(keepers(module)):
         for hooks in _hook_tables(module):
-            for key in [key for key, hook in hooks.items() if _keeper_of(hook) is keeper]:
+            for key in [key for key, hook in hooks.items() if keeper_of(hook) is keeper]:
                 del hooks[key]
         attach(module, keeper)
 
@@ -188,8 +188,8 @@ def attach_again(module: nn.Module) -> None:
 def let_go(module: nn.Module) -> None:
     """Take the keepers off a module; of those inside it, none."""
     for hooks in _hook_tables(module):
-        for key in [key for key, hook in hooks.items() if _keeper_of(hook)]:
-            keeper = _keeper_of(hooks.pop(key))
+        for key in [key for key, hook in hooks.items() if keeper_of(hook)]:
+            keeper = keeper_of(hooks.pop(key))
             if keeper is not None:
                 keeper.release()
 
@@ -203,10 +203,11 @@ def write_kept_zeros(module: nn.Module) -> None:
 
 def keepers(module: nn.Module) -> Iterator[Keeper]:
     """The keepers that a module itself holds."""
-    return (keeper for hook in module._load_state_dict_post_hooks.values() if (keeper := _keeper_of(hook)))
+    return (keeper for hook in module._load_state_dict_post_hooks.values() if (keeper := keeper_of(hook)))
 
 
-def _keeper_of(hook: object) -> Keeper | None:
+def keeper_of(hook: object) -> Keeper | None:
+    """The keeper that a hook belongs to, if it is one of a keeper's."""
     owner = getattr(hook, "__self__", None)
     return owner if isinstance(owner, Keeper) else None
 
