@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
@@ -130,3 +131,18 @@ def test_a_scan_is_a_table_a_csv_and_a_picture(
     fxprune("scan", "--config", tmp_path / "scan" / "config.yaml", "--overwrite")
     assert json.loads((tmp_path / "scan" / "run.json").read_text())["results"]["layers"] == 3
     assert "cannot read '2:5x'" in fxprune(*given, "--overwrite", "--recipe", "2:5x", code=1)
+
+
+def test_open_sizes_and_chosen_names_reach_the_file(fxprune: Fxprune, pruned: Path, tmp_path: Path) -> None:
+    given = ("--dynamic-size", "--input-names", "digit", "--output-names", "scores")
+    fxprune("export", pruned / "pruned.pt", *given, "--out", tmp_path / "a.onnx")
+    fxprune("prune", "--config", pruned / "config.yaml", *given, "--out", tmp_path / "b")
+    for file in (tmp_path / "a.onnx", tmp_path / "b" / "model.onnx"):
+        graph = onnx.load(str(file)).graph
+        assert [value.name for value in (*graph.input, *graph.output)] == ["digit", "scores"]
+        batch, channels, height, width = graph.input[0].type.tensor_type.shape.dim
+        assert channels.dim_value == 1
+        assert all(size.dim_param for size in (batch, height, width))
+    wrong = fxprune("export", pruned / "pruned.pt", "--input-names", "a", "--input-names", "b", "--out",
+                    tmp_path / "c.onnx", code=1)  # fmt: skip
+    assert "error:" in wrong
