@@ -5,7 +5,8 @@ Nobody else names the key. Annotations are frozen: to change one is to put anoth
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from fxprune.geometry import LayerGeometry
 from fxprune.report import LayerReport, PruneReport
 
 if TYPE_CHECKING:
-    from fxprune.constraints import Chain
     from fxprune.fine_tuning.recorded_zeros import ZeroMask
+    from fxprune.intake.origins import Origin
+    from fxprune.intake.record import Intake
+    from fxprune.layers.constraint import Chain
 
 KEY = "fxprune"
 Role = Literal["compress", "reconstruct", "keep", "repeat"]
@@ -76,11 +79,15 @@ class GraphAnnotation:
         changes: what passes wrote down, in order.
         report: of the run.
         zeros: where the zeros of pruned layers were when the run ended.
+        intake: how the model came in.
+        origins: of which parameters of the user's model a parameter was made, where it is not what it was.
     """
 
     changes: tuple[Change, ...] = ()
     report: PruneReport | None = None
     zeros: tuple[ZeroMask, ...] = ()
+    intake: Intake | None = None
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
 
 def annotation(node: Node) -> Annotation:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,11 +17,11 @@ from torch.fx.node import map_aggregate
 
 from fxprune.annotations import KEY, annotate_graph, annotation, report_of
 from fxprune.errors import GraphError
-from fxprune.export.deployment import assess_deployment
-from fxprune.fine_tuning.keeper import attach_again
 from fxprune.fine_tuning.recorded_zeros import current_report, record_zeros
 from fxprune.geometry import reduction_second
+from fxprune.layers.deployment import assess_deployment
 from fxprune.layers.kept import layers_inside
+from fxprune.layers.zero_keeper import attach_again
 from fxprune.report import LayerReport, PruneReport
 
 
@@ -113,10 +116,24 @@ class _Operator:
     name: str
 
 
+@dataclass(frozen=True)
+class _Function:
+    """A function by its module and name, where pickle looks for it elsewhere: F.max_pool2d is made inside another one."""
+
+    module: str
+    name: str
+
+
 def _to_state(value: Any) -> Any:
     if isinstance(value, Node):
         return _Reference(value.name)
-    return _Operator(str(value)) if isinstance(value, OpOverload | OpOverloadPacket) else value
+    if isinstance(value, OpOverload | OpOverloadPacket):
+        return _Operator(str(value))
+    if isinstance(value, FunctionType) and "<locals>" in value.__qualname__:
+        function = _Function(value.__module__, value.__name__)
+        if getattr(sys.modules.get(function.module), function.name, None) is value:
+            return function
+    return value
 
 
 def _unpickled(name: str, state: dict[str, Any], nodes: list[_NodeState], codegen: Any) -> CompiledModule:
@@ -126,6 +143,8 @@ def _unpickled(name: str, state: dict[str, Any], nodes: list[_NodeState], codege
     def from_state(value: Any) -> Any:
         if isinstance(value, _Reference):
             return made[value.name]
+        if isinstance(value, _Function):
+            return getattr(importlib.import_module(value.module), value.name)
         if not isinstance(value, _Operator):
             return value
         found: Any = torch.ops

@@ -45,6 +45,14 @@ def flatten_weight(weight: Tensor) -> Tensor:
     return weight.movedim(1, -1).reshape(weight.shape[0], -1)
 
 
+def laid_out_like(before: Tensor, weight: Tensor) -> Tensor:
+    """A weight with the strides of the one before, of the same shape: torch reads from them which memory format outputs get.
+
+    Of a 1 x 1 kernel they are ambiguous, so that `contiguous()` lets channels last stand; a `view` behind it would fail.
+    """
+    return torch.empty_like(before.detach()).copy_(weight)
+
+
 @dataclass(frozen=True)
 class LayerGeometry:
     """Shape of the linear map of a Conv1d/2d/3d, a ConvTranspose1d/2d/3d or a Linear layer (`kernel_size == ()`).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,22 +17,22 @@ from torch.fx import GraphModule, Node
 from fxprune import solvers
 from fxprune.annotations import annotation
 from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.macs import macs_per_sample
 from fxprune.compiler import checked_memory
 from fxprune.constraints import Chain, Constraint, parse_chain
 from fxprune.constraints.mask import Mask
 from fxprune.constraints.rank import Rank
-from fxprune.devices import default_device
+from fxprune.constraints.sensitivity import sensitivities
 from fxprune.errors import OptionsError
-from fxprune.layers.macs import macs_per_sample
-from fxprune.layers.sensitivity import sensitivities
-from fxprune.method import Method
-from fxprune.options import Options, given_options
+from fxprune.options import Method, Options, given_options
 from fxprune.passes import CheckHooks, CheckImages, FoldBatchNorm, InsertObservers, RemoveInplace
-from fxprune.progress import layer_progress
-from fxprune.ranks.rule import RankRule
+from fxprune.ranks.plan import RankRule
 from fxprune.recipe import Recipe
+from fxprune.runtime.devices import default_device
+from fxprune.runtime.progress import layer_progress
+from fxprune.runtime.surroundings import undisturbed
 from fxprune.solvers import Solver
-from fxprune.surroundings import undisturbed
+from fxprune.tables import Column, as_text, table, terminal_width
 from fxprune.tracing import trace
 
 
@@ -82,22 +81,26 @@ class Scan:
         raise KeyError(f"no row for {key}; layers: {', '.join(dict.fromkeys(row.name for row in self.layers))}")
 
     def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
+        return self.render()
 
-        table = Table(title="What each layer alone costs at the output, relative", title_justify="left", pad_edge=False)
-        for heading in ("layer", "weights", "MACs", *self.recipes):
-            table.add_column(heading, justify="left" if heading == "layer" else "right", overflow="fold")
+    def render(self, *, width: int | None = None, color: bool = False) -> str:
+        """The table as text of at most `width` columns (None: the terminal's), with ANSI colours if asked for."""
+        columns = [
+            Column("layer"), Column("weights", right=True, leaves=1), Column("MACs", right=True, leaves=2),
+            *(Column(recipe, right=True) for recipe in self.recipes),
+        ]  # fmt: skip
         by_name: dict[str, list[ScannedLayer]] = {}
         for row in self.layers:
             by_name.setdefault(row.name, []).append(row)
-        for name, rows in by_name.items():
-            costs = ["" if math.isnan(row.cost) else f"{row.cost:.2e}" for row in rows]
-            table.add_row(name, f"{rows[0].weights:,}", f"{rows[0].macs:,}", *costs)
-        console = Console(width=100, file=io.StringIO())
-        console.print(table)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip("\n")
+        rows, notes = [], []
+        for name, of in by_name.items():
+            costs = ["" if math.isnan(row.cost) else f"{row.cost:.2e}" for row in of]
+            rows.append([name, f"{of[0].weights:,}", f"{of[0].macs:,}", *costs])
+            notes.append("; ".join(dict.fromkeys(row.reason for row in of if row.reason)))
+        title = "Relative error at the output with one layer compressed"
+        width = terminal_width() if width is None else width
+        drawn = table(columns, rows, notes, width=width, title=title, note_heading="why not")
+        return as_text(drawn, width=width, color=color)
 
     def to_csv(self, path: str | PathLike[str]) -> None:
         """Write one row a layer and recipe, with the field names of ScannedLayer as the header."""
@@ -164,7 +167,7 @@ def scan(
         given = [_allocated(graph_module, layers, chain, calibration, how) for chain in chains]
         by_layer = {node: [own for own, _ in (of[node] for of in given)] for node in layers}
         found = sensitivities(graph_module, by_layer, calibration, how, probe_every=1)
-        macs = macs_per_sample(graph_module, calibration.example(graph_module))
+        macs = macs_per_sample(calibration.example(graph_module))
     rows = []
     for node in layers:
         of = found[node]
@@ -188,7 +191,7 @@ def _by_layer(chain: Chain) -> Chain:
         if isinstance(constraint, Rank) and isinstance(constraint.rule, RankRule):
             if constraint.rule.kind == "speedup":
                 raise OptionsError(f"{constraint} is measured on the whole network; scan 'rank:0.5' or the like")
-            if constraint.rule.kind == "multiply_adds":
+            if constraint.rule.kind == "macs":
                 constraint = replace(constraint, rule=RankRule("ratio", constraint.rule.value))
         own.append(constraint)
     return tuple(own)

@@ -12,12 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxprune.calibration.batches import call, inputs_of, map_tensors, take, tensors_in
-from fxprune.calibration.failures import FUNCTIONAL, node_failure, remedy_for, said, stays_as_it_is, values_read
+from fxprune.calibration.batches import call_by_name, inputs_of, map_tensors, take, tensors_in
+from fxprune.calibration.failures import (
+    node_failure,
+    remedy_for,
+    said,
+    stays_as_it_is,
+    values_read,
+    weight_of_convolution,
+)
 from fxprune.errors import CalibrationError
 from fxprune.geometry import CONVOLUTIONS
 from fxprune.graph import Runner, device_of, input_of, module_of
-from fxprune.surroundings import same_random_numbers
+from fxprune.runtime.surroundings import same_random_numbers
 
 IMAGES = 4
 TOLERANCE = 1e-3  # Relative. Both run the same kernels, but TF32 or bfloat16 ones need not repeat exactly.
@@ -60,7 +67,7 @@ def difference(model: nn.Module, graph_module: GraphModule, batch: Any) -> str |
     else:
         return None
     return (
-        f"the graph that torch.fx traced from {type(model).__name__} {problem.rstrip('.')}. What tracing does not see are "
+        f"the graph that was traced from {type(model).__name__} {problem.rstrip('.')}. What tracing does not see are "
         "branches on isinstance or is_tensor, Python counters and attributes that change in forward, writes through a view, "
         "and hooks on the model as a whole. Name the module that does this in exclude to keep it whole as a leaf, or "
         "rewrite the line."
@@ -85,8 +92,8 @@ class _Run(Runner):
         module = module_of(node)
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
             return len(getattr(module, "kernel_size", ())) + 1
-        weight = node.args[1] if node.target in FUNCTIONAL and len(node.args) > 1 else None
-        return self.env[weight].dim() - 1 if isinstance(weight, Node) else None
+        weight = weight_of_convolution(node)
+        return None if weight is None else self.env[weight].dim() - 1
 
     def outcome(self, values: list[Any]) -> Any:
         return _attempt(lambda: self.run(*_copies(values)))
@@ -94,7 +101,7 @@ class _Run(Runner):
 
 def _outcome(module: nn.Module, placeholders: list[Node], values: list[Any]) -> Any:
     names = [str(node.target).lstrip("*") for node in placeholders]
-    return _attempt(lambda: call(module, dict(zip(names, _copies(values), strict=True))))
+    return _attempt(lambda: call_by_name(module, dict(zip(names, _copies(values), strict=True))))
 
 
 def _copies(values: list[Any]) -> list[Any]:
@@ -129,13 +136,30 @@ def _relative(wanted: Tensor, found: Tensor) -> float:
 
 
 def _place(model: nn.Module, graph_module: GraphModule, placeholders: list[Node], values: list[Any]) -> str:
-    """Between which two modules the model and its graph part."""
+    """Between which two modules the model and its graph part, in words."""
+    after, at = _parting(model, graph_module, placeholders, values)
+    if at:
+        return f", for the first time after module {after!r} and before {at!r}" if after else f", before {at!r}"
+    return f", after module {after!r}" if after else ""
+
+
+def parting(model: nn.Module, graph_module: GraphModule, batch: Any) -> tuple[str, str]:
+    """The last module that gives the same in a model and its graph on a batch, and the first that does not; "" for none."""
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    values = list(inputs_of(batch, placeholders, device=device_of(model)).values())
+    return _parting(model, graph_module, placeholders, values)
+
+
+def _parting(
+    model: nn.Module, graph_module: GraphModule, placeholders: list[Node], values: list[Any]
+) -> tuple[str, str]:
     called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}
+    called &= {name for name, _ in model.named_modules(remove_duplicate=False)}
     runs: list[list[tuple[str, Any]]] = []
     for module in (model, graph_module):
         outputs: list[tuple[str, Any]] = []
         hooks = [
-            model.get_submodule(name).register_forward_hook(
+            module.get_submodule(name).register_forward_hook(
                 lambda m, args, output, name=name, outputs=outputs: outputs.append((name, _detached(output)))
             )
             for name in called
@@ -147,11 +171,9 @@ def _place(model: nn.Module, graph_module: GraphModule, placeholders: list[Node]
     before = ""
     for (name, wanted), (other, found) in zip(*runs, strict=False):
         if name != other or _distance(wanted, found) > TOLERANCE:
-            return (
-                f", for the first time after module {before!r} and before {name!r}" if before else f", before {name!r}"
-            )
+            return before, name
         before = name
-    return f", after module {before!r}" if before else ""
+    return before, ""
 
 
 def _detached(output: Any) -> list[Tensor]:

@@ -1,96 +1,355 @@
-"""Model -> GraphModule: a traced copy in eval mode, or an error that says where tracing stopped and how to go on."""
+"""Model -> GraphModule: a traced copy in eval mode and in the normal form, or an error that says where tracing stopped.
+
+There are several ways in, tried in this order: torch.fx; torch.fx with example values, which answer what Python asks about
+shapes; torch.export; and torch.fx again with the modules that none of these gets through called as a whole. Whatever the
+way, the graph is compared with the model.
+"""
 
 from __future__ import annotations
 
 import copy
-import operator
-import traceback
-from collections.abc import Callable, Collection, Sequence
-from fnmatch import fnmatchcase
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node, Proxy, Tracer
+from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from fxprune.calibration.batches import names_in
-from fxprune.code_names import allow_any_name, refuse_reserved_names
-from fxprune.errors import OptionsError, TraceError
-from fxprune.fine_tuning.keeper import let_go
-from fxprune.model_argument import not_a_model
-from fxprune.trace_check import difference
+from fxprune.errors import TraceError
+from fxprune.graph import device_of
+from fxprune.graph.code_names import allow_any_name, refuse_reserved_names
+from fxprune.graph.model_argument import not_a_model
+from fxprune.intake import attention, batch_sizes, computed_weights, exported, wrapped_functions
+from fxprune.intake.example_values import Frozen, ValueTracer
+from fxprune.intake.names import check_exclude, matches
+from fxprune.intake.normal_form import is_layer_call, normalise
+from fxprune.intake.origins import Origin, set_origins
+from fxprune.intake.record import Intake, Leaf, intake, set_intake
+from fxprune.intake.symbolic import TRANSFORMERS, PathTracer, explain
+from fxprune.layers.zero_keeper import let_go
+from fxprune.trace_check import difference, parting
 
-_NOT_THE_USERS_CODE = (str(Path(torch.__file__).parent), __file__)
-_INPLACE = (
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
-    operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
-)  # fmt: skip
+__all__ = ["check_exclude", "matches", "trace"]
 
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a module name, or that of a module around it, matches one of the names or fnmatch patterns."""
-    parts = name.split(".")
-    enclosing = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-    return any(fnmatchcase(candidate, pattern) for pattern in patterns for candidate in enclosing)
+FEW, MORE = 3, 5  # Images: what example values are computed on, and the other size that a graph has to hold for.
 
 
 def trace(model: nn.Module, *, exclude: Sequence[str] = (), example: Any = None) -> GraphModule:
-    """Copy a model, put the copy in eval mode and trace it symbolically.
+    """Copy a model, put the copy in eval mode, trace it, and bring the graph into the normal form.
 
     The user's model is not modified: neither its weights nor its training flags nor its device. Arguments of `forward`
     that have a plain default (None, a number, a string) keep it, unless the example gives them.
 
     Args:
-        model: any module that torch.fx can trace; a GraphModule may be traced again.
+        model: any module; a GraphModule may be traced again; what torch.export gives, an ExportedProgram or its module, is
+            taken as it is.
         exclude: module names or fnmatch patterns. An excluded module that cannot be traced, or that is traced wrongly,
             becomes a leaf: it is called as a whole, and nothing inside it is changed.
-        example: a batch as a calibration loader gives it; with one, the traced graph is compared with the model on it.
+        example: a batch as a calibration loader gives it. Without one only torch.fx is tried, and nothing is compared.
 
     Raises:
         TraceError: names the module and the source line where tracing stopped, and the remedy; or says that the graph
             does not compute what the model does.
-        OptionsError: if a name in `exclude` matches no module.
+        FxPruneError: if a name in `exclude` matches no module.
     """
-    model = _copied(_usable(model, exclude))
-    leaves: set[str] = set()
-    cause: Exception | None
-    given = names_in(example)
+    if exported.is_program(model):
+        model = exported.module_of_program(model)
+    elif exported.is_exported(model):
+        model = exported.as_traced(model)
+    task = _Task.of(_copied(_usable(model, exclude)), tuple(exclude), example)
+    with _transformers_written_in_python():
+        graph_module = _first_way(task)
+        graph_module = wrapped_functions.without_weights(graph_module, lambda: _first_way(task))
+    return graph_module
+
+
+@dataclass
+class _Task:
+    """What is to be traced.
+
+    Attributes:
+        reference: the copy as it came, to compare with.
+        model: the same, or another copy with its computed weights computed and its attention written out.
+        exclude: patterns.
+        example: a batch, or None.
+        origins: of the weights that differ between the two.
+    """
+
+    reference: nn.Module
+    model: nn.Module
+    exclude: tuple[str, ...]
+    example: Any
+    origins: dict[str, Origin] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, reference: nn.Module, exclude: tuple[str, ...], example: Any) -> _Task:
+        model = reference
+        found: dict[str, Origin] = {}
+        if computed_weights.are_there(model, exclude) or attention.is_there(model, exclude):
+            model = _copied(reference)
+            found |= computed_weights.compute(model, exclude)
+            model, more = attention.write_out(model, exclude)
+            found |= more
+        return cls(reference, model, exclude, example, found)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        return tuple(names_in(self.example))
+
+    def finished(self, graph_module: GraphModule) -> GraphModule:
+        """The graph in the normal form."""
+        attention.drop_unread_weights(graph_module)
+        changed = normalise(graph_module, self.model, exclude=self.exclude)
+        names = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
+        composed = {name: _before(origin, self.origins) for name, origin in changed.items()}
+        set_origins(graph_module, {n: o for n, o in (self.origins | composed).items() if n in names})
+        exported.drop_examples(graph_module)
+        graph_module.graph.lint()
+        graph_module.recompile()
+        return graph_module
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a way did not lead in.
+
+    Attributes:
+        problem: in words.
+        places: the modules where it stopped, outermost first.
+        cause: the exception behind it.
+    """
+
+    problem: str
+    places: tuple[str, ...] = ()
+    cause: Exception | None = None
+
+
+@torch.random.fork_rng()
+def _first_way(task: _Task) -> GraphModule:
+    """The graph by the first way that leads to one."""
+    first = _symbolically(task)
+    if isinstance(first, GraphModule):
+        return first
+    if task.example is None:
+        raise TraceError(first.problem) from first.cause
+    later: list[str] = []
+    for name, way in (("example values", _with_values), ("torch.export", _by_export)):
+        found = way(task)
+        if isinstance(found, GraphModule):
+            return found
+        later.append(f"With {name}: {found.problem}")
+    found = _with_leaves(task)
+    if isinstance(found, GraphModule):
+        return found
+    raise TraceError("\n".join([first.problem, *later, found.problem])) from first.cause
+
+
+def _symbolically(task: _Task) -> GraphModule | _Failure:
+    if exported.is_in_traced_form(task.model):
+        graph_module = task.finished(task.model)
+        return _checked(task, graph_module, ()) or _noted(graph_module, "torch.export")
+    into = TRANSFORMERS if task.example is not None else ()
+    return _excluding(task, lambda leaves: PathTracer(leaves, task.given, into), way="torch.fx")
+
+
+def _with_values(task: _Task, leaves: frozenset[str] = frozenset()) -> GraphModule | _Failure:
+    """By example values: of a few images, or of the whole batch if the model takes no other size."""
+    device = device_of(task.reference)
+    failure = _Failure("")
+    for batch in (batch_sizes.with_images(task.example, FEW), task.example):
+        tracers: list[ValueTracer] = []
+
+        def tracer(more: set[str], batch: Any = batch, tracers: list[ValueTracer] = tracers) -> PathTracer:
+            tracers.append(ValueTracer(batch, device, leaves | more, task.given, TRANSFORMERS))
+            return tracers[-1]
+
+        found = _excluding(task, tracer, way="example values")
+        if isinstance(found, _Failure):
+            failure = found
+            continue
+        frozen = _other_sizes(task, found, batch, partial(_frozen, task, tracers[-1]))
+        return frozen if isinstance(frozen, _Failure) else _noted(found, "example values", frozen=frozen)
+    return failure
+
+
+def _by_export(task: _Task) -> GraphModule | _Failure:
+    batch = batch_sizes.with_images(task.example, FEW)
+    try:
+        with _state_kept(task.model):
+            graph_module = task.finished(exported.export(task.model, batch, device_of(task.reference)))
+    except Exception as error:
+        return _Failure(
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}", (), error
+        )
+    wrong = _checked(task, graph_module, ())
+    if wrong is not None:
+        return wrong
+    frozen = _other_sizes(task, graph_module, batch, lambda _: [])
+    return frozen if isinstance(frozen, _Failure) else _noted(graph_module, "torch.export", frozen=frozen)
+
+
+def _with_leaves(task: _Task) -> GraphModule | _Failure:
+    """By example values, each module that cannot be traced becoming a leaf, innermost first."""
+    leaves: dict[str, str] = {}
     while True:
-        tracer = _PathTracer(leaves, given)
+        found = _with_values(task, frozenset(leaves))
+        if isinstance(found, GraphModule):
+            break
+        inner = next((place for place in reversed(found.places) if place not in leaves), None)
+        if inner is None:
+            return _Failure(f"With untraceable modules called as a whole: {found.problem}", cause=found.cause)
+        leaves[inner] = found.problem
+    called = {str(node.target) for node in found.graph.find_nodes(op="call_module")}
+    if not any(map(is_layer_call, found.graph.nodes)):
+        return _Failure(f"Nothing that could be pruned is left outside of {', '.join(map(repr, leaves))}.")
+    total = sum(p.numel() for p in task.reference.parameters())
+    records = []
+    for name, reason in leaves.items():
+        if name in called:
+            module = task.reference.get_submodule(name)
+            share = sum(p.numel() for p in module.parameters()) / max(total, 1)
+            records.append(Leaf(name, type(module).__name__, share, reason))
+    for record in records:
+        warnings.warn(f"fxprune: {record}", stacklevel=5)
+    return _noted(found, "example values", leaves=tuple(records))
+
+
+def _excluding(task: _Task, tracer_of: Callable[[set[str]], PathTracer], *, way: str) -> GraphModule | _Failure:
+    """Trace; an excluded module that this fails in, or that computes something else then, becomes a leaf."""
+    leaves: set[str] = set()
+    while True:
+        tracer = tracer_of(leaves)
+        before = _state(task.model)
         try:
-            graph = allow_any_name(tracer.trace(model))
-            graph_module = GraphModule(model, graph, type(model).__name__).eval()
+            graph = allow_any_name(tracer.trace(task.model))
+            if isinstance(tracer, ValueTracer):
+                tracer.tidy()
+            graph_module = GraphModule(task.model, graph, type(task.model).__name__).eval()
+            if isinstance(tracer, ValueTracer):
+                _restore(before)
+            task.finished(graph_module)
         except TraceError:
             raise
         except Exception as error:
-            stopped_in, problem, cause = tracer.path, _explain(model, tracer, error), error
+            failure: _Failure | None = _Failure(explain(task.model, tracer, error), tuple(tracer.path), error)
+            _restore(before)
         else:
-            wrong = None if example is None else difference(model, graph_module, example)
-            if wrong is None:
-                return graph_module
-            stopped_in, problem, cause = tracer.entered, wrong, None
-        excluded = [path for path in stopped_in if path not in leaves and matches(path, exclude)]
+            failure = _checked(task, graph_module, tuple(tracer.entered))
+            if failure is None:
+                return _noted(graph_module, way)
+        assert failure is not None
+        # After a failure the innermost excluded module may be the reason; where all runs, the first that was entered.
+        excluded = [path for path in failure.places if path not in leaves and matches(path, task.exclude)]
         if not excluded:
-            raise TraceError(problem) from cause
+            return failure
         leaves.add(excluded[0])
 
 
-def check_exclude(model: nn.Module, exclude: Sequence[str]) -> None:
-    """Raise OptionsError for a pattern that matches no module: most likely a misspelt name."""
-    if isinstance(exclude, str):
-        raise OptionsError(f"exclude takes a sequence of names; write exclude=({exclude!r},)")
-    names = [name for name, _ in model.named_modules() if name]
-    for pattern in exclude:
-        if not isinstance(pattern, str):
-            raise OptionsError(f"exclude takes names of modules, such as {names[:1]}, not {pattern!r}")
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise OptionsError(
-                f"exclude: {pattern!r} matches no module of {type(model).__name__}; "
-                f"names look like {', '.join(map(repr, names[:5]))}"
-            )
+def _checked(task: _Task, graph_module: GraphModule, entered: tuple[str, ...]) -> _Failure | None:
+    """What is wrong with a graph on the example."""
+    if task.example is None:
+        return None
+    wrong = difference(task.reference, graph_module, task.example)
+    if wrong is None:
+        return None
+    excluded = tuple(path for path in entered if matches(path, task.exclude))
+    return _Failure(wrong, excluded or _places(task, graph_module, entered, task.example))
+
+
+def _places(task: _Task, graph_module: GraphModule, entered: tuple[str, ...], batch: Any) -> tuple[str, ...]:
+    """The modules around the place where model and graph part, outermost first."""
+    after, at = parting(task.reference, graph_module, batch)
+    around = [path for path in entered if (at or after).startswith(f"{path}.")]
+    return tuple(sorted(set(around), key=len))
+
+
+def _other_sizes(
+    task: _Task, graph_module: GraphModule, batch: Any, frozen: Callable[[Any], list[Frozen]]
+) -> tuple[str, ...] | _Failure:
+    """Whether a graph holds for other numbers of images; and what it takes for granted of their height and width."""
+    more = batch_sizes.with_images(batch, MORE)
+    if batch_sizes.agree(task.reference, graph_module, more) is False:
+        lines = "; ".join(f"{f.line}, which gave {f.answer}" for f in frozen(more))
+        return _Failure(
+            f"the graph holds for batches of {FEW} images, or for one call, only: Python decided something by their number, or "
+            "keeps count of calls: "
+            f"{lines or 'it does not say where'}"
+        )
+    larger = batch_sizes.with_larger_images(batch)
+    if larger is None or batch_sizes.agree(task.reference, graph_module, larger) is not False:
+        return ()
+    changed = [f.line for f in frozen(larger)] or ["something that torch.export fixed"]
+    unique = tuple(dict.fromkeys(changed))
+    batch_sizes.require_size(graph_module, batch, unique)
+    return unique
+
+
+def _frozen(task: _Task, tracer: ValueTracer, batch: Any) -> list[Frozen]:
+    """The answers of an earlier trace that are others for another batch."""
+    again = ValueTracer(batch, tracer.device, tracer.leaves, tracer.given, tracer.into)
+    with _state_kept(task.model):
+        try:
+            again.trace(task.model)
+        except Exception:  # noqa: S110 - what was asked up to here says enough
+            pass
+    return [a for a, b in zip(tracer.frozen, again.frozen, strict=False) if a != b]
+
+
+def _noted(graph_module: GraphModule, way: str, **more: Any) -> GraphModule:
+    before = intake(graph_module) or Intake(way)
+    set_intake(graph_module, replace(before, **more))
+    return graph_module
+
+
+def _before(origin: Origin, earlier: dict[str, Origin]) -> Origin:
+    """An origin in the model that was traced as one in the user's model."""
+    if not any(name in earlier for name in origin.names):
+        return origin
+    if len(origin.names) == 1 and origin.how == "same":
+        return earlier[origin.names[0]]
+    names = chain.from_iterable(earlier[name].names if name in earlier else (name,) for name in origin.names)
+    return Origin(tuple(dict.fromkeys(names)), "computed")
+
+
+@contextmanager
+def _transformers_written_in_python() -> Iterator[None]:
+    """Without the fused kernels that torch's transformer layers call in eval mode, they are ordinary Python."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+_DICTS = ("_parameters", "_buffers", "_modules")
+
+
+def _state(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """All attributes of all modules: a forward may set some while it is traced."""
+    return [(m, {k: dict(v) if k in _DICTS else v for k, v in vars(m).items()}) for m in model.modules()]
+
+
+def _restore(state: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+    for module, attributes in state:
+        vars(module).clear()
+        vars(module).update({k: dict(v) if k in _DICTS else v for k, v in attributes.items()})
+
+
+@contextmanager
+def _state_kept(model: nn.Module) -> Iterator[None]:
+    before = _state(model)
+    try:
+        yield
+    finally:
+        _restore(before)
 
 
 def _usable(model: nn.Module, exclude: Sequence[str]) -> nn.Module:
@@ -131,88 +390,3 @@ def _copied(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         let_go(module)  # What is made of the copy may get other zeros.
     return copied
-
-
-class _PathTracer(Tracer):
-    """A tracer that remembers which modules it went into, so that a failure can be placed.
-
-    Args:
-        leaves: modules to call as a whole.
-        given: arguments of `forward` that are inputs even if they have a default.
-    """
-
-    def __init__(self, leaves: Collection[str] = (), given: Collection[str] = ()) -> None:
-        super().__init__()
-        self.leaves = leaves
-        self.given = given
-        self.path: list[str] = []
-        self.entered: list[str] = []
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
-
-    def proxy(self, node: Node) -> Proxy:
-        return _InplaceProxy(node, self)
-
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        root_fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        return root_fn, [self._own_default(arg) for arg in args]
-
-    def _own_default(self, arg: Any) -> Any:
-        """The default of an argument that nobody gives, in place of its placeholder."""
-        if not isinstance(arg, Proxy) or not arg.node.args or arg.node.target in self.given:
-            return arg
-        default = arg.node.args[0]
-        if not isinstance(default, (bool, int, float, str, type(None))):
-            return arg
-        self.graph.erase_node(arg.node)
-        return default
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        self.path.append(self.path_of_module(m))
-        if not self.is_leaf_module(m, self.path[-1]):
-            self.entered.append(self.path[-1])
-        result = super().call_module(m, forward, args, kwargs)
-        self.path.pop()  # Not in a finally: after a failure the path says where it was.
-        return result
-
-
-class _InplaceProxy(Proxy):
-    """A proxy under which `x += y` is recorded as the in-place operation it is.
-
-    torch.fx's own has no `__iadd__`, so Python falls back to `x = x + y`, and another name of x keeps its old value.
-    """
-
-
-def _record_inplace(function: Callable[[Any, Any], Any]) -> None:
-    name = function.__name__  # "iadd"
-
-    def record(self: Proxy, other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {}, name=name.rstrip("_")[1:])
-
-    setattr(_InplaceProxy, f"__{name}__", record)
-
-
-for _function in _INPLACE:
-    _record_inplace(_function)
-
-
-def _explain(model: nn.Module, tracer: _PathTracer, error: Exception) -> str:
-    """The sentence a user reads after a failed trace."""
-    place = f"module {tracer.path[-1]!r}" if tracer.path else "the model's own forward"
-    kind = type(model.get_submodule(tracer.path[-1])).__name__ if tracer.path else type(model).__name__
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_USERS_CODE)]
-    line = f' at {frames[-1].filename}:{frames[-1].lineno} ("{frames[-1].line}")' if frames else ""
-    remedy = (
-        f"Compile with exclude=({tracer.path[-1]!r},) to keep that module whole as a leaf"
-        if tracer.path
-        else "Move that part into a submodule and name it in exclude to keep it whole as a leaf"
-    )
-    return (
-        f"torch.fx could not trace {type(model).__name__}: it stopped in {place} ({kind}){line}: {str(error).rstrip('.')}. "
-        f"{remedy}, or rewrite the line without control flow that depends on tensor values."
-    )

@@ -55,4 +55,4 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_no_name_is_hidden_by_a_submodule() -> None:
     """Importing the submodule fxprune.x would put the module in the place of a function of this name."""
     submodules = {module.name for module in pkgutil.iter_modules(fxprune.__path__)}
-    assert submodules & set(fxprune.__all__) == {"models", "passes", "solvers"}
+    assert submodules & set(fxprune.__all__) == {"constraints", "models", "passes", "solvers"}

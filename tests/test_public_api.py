@@ -23,16 +23,20 @@ def test_names():
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", fxprune.__version__)
 
 
-def test_compile_takes_eight_arguments_and_no_more():
+def test_compile_takes_these_arguments_and_no_more():
     parameters = inspect.signature(fxprune.compile).parameters
-    assert list(parameters) == [
-        "model", "calib_loader", "pattern", "method", "exclude", "device", "progress", "options"
-    ]  # fmt: skip
-    keyword_only = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
-    assert keyword_only == ["method", "exclude", "device", "progress", "options"]
+    places = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
+    assert places == ["model", "calib_loader", "pattern"]
     assert {name: p.default for name, p in parameters.items() if p.default is not p.empty} == {
-        "pattern": "2:4", "method": "admm", "exclude": (), "device": None, "progress": True, "options": None
+        "pattern": "2:4", "method": "admm", "exclude": (), "options": None, "passes": None,
+        "device": None, "progress": True, "memory_limit": None, "checkpoint_dir": None,
     }  # fmt: skip
+
+
+def test_what_is_shared_is_called_the_same_everywhere():
+    shared = {"model", "calib_loader", "method", "exclude", "options", "device", "progress", "memory_limit"}
+    for function in (fxprune.compile, fxprune.low_rank, fxprune.scan):
+        assert shared <= set(inspect.signature(function).parameters)
 
 
 def test_every_error_is_an_fxprune_error():
@@ -75,11 +79,16 @@ def test_wrong_arguments_are_named_with_the_remedy(compress, arguments, said):
 @pytest.mark.parametrize(
     "use",
     [
-        lambda weights: fxprune.compile(weights, []),
+        lambda weights: fxprune.compile(weights, [torch.zeros(1)], progress=False),
         lambda weights: fxprune.low_rank(weights, [torch.zeros(1)], progress=False),
         lambda weights: fxprune.save(weights, "never.pt"),
         lambda weights: fxprune.export_onnx(weights, "never.onnx", torch.zeros(1)),
         lambda weights: fxprune.diff(weights, weights),
+        lambda weights: fxprune.scan(weights, [torch.zeros(1)], progress=False),
+        lambda weights: fxprune.keep_zeros(weights),
+        lambda weights: fxprune.filled_zeros(weights),
+        lambda weights: fxprune.restore_zeros(weights),
+        lambda weights: fxprune.state_dict_for(weights, torch.nn.Conv2d(4, 8, 3)),
     ],
 )
 def test_a_state_dict_is_no_model_and_is_not_printed(use):
@@ -87,6 +96,7 @@ def test_a_state_dict_is_no_model_and_is_not_printed(use):
     with pytest.raises(fxprune.FxPruneError) as caught:
         use(weights)
     assert "tensor(" not in str(caught.value)
+    assert "got a" in str(caught.value)
 
 
 def test_a_failing_batch_prints_nothing(capfd):

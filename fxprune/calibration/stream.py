@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_map_only
 
 from fxprune.annotations import annotation
 from fxprune.calibration.batch_store import BatchStore, BatchValues
-from fxprune.calibration.calibration import Calibration, observers_off
+from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.failures import node_failure, remedy_for, stays_as_it_is
-from fxprune.calibration.lifetimes import last_uses, overwrite, reads_strides, spare_input
-from fxprune.calibration.observers import observer_of
+from fxprune.calibration.lifetimes import last_uses, overwrite, spare_input
+from fxprune.calibration.observers import observer_of, observers_off
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.calibration.reading import Slot, Source, read_into
 from fxprune.calibration.sampling import BatchPlace, PatchSample, sample_patches
@@ -42,11 +42,12 @@ from fxprune.layers.install import install
 from fxprune.layers.problem import layer_of
 from fxprune.layers.shared import weight_calls
 from fxprune.layers.solve import SolvedLayer
+from fxprune.operations import any_reads_strides
 from fxprune.options import Options
 from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics, Pool
 
 Visit = Callable[[BatchPlace, BatchValues], None]  # Of a batch's place in the set, and the values at the cut.
-ERROR_SHARE = 0.25  # Of the patches: thousands, whatever the layer. Of held-out images all are taken.
+ERROR_SHARE = 0.25  # Of the patches, where no image is held out: still thousands. Of held-out images all are taken.
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class StreamedLayer:
     @property
     def relu_aware(self) -> Callable[[SolvedLayer], CrossStatistics] | None:
         """The cross term of its target once its weights are known, where a rectifier follows; else None."""
-        if self._stream.target != "rectified" or self.cross is None or not consumers(self.node).rectifier:
+        if self._stream.target != "relu_aware" or self.cross is None or not consumers(self.node).rectifier:
             return None
         cross = self.cross
 
@@ -160,7 +161,7 @@ class CalibrationStream:
         self._spare = {node: spare_input(node) for node in self._nodes}
         self._diverged: set[Node] = set()  # Nodes whose values differ between the two models.
         # On a CPU, convolutions then need not reorder every activation before and after.
-        self._channels_last = self.device.type == "cpu" and not any(reads_strides(node) for node in self._nodes)
+        self._channels_last = self.device.type == "cpu" and not any_reads_strides(self._nodes)
         self._store = BatchStore(self.device, calibration.memory_limit)
         self._source: Source | None = None
         self._cut: Node | None = None
@@ -230,7 +231,7 @@ class CalibrationStream:
                 self.current = layer = StreamedLayer(self, node, geometry)
                 for_itself = node in shared or geometry.blocks > 1  # Its target is its own output.
                 if gather(node) and self._fit and self.target != "weights" and not for_itself:
-                    skip = self.target in ("skip", "rectified")
+                    skip = self.target in ("skip", "relu_aware")
                     layer.cross = cross_statistics(self, node, layer.geometry, skip=skip)
                 else:
                     self.advance(node)
@@ -289,9 +290,10 @@ class CalibrationStream:
             if slot.held_out == (cut.op == "output"):  # A score is of images that nothing was fitted to.
                 with torch.inference_mode(), self.stopwatch.measure("statistics"):
                     visit(place, values)
-            # Of the layer's inputs only the pruned one is still needed, to run the layer once it is replaced.
+            # Of the layer's inputs only the pruned one is still needed, to run the layer once it is replaced, unless
+            # statistics are taken from the dense one: `revisit` may then ask for it.
             for dead in self._dying[cut]:
-                if dead in values.pruned_values:
+                if dead in values.pruned_values and not self.observe_dense:
                     values.dense_values.pop(dead, None)
             self._store.put(slot.key, values)
         for pool in outputs.values():

@@ -14,8 +14,10 @@ from fxprune.cli.parameters import (
     TASK,
     BatchSize,
     CalibrationImages,
+    CheckpointDir,
     Device,
     Exclude,
+    MemoryLimit,
     OnnxOptions,
     Out,
     Overwrite,
@@ -23,13 +25,15 @@ from fxprune.cli.parameters import (
     TestImages,
     WriteOnnx,
     data_name,
+    in_bytes,
     model_name,
 )  # fmt: skip
+from fxprune.experiments.recipe_texts import file_name
 from fxprune.experiments.tasks import Task
 from fxprune.options import Options
 
 # Steps of pruning that rank reduction does not have.
-SOLVER = Group("Solver", left_out=("permute", "global_budget", "polish", "flip", "checkpoint_dir"))
+SOLVER = Group("Solver", left_out=("permute", "global_budget", "polish", "flip"))
 
 
 def low_rank(
@@ -41,10 +45,10 @@ def low_rank(
     rank: Annotated[
         str,
         typer.Option(
-            help="multiply_adds:0.7 (keep 70% of them), ratio:0.5 (of each layer), energy:0.95 (of each output's "
+            help="macs:0.7 (keep 70% of them), ratio:0.5 (of each layer), energy:0.95 (of each output's "
             "variance), or speedup:1.3 (measured in onnxruntime)."
         ),
-    ] = "multiply_adds:0.7",
+    ] = "macs:0.7",
     method: Annotated[
         Literal["data_aware", "svd"], typer.Option(help="data_aware (least output error), or svd of the weights.")
     ] = "data_aware",
@@ -64,22 +68,26 @@ def low_rank(
     onnx: WriteOnnx = True,
     batch_size: BatchSize = 128,
     device: Device = None,
+    memory_limit: MemoryLimit = None,
+    checkpoint_dir: CheckpointDir = None,
 ) -> None:
     """Replace layers by two smaller dense ones each, which runs faster on any machine; score and export the result.
 
     The data may be a labelled data set, a folder of pictures, or an .npz or .npy file.
     """
     import fxprune
-    from fxprune.ranks.rule import RankRule
+    from fxprune.ranks.plan import RankRule
 
+    limit = in_bytes(memory_limit)
     RankRule.parse(rank)  # a misspelt rule must not cost a dense evaluation first
-    name = f"{model_name(task.model)}-{data_name(task.data)}-{rank.replace(':', '-')}-{method}"
+    name = f"{model_name(task.model)}-{data_name(task.data)}-{file_name(rank)}-{method}"
     compress(
         "low-rank",
         task,
         lambda model, images, place: fxprune.low_rank(
             model, images, rank, method=method, split=split, multiple=multiple, exclude=tuple(exclude or ()),
-            device=place, options=options, progress=stderr.is_terminal,
+            device=place, options=options, progress=stderr.is_terminal, memory_limit=limit,
+            checkpoint_dir=checkpoint_dir,
         ),
         config=config, folder=out or Path("out", "low-rank", name), calibration_images=calibration_images,
         batch_size=batch_size, seed=options.seed, test_images=test_images, register=register,

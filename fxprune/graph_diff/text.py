@@ -21,7 +21,7 @@ NOT_PRUNED = "not pruned: "
 _MAIN = ("pruned", "re-fitted")  # beside these, what follows goes without saying
 _MINOR = ("bias changed", "channels permuted")
 _WEIGHT = "weight: ‖after − before‖ / ‖before‖, with BatchNorm folded into before where it is in after."
-_OUTPUT_ERROR = "output error: ‖y_dense − y_pruned‖² / ‖y_dense − mean‖² on the calibration set."
+_OUTPUT_ERROR = "output error: ‖y_dense − y_pruned‖² / ‖y_dense − mean‖² on calibration images (held-out if any)."
 
 
 def render_text(diff: GraphDiff, *, all: bool, color: bool | None, width: int) -> str:
@@ -88,8 +88,8 @@ def _costs(diff: GraphDiff) -> Table:
     table.add_row("parameters", f"{old.parameters:,}", f"{new.parameters:,}", relative(old.parameters, new.parameters))
     table.add_row("  not zero", f"{old.nonzeros:,}", f"{new.nonzeros:,}", relative(old.nonzeros, new.nonzeros))
     for heading, a, b in (
-        ("multiply-adds", old.multiply_adds, new.multiply_adds),
-        ("  with a non-zero weight", old.nonzero_multiply_adds, new.nonzero_multiply_adds),
+        ("MACs", old.macs, new.macs),
+        ("  with a non-zero weight", old.nonzero_macs, new.nonzero_macs),
     ):
         if a is not None or b is not None:
             table.add_row(heading, count_si(a), count_si(b), relative(a, b))

@@ -13,12 +13,12 @@ import torch
 from torch.fx import GraphModule
 
 from fxprune.annotations import annotation
-from fxprune.constraints.base import chain_text
 from fxprune.errors import OptionsError
 from fxprune.files import save_tensors
 from fxprune.geometry import LayerGeometry
+from fxprune.layers.constraint import chain_text
 from fxprune.layers.solve import SolvedLayer, SolvedPart
-from fxprune.method import Method
+from fxprune.options import Method
 
 
 class LayerCheckpoint:

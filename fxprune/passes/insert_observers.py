@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxprune.annotations import Annotation, annotate, annotation
-from fxprune.constraints import Chain, Constraint
+from fxprune.calibration.observers import OBSERVERS
+from fxprune.constraints import Constraint, keep_possible
 from fxprune.constraints.mask import Mask
 from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
 from fxprune.graph import input_of, is_tied, module_of
-from fxprune.layers.kept import LAYERS, layers_inside, matrices_read
+from fxprune.layers.kept import layers_inside, matrices_read
 from fxprune.layers.shared import Calls, not_one_problem, weight_calls
+from fxprune.operations import LAYERS, operation_of
 from fxprune.passes.base import Pass
 from fxprune.pattern import MixedPattern, NMPattern
 from fxprune.recipe import Recipe
 from fxprune.statistics import HessianObserver
 from fxprune.tracing import matches
 
-OBSERVERS = "fxprune_observers"
 MAX_COLUMNS = 16_384  # A float64 Hessian of 2 GiB, of which solving needs several copies.
-BLOCK_COLUMNS = (
-    4_096  # Of a layer of more: few images tell the correlations of so many apart, and time grows with their cube.
-)
+BLOCK_COLUMNS = 4_096  # Of a layer of more: few images tell so many columns apart, and time grows with their cube.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WEIGHT_FUNCTIONS = (
-    F.linear, F.conv1d, F.conv2d, F.conv3d, F.bilinear, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
-)  # fmt: skip
-PRODUCTS = (operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum)
-PRODUCT_METHODS = ("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm")
 
 
 class InsertObservers(Pass):
@@ -121,7 +112,7 @@ class InsertObservers(Pass):
         assert module is not None
         geometry = LayerGeometry.of(module)
         wanted = self.recipe.chain(str(node.target))
-        chain, declined = _kept_constraints(wanted or (), geometry, len(together))
+        chain, declined = keep_possible(wanted or (), geometry, len(together))
         whole = geometry.columns <= self.max_columns or not self.observe
         if chain and not whole:
             multiple = math.lcm(*(_group(constraint) for constraint in chain))
@@ -131,7 +122,7 @@ class InsertObservers(Pass):
                     "keep", f"its {geometry.columns:,} columns cannot be cut into equal blocks to be solved"
                 )
             geometry = in_blocks
-            chain, declined = _kept_constraints(chain, geometry, len(together))
+            chain, declined = keep_possible(chain, geometry, len(together))
         if chain:
             return Annotation("compress", "", geometry, chain)
         if not declined:
@@ -195,31 +186,14 @@ def _group(constraint: Constraint) -> int:
     return math.lcm(*(level.m for level in levels if isinstance(level, NMPattern)))
 
 
-def _kept_constraints(chain: Chain, geometry: LayerGeometry, calls: int) -> tuple[Chain, str]:
-    """The constraints that a layer of so many calls can keep, and why it cannot keep the others.
-
-    What follows a constraint that changes the layer's geometry is asked again when the layer is solved.
-    """
-    kept: list[Constraint] = []
-    reasons = []
-    for constraint in chain:
-        reason = None if any(accepted.changes_geometry for accepted in kept) else constraint.decline(geometry)
-        if reason is None and constraint.changes_geometry and calls > 1:
-            reason = f"called at {calls} places: two layers in place of one are put at one place only"
-        if reason is None:
-            kept.append(constraint)
-        else:
-            reasons.append(reason)
-    return tuple(kept), "; ".join(reasons)
-
-
 def reads_weights(node: Node) -> bool:
     """Whether a node is a call of a Conv or Linear module, or a function or product with a parameter in its place."""
-    if node.op == "call_function" and node.target in WEIGHT_FUNCTIONS:
-        return True
-    if node.target in (PRODUCTS if node.op == "call_function" else PRODUCT_METHODS):
-        return bool(matrices_read(node))
-    return isinstance(module_of(node), LAYERS)
+    if module_of(node) is not None:
+        return isinstance(module_of(node), LAYERS)
+    operation = operation_of(node)
+    if operation is None or operation.weight is None:
+        return False
+    return operation.channels == "matrix" or operation.name in ("bilinear", "convolution") or bool(matrices_read(node))
 
 
 def _place(node: Node) -> str:

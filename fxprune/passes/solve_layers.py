@@ -6,7 +6,8 @@ The statistics of a layer come from the prefix that is already compressed, so ev
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,25 +17,28 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.annotations import Annotation, annotate, annotate_graph, annotation, report_of
 from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.macs import macs_per_sample
 from fxprune.calibration.stream import CalibrationStream, Outcome, StreamedLayer
+from fxprune.constraints import keep_possible
 from fxprune.constraints.rank import Rank
 from fxprune.consumers import skip_operands
-from fxprune.errors import FxPruneError, SolverError
-from fxprune.geometry import LayerGeometry
+from fxprune.errors import FxPruneError, GraphError, SolverError
+from fxprune.geometry import LayerGeometry, is_matrix_layer
 from fxprune.graph import module_of
+from fxprune.intake.totals import little, uncovered
 from fxprune.layers.checkpoint import LayerCheckpoint
 from fxprune.layers.kept import kept_layer, layers_inside, zeros
-from fxprune.layers.macs import macs_per_sample
 from fxprune.layers.problem import layer_of
 from fxprune.layers.shared import weight_calls
 from fxprune.layers.solve import SolvedLayer, SolvedPart, solve_layer
 from fxprune.layers.splits import split_call
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
-from fxprune.precision import full_precision
-from fxprune.ranks.choices import RankPlan
+from fxprune.pattern import Pattern
+from fxprune.ranks.plan import RankPlan
 from fxprune.recipe import Recipe
 from fxprune.report import LayerReport, PruneReport
+from fxprune.runtime.precision import full_precision
 
 
 class SolveLayers(CalibratedPass):
@@ -61,6 +65,8 @@ class SolveLayers(CalibratedPass):
         }
         if not roles and report_of(graph_module) is not None:
             return PassResult(graph_module, False)
+        if roles:
+            self._require_something(roles)
         before = _macs(graph_module, calibration) if _has_ranks(roles) else 0
         with torch.no_grad(), full_precision():
             found, outcome = self._solve_all(graph_module, roles, calibration)
@@ -73,6 +79,8 @@ class SolveLayers(CalibratedPass):
         for node in graph_module.graph.nodes:
             done = annotation(node).report
             layers += [done] if done is not None else layers_inside(node)
+        layers += uncovered(graph_module, layers)
+        self._tell_of_little(graph_module, layers, calibration)
         report = PruneReport(
             layers=tuple(layers),
             method=self.method.name,
@@ -84,10 +92,40 @@ class SolveLayers(CalibratedPass):
             peak_memory=outcome.peak_bytes,
             agreement=outcome.agreement,
             kl=outcome.kl,
-            multiply_adds=(before, _macs(graph_module, calibration)) if before else (),
+            macs=(before, _macs(graph_module, calibration)) if before else (),
         )
         annotate_graph(graph_module, report=report)
         return PassResult(graph_module, any(layer.status != "kept" for layer in layers))
+
+    def _require_something(self, roles: Mapping[Node, Annotation]) -> None:
+        """Raise GraphError, before any work, if the recipe asks for something and no layer can take it."""
+        asks = any(chain for _, chain in self.recipe.entries)
+        reasons = Counter(decided.reason for decided in roles.values())
+        if not asks or any(decided.role == "compress" for decided in roles.values()) or set(reasons) == {"excluded"}:
+            return
+        told = "; ".join(f"{reason} ({count} layers)" for reason, count in reasons.most_common(3))
+        raise GraphError(
+            f"nothing can be compressed to {self.recipe}: of {len(roles)} layers none can take it. Why: {told}. "
+            f"{self._remedy(roles)}"
+        )
+
+    def _remedy(self, roles: Mapping[Node, Annotation]) -> str:
+        """What to do where no layer can take the recipe."""
+        modules = {node: module for node in roles if is_matrix_layer(module := module_of(node))}
+        for node, module in modules.items():
+            geometry, chain = LayerGeometry.of(module), self.recipe.chain(str(node.target)) or ()
+            by_recipe = roles[node].reason == keep_possible(chain, geometry)[1]
+            if by_recipe and Pattern.parse("0.5").decline(geometry) is None:
+                return "Choose another pattern, such as '0.5', which any layer with 4 input channels or more can hold"
+        if any(module.weight.dtype in (torch.float16, torch.bfloat16) for module in modules.values()):
+            return "Compile model.float(), and call .half() on the result"
+        return "No other pattern would help: choose other layers, or leave this model dense"
+
+    def _tell_of_little(self, graph_module: GraphModule, rows: Sequence[LayerReport], calibration: Calibration) -> None:
+        """Warn if less than half of the weights were compressed, though the recipe is one for all layers."""
+        if self.recipe.is_uniform and any(row.status in ("pruned", "factored") for row in rows):
+            if message := little(graph_module, rows, str(self.recipe)):
+                calibration.warn(message)
 
     def _solve_all(
         self, graph_module: GraphModule, roles: Mapping[Node, Annotation], calibration: Calibration
@@ -158,7 +196,7 @@ class SolveLayers(CalibratedPass):
             dead_inputs=layer.dead_inputs,
             seconds=layer.seconds,
             rank=rank.choice.rank if rank is not None and rank.choice is not None and factored else 0,
-            multiply_adds=rank.multiply_adds if rank is not None and factored else (),
+            macs=rank.macs if rank is not None and factored else (),
         )
 
     def _asked_for(self, roles: Mapping[Node, Annotation]) -> str:
@@ -195,7 +233,7 @@ class SolveLayers(CalibratedPass):
                 sparsity=zeros(module.weight),
                 relative_error=layer.relative_error if whole else None,
                 seconds=layer.seconds if whole else 0.0,
-                multiply_adds=layer.multiply_adds if whole else (),
+                macs=layer.macs if whole else (),
             )
             annotate(call, report=row)
 
@@ -231,4 +269,4 @@ def _has_ranks(roles: Mapping[Node, Annotation]) -> bool:
 
 def _macs(graph_module: GraphModule, calibration: Calibration) -> int:
     """Of all Conv and Linear modules for one sample."""
-    return sum(macs_per_sample(graph_module, calibration.example(graph_module)).values())
+    return sum(macs_per_sample(calibration.example(graph_module)).values())

@@ -14,9 +14,9 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.sparse import to_sparse_semi_structured
 
 from fxprune.errors import GraphError
-from fxprune.export.deployment import torch_semi_structured
 from fxprune.geometry import LayerGeometry, is_matrix_layer
 from fxprune.graph import call_sites, module_of
+from fxprune.layers.deployment import torch_semi_structured
 from fxprune.passes.base import Pass
 
 

@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fxprune.errors import CheckpointError
+from fxprune.layers.zero_keeper import keeper_of
 from fxprune.saving.names import class_name, find_class, is_identifier, is_part_name
 from fxprune.saving.values import Reader, Writer
 
@@ -150,9 +151,16 @@ def _refuse_hooks(module: nn.Module, path: str) -> None:
 
 
 def _hooks(module: nn.Module, name: str) -> list[Any]:
-    """A module's hooks of one kind, but for those with which torch's parametrizations read weights of older versions."""
+    """A module's hooks of one kind that something would be lost without.
+
+    Torch's parametrizations read weights of older versions with theirs, and those of `keep_zeros` have written the zeros.
+    """
     found = [getattr(hook, "hook", hook) for hook in (getattr(module, name) or {}).values()]
-    return [hook for hook in found if getattr(hook, "__module__", "") != "torch.nn.utils.parametrizations"]
+    return [
+        hook
+        for hook in found
+        if getattr(hook, "__module__", "") != "torch.nn.utils.parametrizations" and keeper_of(hook) is None
+    ]
 
 
 @dataclass(frozen=True)

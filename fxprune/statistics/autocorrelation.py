@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def positions(self) -> int:
-        """Positions over all products in one image: C^2 multiply-adds each."""
+        """Positions over all products in one image: C^2 MACs each."""
         return sum(box.positions for box in self.blocks)
 
 

@@ -14,7 +14,7 @@ from torch.optim import swa_utils
 
 import fxprune
 from fxprune.errors import GraphError
-from fxprune.fine_tuning.keeper import _watching
+from fxprune.layers.zero_keeper import _watching
 from tests.fine_tuning.small_net import IMAGES, Net, Train, filled, zero_masks
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -291,7 +291,7 @@ def test_nothing_else_is_disturbed(compiled: fxprune.CompiledModule, images: Ten
     assert loaded.report == compiled.report
     assert repr(fxprune.keep_zeros(loaded)) == "KeptZeros(448 zeros in 3 layers)"
     fxprune.export_onnx(compiled, tmp_path / "model.onnx", images)
-    fxprune.validate_onnx(tmp_path / "model.onnx", compiled, images.split(16), progress=False)
+    fxprune.validate_onnx(compiled, tmp_path / "model.onnx", images.split(16), progress=False)
     exported = torch.export.export(compiled, (images,))
     assert not any("fill" in str(node.target) or "mul" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(images), compiled(images))

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.annotations import annotate_graph
 from fxprune.errors import CheckpointError, GraphError, ValidationError
 from fxprune.experiments.evaluation import agreement, evaluate
-from fxprune.fine_tuning.recorded_zeros import ZEROS, FilledZerosWarning, ZeroMask
+from fxprune.fine_tuning.recorded_zeros import FilledZerosWarning, ZeroMask
 from tests.fine_tuning.small_net import Net, Train, zero_masks
 
 LOST = r"448 of 448 zeros have been filled in since the model was pruned: fxprune\.restore_zeros\(compiled\) puts them back"
@@ -74,7 +75,7 @@ def test_every_reader_says_that_zeros_are_gone(
     assert list(tmp_path.iterdir()) == []
     fxprune.export_onnx(compiled, tmp_path / "model.onnx", images)
     with pytest.raises(ValidationError, match=LOST):
-        fxprune.validate_onnx(tmp_path / "model.onnx", broken, [images], progress=False)
+        fxprune.validate_onnx(broken, tmp_path / "model.onnx", [images], progress=False)
     text = str(fxprune.diff(compiled, broken)).replace("\n", " ")
     assert "zeros filled in since" in text
     assert "288 of its zeros have been filled in" in text
@@ -147,7 +148,7 @@ def test_what_cannot_be_restored(broken: fxprune.CompiledModule) -> None:
         fxprune.restore_zeros(Net())
     with pytest.raises(GraphError, match="'conv9' matches no pruned layer; there are: conv1, conv2, fc"):
         fxprune.restore_zeros(broken, exclude="conv9")
-    del broken.meta[ZEROS]  # a file of an older version
+    annotate_graph(broken, zeros=())  # a file of an older version
     filled = fxprune.filled_zeros(broken)
     assert dict(filled.layers) == {"conv1": 144, "conv2": 288, "fc": 16}
     assert "where they were is not recorded, so compile the model again" in str(filled)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, symbolic_trace
 from torch.nn.utils import parametrizations, prune
 
 from fxprune.annotations import Annotation, annotation
@@ -22,7 +22,7 @@ from fxprune.tracing import trace
 
 
 def observed(model: nn.Module, pattern: object = "2:4", **options: object) -> GraphModule:
-    graph_module = trace(model)
+    graph_module = trace(model, exclude=options.get("exclude", ()))
     insert = InsertObservers(Recipe.parse(pattern), **options)
     insert(graph_module)
     recorded = changes(graph_module)
@@ -78,10 +78,7 @@ def test_layers_that_take_the_pattern(layer):
     assert len(observers(graph_module)) == 2
 
 
-KEPT = [
-    (parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), "parametrized: its weight is computed"),
-    (prune.identity(nn.Conv2d(8, 8, 3), "weight"), "its weight is computed by a hook"),
-]
+KEPT = []
 
 
 @pytest.mark.parametrize("reconstruct", [True, False])
@@ -122,11 +119,22 @@ def test_excluded_layers(exclude):
     assert len(observers(graph_module)) == 2 - len(exclude)
 
 
-def test_a_subclass_is_traced_through_and_named():
-    graph_module = observed(Block(Custom(8, 8, 3)))
-    task = tasks(graph_module)["conv2d"]
-    assert task.role == "keep"
-    assert "a functional call in module 'layer' (Custom)" in task.reason
+COMPUTED = [
+    (lambda: parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), "parametrized: its weight is computed"),
+    (lambda: prune.identity(nn.Conv2d(8, 8, 3), "weight"), "its weight is computed by a hook"),
+]
+
+
+@pytest.mark.parametrize(("layer", "reason"), COMPUTED, ids=[reason for _, reason in COMPUTED])
+def test_computed_weights_are_kept_in_a_graph_that_is_not_in_the_normal_form(layer, reason):
+    graph_module = symbolic_trace(Block(layer()))
+    InsertObservers(Recipe.parse("2:4"))(graph_module)
+    assert reason in tasks(graph_module)["layer"].reason
+    assert tasks(observed(Block(layer())))["layer"].role == "compress"
+
+
+def test_a_subclass_is_traced_through_and_pruned():
+    assert tasks(observed(Block(Custom(8, 8, 3))))["layer"].role == "compress"
 
 
 def test_calls_of_one_module_are_one_layer_with_one_observer():
@@ -183,8 +191,10 @@ class Functional(nn.Module):
         return x.matmul(self.matrix) * (x @ x.mT).mean()
 
 
-def test_functional_calls_and_products_with_a_parameter():
-    found = tasks(observed(Functional()))
+def test_functional_calls_and_products_in_a_graph_that_is_not_in_the_normal_form():
+    graph_module = symbolic_trace(Functional())
+    InsertObservers(Recipe.parse("2:4"))(graph_module)
+    found = tasks(graph_module)
     assert sorted(found) == ["conv2d", "linear", "matmul", "matmul_2"]
     for task in found.values():
         assert task.role == "keep"
@@ -200,7 +210,7 @@ def test_layers_inside_a_leaf_are_on_record():
         def forward(self, x: Tensor) -> Tensor:
             return self.attention(x, x, x)[0]
 
-    graph_module = observed(Leafy())
+    graph_module = observed(Leafy(), exclude=("attention",))
     reasons = [change.reason for change in changes(graph_module)]
     assert any("attention.out_proj" in reason for reason in reasons)
     assert any("attention.in_proj_weight" in reason for reason in reasons)
@@ -289,5 +299,16 @@ def test_what_no_entry_names_stays_dense_and_says_so():
 
 
 def test_a_name_that_matches_nothing_is_an_error():
-    with pytest.raises(PatternError, match=r"'layer9\.\*' matches no layer; layers are called 'stem', 'layer1\.0'"):
+    with pytest.raises(PatternError, match=r"'layer9\.\*' matches no layer; layers: 'stem', 'layer1\.0'"):
         observed(Stack(), {"layer9.*": "1:4", "*": "2:4"})
+
+
+@pytest.mark.parametrize("recipe", [{"*": "2:4", "fc": "dense"}, {"layer2": "2:4", "layer2.0": "dense", "*": "1:4"}])
+def test_an_entry_that_never_counts_is_an_error(recipe):
+    with pytest.raises(PatternError, match=r"never counts: '(\*|layer2)' matches all of its layers"):
+        observed(Stack(), recipe)
+
+
+def test_a_misspelt_name_brings_up_the_right_one():
+    with pytest.raises(PatternError, match=r"'layer2\.O' matches no layer; did you mean 'layer2\.1', 'layer2\.0'"):
+        observed(Stack(), {"layer2.O": "1:4", "*": "2:4"})

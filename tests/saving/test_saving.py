@@ -216,7 +216,7 @@ def test_other_files_are_told_apart(tmp_path: Path) -> None:
     save(symbolic_trace(Odd()), tmp_path / "model.pt")
     assert is_saved(tmp_path / "model.pt")
     assert not is_saved(tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match=r"not a file of fxprune\.save's.*load_weights"):
+    with pytest.raises(CheckpointError, match=r"not a file of fxprune\.save's.*load_state_dict"):
         load(tmp_path / "weights.pt")
 
 

@@ -1,0 +1,32 @@
+"""Names of modules, and which of them a user's patterns mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from fxprune.errors import OptionsError
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a module name, or that of a module around it, matches one of the names or fnmatch patterns."""
+    parts = name.split(".")
+    enclosing = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    return any(fnmatchcase(candidate, pattern) for pattern in patterns for candidate in enclosing)
+
+
+def check_exclude(model: nn.Module, exclude: Sequence[str]) -> None:
+    """Raise OptionsError for a pattern that matches no module: most likely a misspelt name."""
+    if isinstance(exclude, str):
+        raise OptionsError(f"exclude takes a sequence of names; write exclude=({exclude!r},)")
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in exclude:
+        if not isinstance(pattern, str):
+            raise OptionsError(f"exclude takes names of modules, such as {names[:1]}, not {pattern!r}")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise OptionsError(
+                f"exclude: {pattern!r} matches no module of {type(model).__name__}; "
+                f"names look like {', '.join(map(repr, names[:5]))}"
+            )
