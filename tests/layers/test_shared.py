@@ -41,9 +41,10 @@ class Tied(nn.Module):
         self.stem, self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, bias=bias), nn.Conv2d(8, 8, 3, bias=bias)
         self.b.weight = self.a.weight
         self.b.bias = self.a.bias
+        self.last = nn.Conv2d(8, 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.relu(self.a(self.stem(x)))).mean((2, 3))
+        return self.last(self.b(torch.relu(self.a(self.stem(x))))).mean((2, 3))
 
 
 NAMES = {Twice: ("shared",), Tied: ("a", "b")}
@@ -235,7 +236,9 @@ def test_other_recipes(pattern):
 
 
 def test_factors_are_declined_with_the_reason():
-    compiled = fxprune.compile(Twice(), batches(torch.float32), {"shared": "rank:energy=0.5"}, progress=False)
+    compiled = fxprune.compile(
+        Twice(), batches(torch.float32), {"shared": "rank:energy=0.5", "*": "2:4"}, progress=False
+    )
     assert compiled.report["shared"].reason.startswith("called at 3 places: two layers in place of one")
 
 

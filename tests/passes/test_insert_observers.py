@@ -78,7 +78,7 @@ def test_layers_that_take_the_pattern(layer):
     assert len(observers(graph_module)) == 2
 
 
-KEPT = []
+KEPT = [(nn.Conv2d(8, 8, 3, dtype=torch.complex64), "its weight is torch.complex64; float16, bfloat16")]
 
 
 @pytest.mark.parametrize("reconstruct", [True, False])
