@@ -222,7 +222,9 @@ def test_what_cannot_be_one_problem_is_kept_and_says_why(model, exclude, reason)
 
 
 def test_a_recipe_has_one_entry_for_one_weight():
-    compiled = fxprune.compile(Tied(), batches(torch.float32), {"a": "2:4", "b": "1:4", "*": "dense"}, progress=False)
+    compiled = fxprune.compile(
+        Tied(), batches(torch.float32), {"a": "2:4", "b": "1:4", "last": "2:4", "*": "dense"}, progress=False
+    )
     assert compiled.report["a"].reason == "its weight is shared with 'b', for which the recipe has another entry"
 
 
