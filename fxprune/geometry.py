@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 import torch
@@ -159,6 +159,18 @@ class LayerGeometry:
     def channel_dim(self) -> int:
         """Where inputs and outputs have their channels."""
         return 1 if self.kernel_size else -1
+
+    def in_blocks(self, columns: int, multiple: int) -> LayerGeometry | None:
+        """Cut each group's channels into the fewest equal blocks of at most so many columns, and whole multiples of channels.
+
+        None if there are no such blocks, or only ones of less than a sixteenth of that size.
+        """
+        channels, positions = self.in_channels // self.groups, math.prod(self.kernel_size)
+        for blocks in range(2, channels // multiple + 1):
+            size = channels // blocks * positions
+            if channels % (blocks * multiple) == 0 and size <= columns:
+                return replace(self, blocks=blocks) if 16 * size >= columns else None
+        return None
 
     def output_matrix(self, output: Tensor) -> Tensor:
         """Layer output (N, R, *spatial) or (..., R) -> (G, R/G, P), P positions over the whole batch."""

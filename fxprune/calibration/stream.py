@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map_only
 
+from fxprune.annotations import annotation
 from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.failures import node_failure, remedy_for, stays_as_it_is
@@ -226,8 +227,10 @@ class CalibrationStream:
             for observer, of in readers.items():
                 observer.enabled = self._fit and any(gather(node) and node not in shared for node in of)
             for node in nodes:
-                self.current = layer = StreamedLayer(self, node, LayerGeometry.of(layer_of(node)))
-                if gather(node) and self._fit and self.target != "weights" and node not in shared:
+                geometry = annotation(node).geometry or LayerGeometry.of(layer_of(node))
+                self.current = layer = StreamedLayer(self, node, geometry)
+                for_itself = node in shared or geometry.blocks > 1  # Its target is its own output.
+                if gather(node) and self._fit and self.target != "weights" and not for_itself:
                     skip = self.target in ("skip", "relu_aware")
                     layer.cross = cross_statistics(self, node, layer.geometry, skip=skip)
                 else:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxprune.annotations import annotation
 from fxprune.calibration.batches import inputs_of, map_tensors, tensors_in
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.observers import observers_off
@@ -25,7 +26,7 @@ from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import Runner, device_of
 from fxprune.layers.constraint import Chain, Part
-from fxprune.layers.problem import layer_of
+from fxprune.layers.problem import layer_of, mean_product
 from fxprune.layers.shared import modules_called, weight_calls
 from fxprune.layers.solve import product, solve_chain
 from fxprune.options import Method
@@ -103,7 +104,7 @@ def _of_layer(
     probe_every: int,
 ) -> Sensitivity:
     module, options = layer_of(node), method.options
-    geometry = LayerGeometry.of(module)
+    geometry = annotation(node).geometry or LayerGeometry.of(module)
     weight = geometry.to_matrix(module.weight.detach()).double()
     hessian = inputs.hessian(centred=bool(options.bias_correction))
     problem = LayerProblem(hessian, weight @ hessian, weight).damped(options.damping)
@@ -119,7 +120,7 @@ def _of_layer(
         if solution is not None and errors[i] > 0:
             module.weight.data = geometry.to_weight(solution).to(original)
             if options.bias_correction:
-                shift = torch.einsum("grd,gd->gr", weight - solution, inputs.mean).flatten().to(original)
+                shift = mean_product(geometry, weight - solution, inputs).flatten().to(original)
                 for reader in readers:
                     reader.bias = nn.Parameter(shift if bias is None else bias + shift)
             change = OutputError(channel_dim=1)

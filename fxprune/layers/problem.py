@@ -34,7 +34,8 @@ def pose_problem(
         module: the layer, with its dense weights.
         geometry: of the layer.
         inputs: moments of the patches.
-        cross: cross moment of the target, or None where that is the layer's own output on those inputs.
+        cross: cross moment of the target, or None where that is the layer's own output on those inputs; with blocks always
+            None, and each block is to give what it gave.
         options: resolved; `damping` and `bias_correction` count.
     """
     dense = geometry.to_matrix(module.weight.detach()).double()
@@ -63,8 +64,14 @@ def fitted_bias(
     if options.bias_correction:
         # The mean of the target less the mean that the new weights give.
         wanted = cross.mean if cross is not None else _mean_output(module, geometry, inputs)
-        bias = (wanted - torch.einsum("grd,gd->gr", matrix, inputs.mean)).flatten()
+        bias = (wanted - mean_product(geometry, matrix, inputs)).flatten()
     return None if bias is None else bias.detach().to(module.weight)
+
+
+def mean_product(geometry: LayerGeometry, matrix: Tensor, inputs: InputStatistics) -> Tensor:
+    """Mean of W x, (G, R/G) float64, for weights (G, R/G, D); blocks are added up."""
+    of_each = torch.einsum("grd,gd->gr", matrix, inputs.mean)
+    return of_each.reshape(geometry.groups, geometry.blocks, -1).sum(1)
 
 
 def dead_inputs(inputs: InputStatistics) -> int:
@@ -75,5 +82,5 @@ def dead_inputs(inputs: InputStatistics) -> int:
 def _mean_output(module: MatrixLayer, geometry: LayerGeometry, inputs: InputStatistics) -> Tensor:
     """Mean output of the layer itself, (G, R/G) float64."""
     dense, bias = geometry.to_matrix(module.weight.detach()).double(), module.bias
-    mean = torch.einsum("grd,gd->gr", dense, inputs.mean)
+    mean = mean_product(geometry, dense, inputs)
     return mean if bias is None else mean + bias.to(mean).reshape(mean.shape)

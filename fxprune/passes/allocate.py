@@ -48,8 +48,9 @@ class Allocate(CalibratedPass):
         if others:
             annotate(node, chain=others)
         else:
-            # Of a layer of several calls the target is its own output: its weights are the best fit.
-            refitted = self.method.options.reconstruct and len(weight_calls(graph_module)[node]) == 1
+            # Of a layer of several calls, or of blocks, the target is its own output: its weights are the best fit.
+            geometry, calls = annotation(node).geometry, len(weight_calls(graph_module)[node])
+            refitted = self.method.options.reconstruct and calls == 1 and geometry is not None and geometry.blocks == 1
             annotate(node, chain=(), role="reconstruct" if refitted else "keep", reason=reason)
         self.record(graph_module, "kept", node, reason=reason)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,18 +13,21 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fxprune.annotations import Annotation, annotate, annotation
 from fxprune.calibration.observers import OBSERVERS
-from fxprune.constraints import keep_possible
+from fxprune.constraints import Constraint, keep_possible
+from fxprune.constraints.mask import Mask
 from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
 from fxprune.graph import input_of, is_tied, module_of
 from fxprune.layers.kept import layers_inside, matrices_read
 from fxprune.layers.shared import Calls, not_one_problem, weight_calls
 from fxprune.operations import LAYERS, operation_of
 from fxprune.passes.base import Pass
+from fxprune.pattern import MixedPattern, NMPattern
 from fxprune.recipe import Recipe
 from fxprune.statistics import HessianObserver
 from fxprune.tracing import matches
 
 MAX_COLUMNS = 16_384  # A float64 Hessian of 2 GiB, of which solving needs several copies.
+BLOCK_COLUMNS = 4_096  # Of a layer of more: few images tell so many columns apart, and time grows with their cube.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -38,18 +42,29 @@ class InsertObservers(Pass):
         exclude: module names or fnmatch patterns of layers to leave exactly as they are.
         reconstruct: observe layers that stay dense, so that they can be re-fitted.
         observe: whether layers are solved from statistics, whose size sets a limit to their columns.
+        max_columns: of a layer that is solved as a whole; one of more is solved in blocks of its input channels.
+        block_columns: of a block, at most.
 
     Raises:
         PatternError: a name in the recipe matches no layer.
     """
 
     def __init__(
-        self, recipe: Recipe, *, exclude: Sequence[str] = (), reconstruct: bool = True, observe: bool = True
+        self,
+        recipe: Recipe,
+        *,
+        exclude: Sequence[str] = (),
+        reconstruct: bool = True,
+        observe: bool = True,
+        max_columns: int = MAX_COLUMNS,
+        block_columns: int = BLOCK_COLUMNS,
     ) -> None:
         self.recipe = recipe
         self.exclude = tuple(exclude)
         self.reconstruct = reconstruct
         self.observe = observe
+        self.max_columns = max_columns
+        self.block_columns = block_columns
 
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
         layers = [node for node in graph_module.graph.nodes if reads_weights(node)]
@@ -98,12 +113,22 @@ class InsertObservers(Pass):
         geometry = LayerGeometry.of(module)
         wanted = self.recipe.chain(str(node.target))
         chain, declined = keep_possible(wanted or (), geometry, len(together))
+        whole = geometry.columns <= self.max_columns or not self.observe
+        if chain and not whole:
+            multiple = math.lcm(*(_group(constraint) for constraint in chain))
+            in_blocks = geometry.in_blocks(self.block_columns, multiple)
+            if in_blocks is None:
+                return Annotation(
+                    "keep", f"its {geometry.columns:,} columns cannot be cut into equal blocks to be solved"
+                )
+            geometry = in_blocks
+            chain, declined = keep_possible(chain, geometry, len(together))
         if chain:
             return Annotation("compress", "", geometry, chain)
         if not declined:
             declined = "dense in the recipe" if wanted is not None else "named by no entry of the recipe"
-        # A layer of several calls has its own output for a target: its weights are the best fit.
-        refitted = self.reconstruct and len(together) == 1
+        # A layer of several calls, or of blocks, has its own output for a target: its weights are the best fit.
+        refitted = self.reconstruct and len(together) == 1 and whole
         return Annotation("reconstruct", declined, geometry) if refitted else Annotation("keep", declined)
 
     def _reason_to_keep(self, graph_module: GraphModule, node: Node, together: tuple[Node, ...]) -> str | None:
@@ -131,9 +156,6 @@ class InsertObservers(Pass):
             return shared
         if module.weight.dtype not in DTYPES:
             return f"its weight is {module.weight.dtype}; float16, bfloat16, float32 and float64 can be solved"
-        columns = LayerGeometry.of(module).columns
-        if columns > MAX_COLUMNS and self.observe:
-            return f"{columns:,} inputs to an output: the Hessian alone would take {8 * columns**2 / 2**30:.1f} GiB"
         return None
 
     def _reason_to_keep_shared(self, graph_module: GraphModule, node: Node, together: tuple[Node, ...]) -> str | None:
@@ -155,6 +177,13 @@ class InsertObservers(Pass):
 def _seen(geometry: LayerGeometry) -> LayerGeometry:
     """What an observer has to know of a layer: layers that differ in their outputs alone share one."""
     return replace(geometry, out_channels=geometry.groups)
+
+
+def _group(constraint: Constraint) -> int:
+    """How many input channels a constraint takes together."""
+    pattern = constraint.pattern if isinstance(constraint, Mask) else None
+    levels = pattern.levels if isinstance(pattern, MixedPattern) else (pattern,)
+    return math.lcm(*(level.m for level in levels if isinstance(level, NMPattern)))
 
 
 def reads_weights(node: Node) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -244,5 +245,6 @@ def _readers(node: Node, classes: Classes, damping: float) -> Iterator[Reader]:
     problem = LayerProblem(hessian, weight @ hessian, weight).damped(damping)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian)).diagonal(dim1=1, dim2=2)
     scores = weight.square() / inverse[:, None] / torch.where(variance > 0, variance, 1.0)
+    scores = replace(geometry, blocks=1).to_matrix(geometry.to_weight(scores))
     for group, of in zip(scores, np.split(classes, geometry.groups), strict=True):
         yield Reader(group.reshape(-1, len(of)), of)

@@ -174,9 +174,11 @@ class SolveLayers(CalibratedPass):
         pattern = next((part.pattern for part in parts if part.pattern), "")
         factored = len(parts) > 1
         status = "factored" if factored else "pruned" if decided.role == "compress" else "reconstructed"
-        reason, calls = decided.reason, len(weight_calls(graph_module)[node])
-        if calls > 1:
-            reason = f"one weight at {calls} places"
+        calls, geometry = len(weight_calls(graph_module)[node]), parts[0].geometry
+        unusual = [f"one weight at {calls} places"] if calls > 1 else []
+        if geometry.blocks > 1:
+            unusual.append(f"in {geometry.blocks} blocks of {geometry.columns:,} columns")
+        reason = "; ".join([decided.reason, *unusual] if decided.reason else unusual)
         if rank is not None and rank.choice is not None and factored:
             reason = f"{rank.choice.split} split"
         else:

@@ -41,10 +41,10 @@ class Tied(nn.Module):
         self.stem, self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, bias=bias), nn.Conv2d(8, 8, 3, bias=bias)
         self.b.weight = self.a.weight
         self.b.bias = self.a.bias
-        self.head = nn.Linear(8, 4)
+        self.last = nn.Conv2d(8, 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.b(torch.relu(self.a(self.stem(x)))).mean((2, 3)))
+        return self.last(self.b(torch.relu(self.a(self.stem(x))))).mean((2, 3))
 
 
 NAMES = {Twice: ("shared",), Tied: ("a", "b")}
@@ -222,7 +222,9 @@ def test_what_cannot_be_one_problem_is_kept_and_says_why(model, exclude, reason)
 
 
 def test_a_recipe_has_one_entry_for_one_weight():
-    compiled = fxprune.compile(Tied(), batches(torch.float32), {"a": "2:4", "b": "1:4", "*": "2:4"}, progress=False)
+    compiled = fxprune.compile(
+        Tied(), batches(torch.float32), {"a": "2:4", "b": "1:4", "last": "2:4", "*": "dense"}, progress=False
+    )
     assert compiled.report["a"].reason == "its weight is shared with 'b', for which the recipe has another entry"
 
 
@@ -236,7 +238,9 @@ def test_other_recipes(pattern):
 
 
 def test_factors_are_declined_with_the_reason():
-    compiled = fxprune.compile(Twice(), batches(torch.float32), {"shared": "rank:energy=0.5", "*": "2:4"}, progress=False)
+    compiled = fxprune.compile(
+        Twice(), batches(torch.float32), {"shared": "rank:energy=0.5", "*": "2:4"}, progress=False
+    )
     assert compiled.report["shared"].reason.startswith("called at 3 places: two layers in place of one")
 
 

@@ -78,7 +78,7 @@ def test_layers_that_take_the_pattern(layer):
     assert len(observers(graph_module)) == 2
 
 
-KEPT = []
+KEPT = [(nn.Conv2d(8, 8, 3, dtype=torch.complex64), "its weight is torch.complex64; float16, bfloat16")]
 
 
 @pytest.mark.parametrize("reconstruct", [True, False])
@@ -253,12 +253,14 @@ def test_deepcopy_of_an_observed_graph():
     assert tasks(graph_module)["a"].role == "compress"
 
 
-def test_a_layer_whose_hessian_would_not_fit_is_kept_with_its_size():
+def test_a_layer_whose_hessian_would_not_fit_is_solved_in_blocks():
     graph_module = trace(nn.Sequential(nn.Flatten(), nn.Linear(20_000, 4)))
     InsertObservers(Recipe.parse("2:4"))(graph_module)
     task = next(annotation(node) for node in graph_module.graph.nodes if annotation(node).role)
-    assert task.role == "keep"
-    assert task.reason == "20,000 inputs to an output: the Hessian alone would take 3.0 GiB"
+    assert task.role == "compress"
+    assert (task.geometry.blocks, task.geometry.columns) == (5, 4000)
+    (observer,) = observers(graph_module)
+    assert module_of(observer).geometry.blocks == 5
 
 
 def chains(graph_module: GraphModule) -> dict[str, str]:
