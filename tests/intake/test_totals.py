@@ -88,7 +88,7 @@ def test_a_compilation_that_can_compress_nothing_is_an_error():
 
 def test_where_no_pattern_would_help_none_is_proposed():
     model = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.ReLU())
-    with pytest.raises(GraphError, match="depthwise.*No other pattern would help"):
+    with pytest.raises(GraphError, match=r"depthwise.*No other pattern would help"):
         fxprune.compile(model, [X], "2:4", progress=False)
 
 
