@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # `fxprune prune --help` shows these options, and must not wa
 Target = Literal["weights", "dense", "skip", "relu_aware"]
 Inputs = Literal["pruned", "dense"]
 Factorisation = Literal["data_aware", "svd"]
-LIGHT_SPARSITY = 0.5  # Up to here ReLU-aware targets gain nothing on images held out.
+LIGHT_SPARSITY = 0.5  # Up to here ReLU-aware targets gain nothing on held-out images.
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,17 @@ class Options:
     Attributes:
         damping: lambda / mean(diag H), the pull towards the dense weights.
         inputs: where a layer's statistics come from: the "pruned" prefix (sequential), or the "dense" model.
-        target: what a layer regresses: the output of its own "weights" on those inputs, the "dense" model's output, or
-            "skip": the dense output plus the error that a skip connection brings to the add that follows, or "relu_aware":
-            the same, but where a ReLU follows, what the dense model has below its threshold need only stay below; it gains
-            where fewer than half of the weights stay.
+        target: what a layer's output is fitted to: the output of its own "weights" on those inputs; the "dense" model's output;
+            "skip", the dense output with the error made up for that a skip connection brings to the add that follows; or
+            "relu_aware", the same and ReLU-aware: what a ReLU makes zero in the dense model need only stay below zero. The
+            last is better where fewer than half of the weights stay.
         bias_correction: fit the bias too (means are removed from the statistics); created where there was none.
         refit: solve for the kept weights by least squares after the solver has chosen the mask.
         reconstruct: re-fit layers that are not pruned (first conv, depthwise, ...) to the same target.
         fold_batchnorm: fold BatchNorm into the layer before it.
-        patches: how many patches for each column of a layer (each input of an output channel) its statistics are taken from.
-            Where a set of at least 128 images has more than these, and than 49,152, rows and images are left out evenly, and
-            what every layer leaves out is not run; 0 for all there are.
+        patches: patches for each column of a layer (each input of an output channel) from which its statistics are taken. Where
+            a set of at least 128 images has more, and more than 49,152 in all, rows and images are left out evenly; images
+            that every layer leaves out are not run. 0 takes all patches.
         permute: choose which input channels share an N:M group, on the first 64 images.
         global_budget: for unstructured patterns: spread the zeros over the layers by what each costs.
         polish: epochs afterwards in which the activations learn the dense model's, masks fixed; 0 for none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from fxprune.errors import PatternError
 from fxprune.pattern import Pattern
 
 EVERY = "*"
+SHOWN = 6  # layers in a message
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,29 @@ class Recipe:
         return next((chain for pattern, chain in self.entries if _matches(name, pattern)), None)
 
     def check(self, names: Iterable[str]) -> None:
-        """Make sure that every entry is about some layer.
+        """Make sure that every entry counts for some layer.
 
         Raises:
-            PatternError: one matches no layer: most likely a misspelt name.
+            PatternError: one matches no layer, most likely a misspelt name; or only layers that entries before it match.
         """
-        names = list(names)
+        names = list(dict.fromkeys(names))
+        takes = {name: next((p for p, _ in self.entries if _matches(name, p)), None) for name in names}
         for pattern, _ in self.entries:
-            if pattern != EVERY and not any(_matches(name, pattern) for name in names):
+            if pattern == EVERY or pattern in takes.values():
+                continue
+            earlier = {str(takes[name]): None for name in names if _matches(name, pattern)}
+            if earlier:
+                before = ", ".join(map(repr, earlier))
                 raise PatternError(
-                    f"the recipe's {pattern!r} matches no layer; layers are called {', '.join(map(repr, names[:6]))}"
-                    f"{', ...' if len(names) > 6 else ''}"
+                    f"the recipe's {pattern!r} never counts: {before} matches all of its layers and stands before it; "
+                    f"put {pattern!r} first"
                 )
+            close = [] if set(pattern) & set("*?[") else difflib.get_close_matches(pattern, names, n=3)
+            some = close or (names if len(names) <= SHOWN else [*names[: SHOWN - 1], "...", names[-1]])
+            called = ", ".join(name if name == "..." else repr(name) for name in some)
+            raise PatternError(
+                f"the recipe's {pattern!r} matches no layer; {f'did you mean {called}?' if close else f'layers: {called}'}"
+            )
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -143,10 +143,13 @@ class PruneReport:
         done = sum(layer.status in ("pruned", "factored") for layer in self.layers)
         if self.macs:
             before, after = self.macs
-            what = f"factored ({self.pattern}) with {self.method}; {before / 1e6:.1f} M MACs a sample became "
-            what += f"{after / 1e6:.1f} M ({before / max(after, 1):.2f} times fewer)"
+            pruned = any(layer.status == "pruned" for layer in self.layers)
+            what = f"{'compressed' if pruned else 'factored'} ({self.pattern}) with {self.method}; "
+            what += f"{before / 1e6:.1f} M MACs a sample became {after / 1e6:.1f} M ({before / max(after, 1):.2f} times fewer)"
+            what += f"; {self.sparsity:.1%} of all weights are zero" if pruned else ""
         else:
-            what = f"pruned to {self.pattern} with {self.method}; {self.sparsity:.1%} of all weights are zero"
+            recipe = f"by the recipe {self.pattern}" if ": " in self.pattern else f"to {self.pattern}"
+            what = f"pruned {recipe} with {self.method}; {self.sparsity:.1%} of all weights are zero"
         images = (
             f"{self.images} of {self.images_read} images" if self.images_read > self.images else f"{self.images} images"
         )

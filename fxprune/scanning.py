@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from fxprune.runtime.devices import default_device
 from fxprune.runtime.progress import layer_progress
 from fxprune.runtime.surroundings import undisturbed
 from fxprune.solvers import Solver
+from fxprune.tables import Column, as_text, table, terminal_width
 from fxprune.tracing import trace
 
 
@@ -81,22 +81,26 @@ class Scan:
         raise KeyError(f"no row for {key}; layers: {', '.join(dict.fromkeys(row.name for row in self.layers))}")
 
     def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
+        return self.render()
 
-        table = Table(title="What each layer alone costs at the output, relative", title_justify="left", pad_edge=False)
-        for heading in ("layer", "weights", "MACs", *self.recipes):
-            table.add_column(heading, justify="left" if heading == "layer" else "right", overflow="fold")
+    def render(self, *, width: int | None = None, color: bool = False) -> str:
+        """The table as text of at most `width` columns (None: the terminal's), with ANSI colours if asked for."""
+        columns = [
+            Column("layer"), Column("weights", right=True, leaves=1), Column("MACs", right=True, leaves=2),
+            *(Column(recipe, right=True) for recipe in self.recipes),
+        ]  # fmt: skip
         by_name: dict[str, list[ScannedLayer]] = {}
         for row in self.layers:
             by_name.setdefault(row.name, []).append(row)
-        for name, rows in by_name.items():
-            costs = ["" if math.isnan(row.cost) else f"{row.cost:.2e}" for row in rows]
-            table.add_row(name, f"{rows[0].weights:,}", f"{rows[0].macs:,}", *costs)
-        console = Console(width=100, file=io.StringIO())
-        console.print(table)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip("\n")
+        rows, notes = [], []
+        for name, of in by_name.items():
+            costs = ["" if math.isnan(row.cost) else f"{row.cost:.2e}" for row in of]
+            rows.append([name, f"{of[0].weights:,}", f"{of[0].macs:,}", *costs])
+            notes.append("; ".join(dict.fromkeys(row.reason for row in of if row.reason)))
+        title = "Relative error at the output with one layer compressed"
+        width = terminal_width() if width is None else width
+        drawn = table(columns, rows, notes, width=width, title=title, note_heading="why not")
+        return as_text(drawn, width=width, color=color)
 
     def to_csv(self, path: str | PathLike[str]) -> None:
         """Write one row a layer and recipe, with the field names of ScannedLayer as the header."""

@@ -18,9 +18,9 @@ ROOT = Path(fxprune.__file__).parent
 # From the ground up: a package or module imports those of its own floor, without circles, and of the floors before it.
 FLOORS = (
     ("errors", "files", "runtime", "tables"),
-    ("consumers", "geometry", "graph", "pattern", "report"),
+    ("annotations", "consumers", "geometry", "graph", "operations", "pattern", "report"),
     ("solvers", "statistics"),
-    ("annotations", "calibration", "layers", "options"),
+    ("calibration", "layers", "options"),
     ("channels", "constraints", "intake", "passes", "ranks", "recipe", "trace_check", "tracing"),
     ("compiled", "compiler", "fine_tuning", "rank_reduction", "scanning"),
     ("data", "export", "graph_diff", "models", "saving"),

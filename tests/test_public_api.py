@@ -33,6 +33,12 @@ def test_compile_takes_these_arguments_and_no_more():
     }  # fmt: skip
 
 
+def test_what_is_shared_is_called_the_same_everywhere():
+    shared = {"model", "calib_loader", "method", "exclude", "options", "device", "progress", "memory_limit"}
+    for function in (fxprune.compile, fxprune.low_rank, fxprune.scan):
+        assert shared <= set(inspect.signature(function).parameters)
+
+
 def test_every_error_is_an_fxprune_error():
     found = [
         v
@@ -73,11 +79,16 @@ def test_wrong_arguments_are_named_with_the_remedy(compress, arguments, said):
 @pytest.mark.parametrize(
     "use",
     [
-        lambda weights: fxprune.compile(weights, []),
+        lambda weights: fxprune.compile(weights, [torch.zeros(1)], progress=False),
         lambda weights: fxprune.low_rank(weights, [torch.zeros(1)], progress=False),
         lambda weights: fxprune.save(weights, "never.pt"),
         lambda weights: fxprune.export_onnx(weights, "never.onnx", torch.zeros(1)),
         lambda weights: fxprune.diff(weights, weights),
+        lambda weights: fxprune.scan(weights, [torch.zeros(1)], progress=False),
+        lambda weights: fxprune.keep_zeros(weights),
+        lambda weights: fxprune.filled_zeros(weights),
+        lambda weights: fxprune.restore_zeros(weights),
+        lambda weights: fxprune.state_dict_for(weights, torch.nn.Conv2d(4, 8, 3)),
     ],
 )
 def test_a_state_dict_is_no_model_and_is_not_printed(use):
@@ -85,6 +96,7 @@ def test_a_state_dict_is_no_model_and_is_not_printed(use):
     with pytest.raises(fxprune.FxPruneError) as caught:
         use(weights)
     assert "tensor(" not in str(caught.value)
+    assert "got a" in str(caught.value)
 
 
 def test_a_failing_batch_prints_nothing(capfd):

@@ -71,7 +71,9 @@ def test_chains_and_the_model_as_it_was(images):
 def test_table_and_csv(images, tmp_path):
     scan = fxprune.scan(Net().eval(), images.split(32), progress=False)
     assert "useless" in str(scan)
-    assert max(map(len, str(scan).splitlines())) <= 100
+    for width in (50, 100):
+        assert max(map(len, scan.render(width=width).splitlines())) <= width
+    assert "3 input channels are not a multiple of 4" in scan.render(width=100)
     scan.to_csv(tmp_path / "scan.csv")
     with (tmp_path / "scan.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -53,6 +53,7 @@ class Calibration:
     warnings: list[str] = field(default_factory=list)
     dense: GraphModule | None = None
     shapes: KnownShapes = field(default_factory=KnownShapes)
+    _first: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.stopwatch = self.stopwatch or Stopwatch(self.device)
@@ -62,8 +63,10 @@ class Calibration:
 
     @property
     def first(self) -> Any:
-        """The first batch."""
-        return self.head()[0]
+        """The first batch, also when the loader has been read."""
+        if self._first is None:
+            self._first = self.head()[0]
+        return self._first
 
     def head(self, images: int = 1) -> list[Any]:
         """The first batches, with so many images if there are.

@@ -14,7 +14,7 @@ from fxprune.operations import operation_of, summands, writes_in_place
 
 
 def last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
-    """For each node, the nodes whose values are not read after it."""
+    """For each node, the nodes whose values it is the last to read."""
     dying: dict[Node, list[Node]] = {node: [] for node in nodes}
     seen: set[Node] = set()
     for node in reversed(nodes):
@@ -26,9 +26,10 @@ def last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
 
 
 def spare_input(node: Node) -> Node | None:
-    """The input of a ReLU or an add whose memory its output may take: a layer or an add has just made it, for this alone.
+    """The input of a ReLU or an add whose memory the output may overwrite; None if there is none.
 
-    Memory that has been touched already takes half the time of new.
+    That is an input which a layer or an add has just made, and which nothing else reads. Writing to memory that has been
+    touched before takes half the time of writing to new memory.
     """
     module = module_of(node)
     if _is_hooked(module):

@@ -1,7 +1,7 @@
-"""Which images of a calibration set the layers of a model need: what none of them would look at is not run.
+"""Which images of a calibration set the layers of a model need. An image that no layer needs is not run.
 
-`sample_patches` leaves images out of a layer's statistics where there are patches enough without them. An image that is left
-out of every layer's would still be most of the work: it would run through both models to the end.
+`sample_patches` leaves images out of a layer's statistics where there are enough patches without them. Taking an image's
+statistics is little work beside running it through both models, so an image that every layer leaves out is best not run.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ALONE_SHARE = 0.125  # 8 for each column by default.
 
 
 def image_step(example: Example, *, images: int, patches: int, least: int | None = None) -> Fraction:
-    """The step between the images that are enough for the layer that needs most of them, at least 1.
+    """The step between images, at least 1, that leaves enough of them for the layer that needs most.
 
-    A classifier behind global pooling sees one patch of an image. It would take every image there is, while each of its
-    patches, from an image of its own, says as much as several that are alike: beside layers that see many, it counts
-    ALONE_SHARE of the patches as enough.
+    A classifier behind global pooling sees one patch of an image, and by the rule for other layers would take every image
+    there is. But its patches come from different images, and each says as much as several patches of one image: where other
+    layers see many patches, ALONE_SHARE of the usual number is enough for it.
 
     Args:
         example: of a graph with observers in front of the layers that will be solved.

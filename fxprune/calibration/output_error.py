@@ -15,7 +15,7 @@ from fxprune.statistics.offset import Offset
 from fxprune.statistics.pool import Pool
 
 CHUNK_NUMBERS = 2**18
-ROUNDING = 1e-11  # Of the energy: a constant output varies by a few times 1e-7 of its size in float32.
+ROUNDING = 1e-11  # Share of the energy: by rounding, a constant output varies by a few 1e-7 of its size in float32.
 
 
 def channel_dim(layer: Node) -> int:
@@ -29,9 +29,9 @@ def channel_dim(layer: Node) -> int:
 class OutputError:
     """||y_dense - y_pruned||^2 / ||y_dense - mean||^2 of one layer, the mean per output channel.
 
-    Sums are taken in float32, or in float64 for such values and those whose squares float32 cannot hold, of a few images at a
-    time, whose differences stay in the cache; of the dense output after its mean in the first batch is taken away, or a
-    large mean would drown the variance in rounding.
+    Sums are taken over a few images at a time, so that their differences stay in the cache: in float32, or in float64 where
+    values are float64 or their squares exceed float32. The mean of the first batch is subtracted before values are squared;
+    with a large mean, rounding would otherwise hide the variance.
     """
 
     channel_dim: int

@@ -46,7 +46,7 @@ from fxprune.options import Options
 from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics, Pool
 
 Visit = Callable[[BatchPlace, BatchValues], None]  # Of a batch's place in the set, and the values at the cut.
-ERROR_SHARE = 0.25  # Of the patches: thousands, whatever the layer. Of held-out images all are taken.
+ERROR_SHARE = 0.25  # Of the patches, where no image is held out: still thousands. Of held-out images all are taken.
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from fxprune.cli.inspect import inspect
 from fxprune.cli.low_rank import low_rank
 from fxprune.cli.plot import plot
 from fxprune.cli.prune import prune
+from fxprune.cli.scan import scan
 from fxprune.cli.train import train
 
 app = typer.Typer(
@@ -40,6 +41,11 @@ for _name, _function, _runs_on, _example in (
         "low-rank", low_rank, (*compression.RUNS_ON, "fxprune.rank_reduction"),
         "fxprune low-rank --model resnet18 --pretrained --data pictures \\\n    --rank speedup:1.3",
     ),
+    (
+        "scan", scan, (*compression.RUNS_ON, "fxprune.scanning"),
+        "fxprune scan --model resnet20 --weights out/r20/best.pt --data cifar10 \\\n"
+        "    --recipe 2:4 --recipe 1:4 --recipe rank:0.5",
+    ),
     ("evaluate", evaluate, _SCORES, "fxprune evaluate out/pruned/pruned.pt --against out/pruned/model.onnx"),
     ("export", export, (*_SCORES, "fxprune.export.onnx"), "fxprune export out/pruned/pruned.pt --precision fp16"),
     ("inspect", inspect, ("torch", "fxprune.export.inspection"), "fxprune inspect out/pruned/model.onnx"),
@@ -54,7 +60,7 @@ for _name, _function, _runs_on, _example in (
         "fxprune benchmark grid.yaml --out out/benchmark.csv\n"
         "where grid.yaml holds\n"
         "    models: [{model: simple_cnn, data: digits, weights: out/digits/last.pt}]\n"
-        "    patterns: [2:4, 0.9]\n"
+        "    patterns: [2:4, 0.9, rank:0.7+2:4, {fc*: dense, \"*\": 1:4}]\n"
         "    methods: [magnitude, admm]",
     ),
 ):  # fmt: skip

@@ -27,6 +27,7 @@ from rich.markup import escape
 from typer.models import OptionInfo
 
 from fxprune.errors import FxPruneError, OptionsError
+from fxprune.experiments.recipe_texts import recipe_from
 from fxprune.experiments.yaml_files import check_keys, parse_scalar, read_yaml, to_yaml
 from fxprune.runtime.interrupt import INTERRUPTED, raise_again
 from fxprune.tables import terminal_width
@@ -34,6 +35,7 @@ from fxprune.tables import terminal_width
 ERROR = 1
 CONFIG = "config"
 KEY_VALUE = "KEY=VALUE"  # shown for a mapping; the mark by which a configuration file's mapping is let through
+RECIPE = "[LAYER=]RECIPE"  # likewise, for what becomes a text or a mapping (`recipe_from`)
 
 # Results go to stdout, everything about the run to stderr.
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else terminal_width())
@@ -173,6 +175,7 @@ class Signature:
         plain: its other parameters.
         mappings: options that are given as key=value.
         figures: options that are given as numbers with commas, or repeated.
+        recipes: options that are given as recipes, one for all layers or one for each name.
     """
 
     flat: inspect.Signature
@@ -180,6 +183,7 @@ class Signature:
     plain: tuple[str, ...]
     mappings: frozenset[str]
     figures: frozenset[str]
+    recipes: frozenset[str]
 
     @classmethod
     def of(cls, function: Callable[..., None], common: Callable[..., None]) -> Signature:
@@ -194,6 +198,7 @@ class Signature:
         plain: list[str] = []
         mappings: set[str] = set()
         figures: set[str] = set()
+        recipes: set[str] = set()
         for parameter in inspect.signature(function).parameters.values():
             hint = hints[parameter.name]
             record, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
@@ -207,6 +212,11 @@ class Signature:
                 figures |= {key for key, kind in kinds.items() if _figures(kind)}
             else:
                 plain.append(parameter.name)
+                note = next((note for note in notes if isinstance(note, OptionInfo)), None)
+                if note is not None and note.metavar == RECIPE:
+                    recipes.add(parameter.name)
+                    parameter = parameter.replace(default=[parameter.default])
+                    hint = Annotated[list[str], note]
                 if parameter.name != CONFIG:
                     options.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
         options += inspect.signature(common, eval_str=True).parameters.values()
@@ -215,7 +225,7 @@ class Signature:
             _shorten(option)
         free = [option for option in options if not _panel(option)]
         flat = inspect.Signature([*first, *free, *(option for option in options if _panel(option))])
-        return cls(flat, records, tuple(plain), frozenset(mappings), frozenset(figures))
+        return cls(flat, records, tuple(plain), frozenset(mappings), frozenset(figures), frozenset(recipes))
 
     def converted(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The options' values with mappings and rows of numbers read.
@@ -228,6 +238,8 @@ class Signature:
             found[name] = dict(_pair(text, name) for text in found[name]) if found[name] else None
         for name in self.figures & set(found):
             found[name] = [number for text in found[name] for number in _numbers(text, name)] if found[name] else None
+        for name in self.recipes & set(found):
+            found[name] = recipe_from(found[name])
         return found
 
     def arguments(self, values: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -354,21 +366,23 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(str(error)) from error
     # As text, so that each value is read exactly as the same flag would be.
     context.default_map = {**(context.default_map or {})} | {
-        key: _text(value, pairs=getattr(options[key], "metavar", None) == KEY_VALUE)
-        for key, value in content.items()
-        if value is not None
+        key: _text(value, options[key]) for key, value in content.items() if value is not None
     }
     return path
 
 
-def _text(value: Any, pairs: bool = False) -> Any:
-    if isinstance(value, list | tuple):
-        return [_text(item) for item in value]
+def _text(value: Any, option: Any) -> Any:
+    """A value of a configuration file as the text of its flag, or as the texts of one that may be repeated."""
+    repeated = option.nargs == -1 or getattr(option, "multiple", False)
     if isinstance(value, Mapping):
-        if not pairs:
-            raise typer.BadParameter(f"{dict(value)} is a mapping where a value or a list is expected")
+        if option.metavar not in (KEY_VALUE, RECIPE):
+            raise typer.BadParameter(f"{option.name}: {dict(value)} is a mapping where a value or a list is expected")
         return [f"{key}={to_yaml({'': item}).partition(':')[2].strip()}" for key, item in value.items()]
-    return value if isinstance(value, bool) else str(value)
+    items = value if isinstance(value, list) else [value]
+    if (isinstance(value, list) and not repeated) or any(isinstance(item, list | Mapping) for item in items):
+        raise typer.BadParameter(f"{option.name}: {value} is a list where a value is expected")
+    texts = [item if isinstance(item, bool) else str(item) for item in items]
+    return texts if repeated else texts[0]
 
 
 _PANEL = "Configuration"

@@ -14,8 +14,10 @@ from fxprune.cli.parameters import (
     TASK,
     BatchSize,
     CalibrationImages,
+    CheckpointDir,
     Device,
     Exclude,
+    MemoryLimit,
     OnnxOptions,
     Out,
     Overwrite,
@@ -23,13 +25,15 @@ from fxprune.cli.parameters import (
     TestImages,
     WriteOnnx,
     data_name,
+    in_bytes,
     model_name,
 )  # fmt: skip
+from fxprune.experiments.recipe_texts import file_name
 from fxprune.experiments.tasks import Task
 from fxprune.options import Options
 
 # Steps of pruning that rank reduction does not have.
-SOLVER = Group("Solver", left_out=("permute", "global_budget", "polish", "flip", "checkpoint_dir"))
+SOLVER = Group("Solver", left_out=("permute", "global_budget", "polish", "flip"))
 
 
 def low_rank(
@@ -64,6 +68,8 @@ def low_rank(
     onnx: WriteOnnx = True,
     batch_size: BatchSize = 128,
     device: Device = None,
+    memory_limit: MemoryLimit = None,
+    checkpoint_dir: CheckpointDir = None,
 ) -> None:
     """Replace layers by two smaller dense ones each, which runs faster on any machine; score and export the result.
 
@@ -72,14 +78,16 @@ def low_rank(
     import fxprune
     from fxprune.ranks.plan import RankRule
 
+    limit = in_bytes(memory_limit)
     RankRule.parse(rank)  # a misspelt rule must not cost a dense evaluation first
-    name = f"{model_name(task.model)}-{data_name(task.data)}-{rank.replace(':', '-')}-{method}"
+    name = f"{model_name(task.model)}-{data_name(task.data)}-{file_name(rank)}-{method}"
     compress(
         "low-rank",
         task,
         lambda model, images, place: fxprune.low_rank(
             model, images, rank, method=method, split=split, multiple=multiple, exclude=tuple(exclude or ()),
-            device=place, options=options, progress=stderr.is_terminal,
+            device=place, options=options, progress=stderr.is_terminal, memory_limit=limit,
+            checkpoint_dir=checkpoint_dir,
         ),
         config=config, folder=out or Path("out", "low-rank", name), calibration_images=calibration_images,
         batch_size=batch_size, seed=options.seed, test_images=test_images, register=register,

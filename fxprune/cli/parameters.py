@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from fxprune.cli.command import Group
+from fxprune.cli.command import RECIPE, Group
+from fxprune.errors import OptionsError
+from fxprune.experiments.recipe_texts import RecipeText
 
 DATA = "Model and data"
 RUNNING = "Running"
@@ -27,6 +30,31 @@ TestImages = Annotated[
 ]
 CalibrationImages = Annotated[int, typer.Option(min=1, help="Images to calibrate on; no label of theirs is read.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Layer to leave as it is: a name or pattern; once for each.")]
+Pattern = Annotated[
+    RecipeText,
+    typer.Option(
+        metavar=RECIPE,
+        help="2:4 and the like, a sparsity such as 0.9, mixed:0.6, rank:0.7, rank:0.7+2:4, or dense; or LAYER=RECIPE, once "
+        "for each name or pattern, of which the first that matches a layer counts.",
+    ),
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Calibration values to hold on the device (in memory, on a CPU), such as 4GB or 512MiB; a share of what is free "
+        "by default.",
+        rich_help_panel=RUNNING,
+    ),
+]
+CheckpointDir = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Folder that keeps finished layers; an interrupted run goes on from there.",
+        rich_help_panel=RUNNING,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one by default.", rich_help_panel=RUNNING),
@@ -66,6 +94,26 @@ class OnnxOptions:
         return {
             field.name: values[field.name] for field in dataclasses.fields(self) if values[field.name] != field.default
         }
+
+
+def in_bytes(size: str | None) -> int | None:
+    """Read a size such as 4GB (10^9 bytes), 512MiB (2^20), 1.5g or a plain number of bytes.
+
+    Raises:
+        OptionsError: it is no positive size.
+    """
+    if size is None:
+        return None
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(?:([kmgt])(i?))?b?", size.strip().lower())
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    base = 1024 if match and match[3] else 1000
+    found = int(number * base ** (1 + "kmgt".index(match[2]) if match and match[2] else 0))
+    if found < 1:
+        raise OptionsError(f"--memory-limit {size}: write a size such as 4GB or 512MiB, or a number of bytes")
+    return found
 
 
 def data_name(data: str | None) -> str:

@@ -17,7 +17,8 @@ from fxprune.experiments.grid_rows import OK, read_rows
 from fxprune.experiments.tasks import module_classes
 from fxprune.geometry import is_matrix_layer, reduction_second
 from fxprune.passes import FoldBatchNorm, RemoveInplace
-from fxprune.pattern import MixedPattern, NMPattern, Pattern
+from fxprune.pattern import NMPattern, Pattern
+from fxprune.report import LayerReport
 from fxprune.saving import load
 from fxprune.tracing import trace
 
@@ -33,7 +34,8 @@ def pictures(source: Path, plots: Any, chosen: list[str]) -> Iterator[tuple[str,
         if failed := sum(row.status != OK for row in rows):
             stderr.print(f"{source}: {failed} failed rows are left out", soft_wrap=True)
         for name in dict.fromkeys(row.name for row in rows if row.status == OK):
-            yield f"accuracy-{name}", plots.accuracy_against_sparsity(rows, name)
+            if any(plots.has_level(row.pattern) for row in rows if row.name == name and row.status == OK):
+                yield f"accuracy-{name}", plots.accuracy_against_sparsity(rows, name)
             yield f"methods-{name}", plots.method_comparison(rows, name)
     elif source.suffix == ".json":
         yield f"layers-{source.parent.name}", plots.layer_sparsity_and_error(plots.read_report(source))
@@ -55,10 +57,18 @@ def _model_pictures(file: Path, plots: Any, chosen: list[str]) -> Iterator[tuple
     yield f"layers-{label}", plots.layer_sparsity_and_error(compiled.report, name)
     pruned = [layer.name for layer in compiled.report.layers if layer.status == "pruned"]
     weights = {layer: _weight(compiled.get_submodule(layer)) for layer in pruned}
+    if not weights:
+        stderr.print(f"{file}: no layer is pruned, so there are no spectra and masks to draw", soft_wrap=True)
+        return
     yield f"spectra-{label}", plots.singular_value_spectra(_choose(weights, chosen, SPECTRA), dense, name)
-    pattern = Pattern.parse(compiled.report.pattern)
-    group = pattern.m if isinstance(pattern, NMPattern) else 4 if isinstance(pattern, MixedPattern) else 0
-    yield f"masks-{label}", plots.mask_pictures(_choose(weights, chosen, MASKS), name, group)
+    masks = _choose(weights, chosen, MASKS)
+    yield f"masks-{label}", plots.mask_pictures(masks, name, {layer: _group(compiled.report[layer]) for layer in masks})
+
+
+def _group(layer: LayerReport) -> int:
+    """Input channels that an N:M pattern puts into one group; 0 for any other."""
+    pattern = Pattern.parse(layer.pattern)
+    return pattern.m if isinstance(pattern, NMPattern) else 0
 
 
 def _weight(module: nn.Module) -> Tensor:

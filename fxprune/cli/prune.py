@@ -15,17 +15,22 @@ from fxprune.cli.parameters import (
     TASK,
     BatchSize,
     CalibrationImages,
+    CheckpointDir,
     Device,
     Exclude,
+    MemoryLimit,
     OnnxOptions,
     Out,
     Overwrite,
+    Pattern,
     Register,
     TestImages,
     WriteOnnx,
     data_name,
+    in_bytes,
     model_name,
 )  # fmt: skip
+from fxprune.experiments.recipe_texts import file_name
 from fxprune.experiments.tasks import Task
 from fxprune.options import Options
 
@@ -36,7 +41,7 @@ def prune(
     onnx_options: Annotated[OnnxOptions, ONNX_FILE],
     config: dict[str, Any],
     *,
-    pattern: Annotated[str, typer.Option(help='"2:4" and the like, or a sparsity such as 0.9.')] = "2:4",
+    pattern: Pattern = "2:4",
     method: Annotated[str, typer.Option(help="admm, sparsegpt, exact_obs, magnitude, or one of your own.")] = "admm",
     exclude: Exclude = None,
     calibration_images: CalibrationImages = 1024,
@@ -47,6 +52,8 @@ def prune(
     onnx: WriteOnnx = True,
     batch_size: BatchSize = 128,
     device: Device = None,
+    memory_limit: MemoryLimit = None,
+    checkpoint_dir: CheckpointDir = None,
 ) -> None:
     """Prune a trained model in one shot, score it, and export it to a validated ONNX file.
 
@@ -56,18 +63,20 @@ def prune(
     from fxprune import solvers
     from fxprune.compiler import compile
     from fxprune.experiments.tasks import import_user_code
-    from fxprune.pattern import Pattern
+    from fxprune.recipe import Recipe
 
-    pattern = str(Pattern.parse(pattern))
+    limit = in_bytes(memory_limit)
+    recipe = Recipe.parse(pattern)
     import_user_code(register or ())
-    solvers.get(method)  # a misspelt name must not cost a dense evaluation first
-    name = f"{model_name(task.model)}-{data_name(task.data)}-{pattern.replace(':', '-')}-{method}"
+    solver = solvers.get(method)  # a misspelt name must not cost a dense evaluation first
+    options.resolved(solver, recipe)
+    name = f"{model_name(task.model)}-{data_name(task.data)}-{file_name(pattern)}-{method}"
     compress(
         "prune",
         task,
         lambda model, images, place: compile(
-            model, images, pattern, method=method, exclude=tuple(exclude or ()), device=place, options=options,
-            progress=stderr.is_terminal,
+            model, images, recipe, method=method, exclude=tuple(exclude or ()), device=place, options=options,
+            progress=stderr.is_terminal, memory_limit=limit, checkpoint_dir=checkpoint_dir,
         ),
         config=config, folder=out or Path("out", "prune", name), calibration_images=calibration_images,
         batch_size=batch_size, seed=options.seed, test_images=test_images, register=register,

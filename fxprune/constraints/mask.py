@@ -53,12 +53,16 @@ class Mask(Constraint):
 
     def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:
         """The solver chooses the weights that stay; with `Options.refit` they are then fitted by least squares."""
-        if (
-            self.decline(part.geometry) is not None
-        ):  # A factor may be too narrow for a pattern that the layer could hold.
+        if self.decline(part.geometry) is not None:  # A factor may be too narrow for what the layer could hold.
             return rest(part)
-        matrix = sparse_matrix(part.problem, self.pattern, method)
-        return rest(replace(part, matrix=matrix, mask=matrix != 0, pattern=str(self.pattern)))
+        if isinstance(self.pattern, MixedPattern):
+            raise PatternError(f"pattern {self} is a choice over layers: a budget has to be allocated first")
+        problem = part.problem
+        if part.mask is not None:  # Choose among the weights that an earlier mask left, to put out what they put out.
+            target = part.matrix @ problem.hessian if problem.is_observed else problem.target
+            problem = replace(problem, weight=part.matrix, target=target)
+        matrix = torch.stack([sparse_matrix(group, self.pattern, method) for group in problem.groups()])
+        return rest(replace(part.masked(matrix != 0, method, start=matrix), pattern=str(self.pattern)))
 
     def is_shared(self, method: Method) -> bool:  # noqa: D102
         budget = method.options.global_budget and not isinstance(self.pattern, NMPattern)
@@ -88,25 +92,15 @@ class Mask(Constraint):
 
 
 def sparse_matrix(problem: LayerProblem, pattern: Pattern, method: Method) -> Tensor:
-    """What the solver makes of all groups of a layer, (G, R/G, D), re-fitted on its mask if the options say so.
+    """What the solver makes of one group: (R, D) float64, which keeps the pattern.
 
-    No solver finds the best mask for certain. Where the largest weights alone, with the same re-fit, leave a smaller error
-    on the layer's own statistics, which happens where these are few or alike, they are kept instead.
+    No solver finds the best mask for certain. Where the largest weights alone leave a smaller error on the layer's own
+    statistics, which happens where these are few or alike, they are kept instead.
     """
-    if isinstance(pattern, MixedPattern):
-        raise PatternError(f"pattern {pattern} is a choice over layers: a budget has to be allocated first")
-    return torch.stack([_sparse_group(group, pattern, method) for group in problem.groups()])
-
-
-def _sparse_group(problem: LayerProblem, pattern: Pattern, method: Method) -> Tensor:
-    """One group, (R, D)."""
-    fits = bool(method.options.refit)
-    found = method.solver(problem, pattern)
-    if fits:
-        found = refit(problem, found != 0, start=found)
+    found, fits = method.solver(problem, pattern), bool(method.options.refit)
     if not method.needs_statistics or (fits and found.numel() * found.shape[1] > SECOND_REFIT):
         return found
     largest = magnitude(problem, pattern)
     if fits:
-        largest = refit(problem, largest != 0)
+        found, largest = (refit(problem, matrix != 0, start=matrix) for matrix in (found, largest))
     return largest if bool(problem.loss(largest) < problem.loss(found)) else found

@@ -1,9 +1,9 @@
 """What it costs at the network's output to solve one layer alone under a chain of constraints.
 
 Every layer is solved under each of its chains against the dense model's statistics. What a solution costs is measured at the
-output, with only that layer replaced: the squared change of the outputs relative to their variance. For a budget it is
-measured for every second chain, and scaled from the nearest measured one to the others by the layer error (both are
-quadratic in a small change of the weights).
+output, with only that layer replaced: the squared change of the outputs relative to their variance. For a budget only every
+second chain is measured there. The cost of the others is that of the nearest measured chain, scaled by the ratio of
+the layer errors, since both are quadratic in a small change of the weights.
 """
 
 from __future__ import annotations

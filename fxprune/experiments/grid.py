@@ -21,11 +21,12 @@ from fxprune.data import DataSplits, calibration_loader
 from fxprune.errors import OptionsError
 from fxprune.experiments.evaluation import agreement, evaluate
 from fxprune.experiments.grid_rows import FAILED, OK, Row, read_rows, write_rows
+from fxprune.experiments.recipe_texts import RecipeText
 from fxprune.experiments.runs import source_commit
 from fxprune.experiments.tasks import Task, import_user_code, scoring_loader
 from fxprune.experiments.yaml_files import check_keys, read_yaml
 from fxprune.options import Options
-from fxprune.pattern import Pattern
+from fxprune.recipe import Recipe
 from fxprune.runtime.devices import default_device
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Grid:
 
     Attributes:
         models: label and task of each.
-        patterns: "2:4", "0.9", ...
+        patterns: recipes as `fxprune.compile` takes them: "2:4", "rank:0.7+2:4", {"fc": "dense", "*": "2:4"}.
         methods: names of solvers.
         seeds: one row each.
         calibration_images: likewise.
@@ -50,7 +51,7 @@ class Grid:
     """
 
     models: tuple[tuple[str, Task], ...]
-    patterns: tuple[str, ...]
+    patterns: tuple[RecipeText, ...]
     methods: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
     calibration_images: tuple[int, ...] = (1024,)
@@ -61,7 +62,7 @@ class Grid:
     register: tuple[str, ...] = ()
 
 
-_TEXTS = ("patterns", "methods", "exclude", "register")
+_TEXTS = ("methods", "exclude", "register")
 _NUMBERS = ("seeds", "calibration_images")
 
 
@@ -70,7 +71,7 @@ def read_grid(path: str | Path) -> Grid:
 
     Raises:
         OptionsError: an unknown key or a value of the wrong type.
-        PatternError: a pattern that cannot be read.
+        PatternError: a recipe that cannot be read.
         FxPruneError: an unknown method, or user code that cannot be imported.
     """
     content = read_yaml(path)
@@ -85,6 +86,7 @@ def read_grid(path: str | Path) -> Grid:
         given |= {key: tuple(map(str, _list(content[key]))) for key in _TEXTS if content.get(key) is not None}
         given |= {key: tuple(map(int, _list(content[key]))) for key in _NUMBERS if content.get(key) is not None}
         given |= {key: int(content[key]) for key in ("test_images", "batch_size") if content.get(key) is not None}
+        given["patterns"] = tuple(map(_recipe, _list(content["patterns"])))
         given["models"] = tuple(_model(entry, path) for entry in _list(content["models"]))
         given["options"] = _record(Options, content.get("options") or {}, f"{path}: options")
     except (TypeError, ValueError) as error:
@@ -92,7 +94,7 @@ def read_grid(path: str | Path) -> Grid:
     grid = Grid(**given)
     import_user_code(grid.register)
     for pattern in grid.patterns:
-        Pattern.parse(pattern)
+        Recipe.parse(pattern)
     for method in grid.methods:
         solvers.get(method)
     names = [name for name, _ in grid.models]
@@ -137,11 +139,12 @@ def run_grid(
         prepare = functools.cache(functools.partial(_attempt, _Prepared.of, task, grid, place))
         for combination in _combinations(grid):
             row = _row(grid, name, task, *combination)
+            recipe = combination[0]
             if row.key not in known:
                 prepared, error = prepare()
                 found: dict[str, Any] | None = None
                 if prepared is not None:
-                    found, error = _attempt(prepared.run, row, grid, progress)
+                    found, error = _attempt(prepared.run, row, recipe, grid, progress)
                 status = FAILED if found is None else OK
                 known[row.key] = dataclasses.replace(row, status=status, commit=commit, error=error, **(found or {}))
                 write_rows(path, known.values())
@@ -175,11 +178,11 @@ class _Prepared:
         test = scoring_loader(splits, images=grid.test_images)
         return cls(model, splits, test, evaluate(model, test, device), device)
 
-    def run(self, row: Row, grid: Grid, progress: bool) -> dict[str, Any]:
+    def run(self, row: Row, recipe: RecipeText, grid: Grid, progress: bool) -> dict[str, Any]:
         images = calibration_loader(self.splits.train, row.calibration_images, grid.batch_size, seed=row.seed)
         options = dataclasses.replace(grid.options, seed=row.seed)
         compiled = compile(
-            self.model, images, row.pattern,
+            self.model, images, recipe,
             method=row.method, exclude=grid.exclude, device=self.device, progress=progress, options=options,
         )  # fmt: skip
         close = agreement(self.model, compiled, self.test, self.device)
@@ -189,16 +192,16 @@ class _Prepared:
             "agreement": close.top1,
             "kl": close.kl,
             "sparsity": compiled.report.sparsity,
-            "layers_pruned": sum(layer.status == "pruned" for layer in compiled.report.layers),
+            "layers_pruned": sum(layer.status in ("pruned", "factored") for layer in compiled.report.layers),
             "seconds": round(compiled.report.seconds, 3),
         }
 
 
-def _combinations(grid: Grid) -> Iterator[tuple[str, str, int, int]]:
+def _combinations(grid: Grid) -> Iterator[tuple[RecipeText, str, int, int]]:
     return itertools.product(grid.patterns, grid.methods, grid.seeds, grid.calibration_images)
 
 
-def _row(grid: Grid, name: str, task: Task, pattern: str, method: str, seed: int, images: int) -> Row:
+def _row(grid: Grid, name: str, task: Task, recipe: RecipeText, method: str, seed: int, images: int) -> Row:
     """The row before it is run."""
     where = {"data": task.data, "model": task.model} | _changed(task, Task(task.model, task.data, task.weights))
     settings = _changed(grid.options, Options())
@@ -207,7 +210,7 @@ def _row(grid: Grid, name: str, task: Task, pattern: str, method: str, seed: int
         name=name,
         task=json.dumps(where),
         weights=_fingerprint(task),
-        pattern=str(Pattern.parse(pattern)),
+        pattern=str(Recipe.parse(recipe)),
         method=method,
         seed=seed,
         calibration_images=images,
@@ -225,6 +228,10 @@ def _fingerprint(task: Task) -> str:
     if task.weights is None or not Path(task.weights).is_file():
         return "pretrained" if task.pretrained else "absent"
     return hashlib.sha256(Path(task.weights).read_bytes()).hexdigest()[:12]
+
+
+def _recipe(value: Any) -> RecipeText:
+    return {str(name): str(of) for name, of in value.items()} if isinstance(value, Mapping) else str(value)
 
 
 def _list(value: Any) -> list[Any]:

@@ -22,7 +22,7 @@ class Row:
         name: the model's label.
         task: model, data and further fields of the task, as JSON.
         weights: the first digits of the weights file's SHA-256, or "pretrained": other weights are another row.
-        pattern: as asked for.
+        pattern: the recipe asked for, in words.
         method: as asked for.
         seed: of the calibration images, and of whatever is random.
         calibration_images: how many.

@@ -28,7 +28,12 @@ from fxprune.files import atomic
 CONFIG, RECORD = "config.yaml", "run.json"
 # What each command may write beside these two.
 _COMPRESSED = ("pruned.pt", "model.onnx", "model.onnx.data", "onnx.json", "report.csv", "report.json")
-WRITES = {"train": ("best.pt", "last.pt", "log.csv"), "prune": _COMPRESSED, "low-rank": _COMPRESSED}
+WRITES = {
+    "train": ("best.pt", "last.pt", "log.csv"),
+    "prune": _COMPRESSED,
+    "low-rank": _COMPRESSED,
+    "scan": ("scan.csv", "scan.png", "scan.svg"),
+}
 _PATHS = ("weights", "root", "out", "checkpoint_dir")
 PACKAGES = ("fxprune", "torch", "torchvision", "numpy", "onnx", "onnxscript", "onnxruntime")
 

@@ -24,6 +24,7 @@ from fxprune.annotations import changes
 from fxprune.channels.apply import channel_order
 from fxprune.errors import CheckpointError, TraceError
 from fxprune.graph import module_of
+from fxprune.graph.model_argument import not_a_model
 from fxprune.tracing import trace
 
 _NO_FACTOR = 1e-12  # A smaller factor of BatchNorm's is none to divide by.
@@ -78,6 +79,9 @@ class _Return:
     state: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
+        for given in (self.compiled, self.model):
+            if not isinstance(given, nn.Module):
+                raise CheckpointError(not_a_model(given))
         self.own, self.state = _tensors(self.model), _tensors(self.compiled)
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxprune.annotations import graph_annotation, report_of
 from fxprune.errors import GraphError
 from fxprune.geometry import reduction_second
+from fxprune.graph.model_argument import not_a_model
 from fxprune.layers.zero_keeper import write_kept_zeros
 from fxprune.operations import LAYERS
 from fxprune.pattern import Pattern
@@ -164,6 +165,8 @@ def restore_zeros(model: nn.Module, *, exclude: str | Sequence[str] = ()) -> dic
         GraphError: no zeros were recorded, `exclude` names none of the layers, a layer is gone, or its weight has another
             shape now; nothing is changed then.
     """
+    if not isinstance(model, nn.Module):
+        raise GraphError(not_a_model(model))
     masks = recorded_masks(model)
     if not masks:
         raise GraphError(

@@ -62,7 +62,7 @@ class NodeDiff:
         folded: names of the BatchNorms folded into it.
         weight_change: ||after - before|| / ||before|| of the weight, with those BatchNorms folded into `before`; of a
             layer that two replace, with the product of their weights as `after`; None if the shapes do not compare.
-        output_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on the calibration set, where it was measured.
+        output_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on calibration images, held out if there are enough.
         reason: why the layer was not pruned, as "not pruned: ...".
         notes: what the passes wrote down about it.
         picture: its weights for the HTML page.

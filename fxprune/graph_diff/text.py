@@ -21,7 +21,7 @@ NOT_PRUNED = "not pruned: "
 _MAIN = ("pruned", "re-fitted")  # beside these, what follows goes without saying
 _MINOR = ("bias changed", "channels permuted")
 _WEIGHT = "weight: ‖after − before‖ / ‖before‖, with BatchNorm folded into before where it is in after."
-_OUTPUT_ERROR = "output error: ‖y_dense − y_pruned‖² / ‖y_dense − mean‖² on the calibration set."
+_OUTPUT_ERROR = "output error: ‖y_dense − y_pruned‖² / ‖y_dense − mean‖² on calibration images (held-out if any)."
 
 
 def render_text(diff: GraphDiff, *, all: bool, color: bool | None, width: int) -> str:

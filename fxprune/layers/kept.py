@@ -1,4 +1,4 @@
-"""The reports of layers that are not touched: those that a pass declined, and those inside modules called as a whole."""
+"""Report rows of layers that are not touched: those that a pass declined, and those inside modules called as a whole."""
 
 from __future__ import annotations
 

@@ -97,8 +97,8 @@ def solve_layer(
         )
 
     layer = solved(parts, cross)
-    if relu_aware is None or len(parts) > 1 or inputs is None:
-        return layer
+    if relu_aware is None or len(parts) > 1 or inputs is None or (chain and parts[0].mask is None):
+        return layer  # Only values on a known mask can be fitted again without breaking the constraints.
     cross = relu_aware(layer)
     (part,) = parts
     target = cross.target(inputs, module.bias, centred=bool(options.bias_correction))

@@ -31,6 +31,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from fxprune.errors import GraphError
+from fxprune.graph.model_argument import not_a_model
+
 
 class KeptLayer:
     """One layer, and which of its weights stay zero.
@@ -195,7 +198,13 @@ def let_go(module: nn.Module) -> None:
 
 
 def write_kept_zeros(module: nn.Module) -> None:
-    """Let the keepers of a module and those inside it write their zeros, for somebody who is about to read the weights."""
+    """Let the keepers of a module and those inside it write their zeros, for somebody who is about to read the weights.
+
+    Raises:
+        GraphError: it is no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise GraphError(not_a_model(module))
     for inner in module.modules():
         for keeper in keepers(inner):
             keeper.write()
@@ -207,7 +216,7 @@ def keepers(module: nn.Module) -> Iterator[Keeper]:
 
 
 def keeper_of(hook: object) -> Keeper | None:
-    """The keeper that a hook belongs to, if it is one of a keeper's."""
+    """The keeper that a module's hook belongs to; None for a hook of somebody else's."""
     owner = getattr(hook, "__self__", None)
     return owner if isinstance(owner, Keeper) else None
 

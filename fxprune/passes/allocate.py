@@ -14,9 +14,9 @@ from fxprune.passes.base import CalibratedPass
 
 
 class Allocate(CalibratedPass):
-    """Puts a constraint of the layer's own in the place of every shared one; to be run after InsertObservers.
+    """Replaces a constraint that layers share ("mixed:0.6") by one for each layer ("1:4"); to be run after InsertObservers.
 
-    Layers with equal shared constraints share one budget. A layer to which it gives nothing stays dense and is re-fitted.
+    Layers with equal shared constraints share one budget. A layer of which the budget asks nothing stays dense.
 
     Args:
         method: solver and options.

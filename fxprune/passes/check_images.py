@@ -1,8 +1,8 @@
 """CheckImages: warns of calibration images that cannot be right; to be run before BatchNorm is folded.
 
-It sees what can be told without labels, before anything is fitted to the images. BatchNorm's running mean and variance say
-what the network was trained on; images of other sizes, ranges or contents give others. Constant images, and networks most of
-whose activations are dead, have nothing to fit.
+The checks need no labels, and are made before anything is fitted. BatchNorm's running mean and variance describe the images
+that the network was trained on; images of another size, range or content give another mean and variance. To constant
+images, or where most activations are dead, nothing can be fitted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class CheckImages(CalibratedPass):
-    """Changes nothing; what speaks against the images becomes a `CalibrationWarning` and a line in the report."""
+    """Changes nothing; what is wrong with the images becomes a `CalibrationWarning` and a line in the report."""
 
     def calibrate(self, graph_module: GraphModule, calibration: Calibration) -> PassResult:  # noqa: D102
         for sentence in suspicions(graph_module, calibration.head(IMAGES)):
@@ -42,7 +42,7 @@ class CheckImages(CalibratedPass):
 
 @torch.no_grad()
 def suspicions(graph_module: GraphModule, batches: list[object]) -> list[str]:
-    """What speaks against a set of images, in sentences; [] if nothing does.
+    """What is wrong with a set of images, in sentences; [] if nothing is.
 
     Args:
         graph_module: in eval mode, its BatchNorm modules not folded yet.
@@ -52,8 +52,8 @@ def suspicions(graph_module: GraphModule, batches: list[object]) -> list[str]:
     found = []
     if images < LEAST_IMAGES:
         found.append(
-            f"{images} calibration images are few: there are none to spare for a score, and layers may fit these images "
-            f"only; a few hundred are better, {LEAST_IMAGES} the least"
+            f"{images} calibration images are few: none can be held out for a score, and layers may fit these images "
+            f"only; give at least {LEAST_IMAGES}, better a few hundred"
         )
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     device, watch = device_of(graph_module), _Watch(graph_module)

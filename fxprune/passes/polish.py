@@ -1,9 +1,9 @@
 """Polish: a few label-free epochs in which the pruned model learns the dense model's activations, its masks held fixed.
 
-Layer-wise least squares is blind to what the layers after it make of an error; gradient steps on all layers together are
-not. What is matched is every activation that a layer feeds, as far as its rectifier lets it through, each relative to its
-variance: feature distillation (Romero et al. 2015, FitNets; block by block in Lucas & Mazumder 2025, SNOWS). A few hundred
-images overfit far less on activations than on logits, of which they have only a handful each.
+Least squares layer by layer does not see what later layers make of an error; gradient steps on all layers together do.
+The loss compares every activation that follows a layer, after its ReLU if it has one, each relative to its variance:
+feature distillation (Romero et al. 2015, FitNets; block by block in Lucas & Mazumder 2025, SNOWS). Matching activations
+overfits a few hundred images far less than matching logits, since an image has thousands of activations and only a few logits.
 """
 
 from __future__ import annotations

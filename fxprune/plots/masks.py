@@ -19,7 +19,7 @@ ROWS, COLUMNS = 16, 48
 _SIGNED = LinearSegmentedColormap.from_list("signed", ["#B34700", "#FFE9D9", "#DCEBF7", "#004C80"])
 
 
-def mask_pictures(weights: Mapping[str, Tensor], name: str = "", group: int = 4) -> Figure:
+def mask_pictures(weights: Mapping[str, Tensor], name: str = "", group: int | Mapping[str, int] = 4) -> Figure:
     """The first 16 output channels and 48 columns of each layer; columns are (kernel position, input channel).
 
     A zero is white, a positive weight blue, a negative one orange, the darker the larger. Lines part the groups of an N:M
@@ -28,13 +28,14 @@ def mask_pictures(weights: Mapping[str, Tensor], name: str = "", group: int = 4)
     Args:
         weights: weights (R, C, *kernel) or (R, C) by layer name.
         name: the model, for the title.
-        group: columns between two lines, 0 for none.
+        group: columns between two lines, 0 for none; one for all layers, or one each.
 
     Raises:
         DataError: there is no layer.
     """
     if not weights:
         raise DataError("no layer is chosen; there is nothing to draw")
+    groups = group if isinstance(group, Mapping) else dict.fromkeys(weights, group)
     with figure(1.0 + 2.35 * len(weights), 6.4) as picture:
         panels = picture.subplots(len(weights), 1, squeeze=False)[:, 0]
         for axes, (layer, weight) in zip(panels, weights.items(), strict=True):
@@ -56,8 +57,9 @@ def mask_pictures(weights: Mapping[str, Tensor], name: str = "", group: int = 4)
             thin = [[(x - 0.5, -0.5), (x - 0.5, height - 0.5)] for x in range(1, width)]
             thin += [[(-0.5, y - 0.5), (width - 0.5, y - 0.5)] for y in range(1, height)]
             axes.add_collection(LineCollection(thin, colors="#eeeeee", linewidths=0.4))
-            if group and weight.shape[1] % group == 0:
-                lines = [[(x - 0.5, -0.5), (x - 0.5, height - 0.5)] for x in range(group, width, group)]
+            step = groups[layer]
+            if step and weight.shape[1] % step == 0:
+                lines = [[(x - 0.5, -0.5), (x - 0.5, height - 0.5)] for x in range(step, width, step)]
                 axes.add_collection(LineCollection(lines, colors=FAINT, linewidths=1.0))
             zeros = float((weight == 0).double().mean())
             axes.set_title(
@@ -66,7 +68,10 @@ def mask_pictures(weights: Mapping[str, Tensor], name: str = "", group: int = 4)
             axes.set_ylabel("output channel", size=11)
         panels[-1].set_xlabel("input channels, kernel position after kernel position", size=11)
         add_title(picture, f"{name + ': ' if name else ''}which weights are left")
-        note = f"top left corner; white: zero, blue: positive, orange: negative{f'; lines: groups of {group}' if group else ''}"
+        sizes = " or ".join(map(str, sorted({step for step in groups.values() if step})))
+        note = (
+            f"top left corner; white: zero, blue: positive, orange: negative{sizes and f'; lines: groups of {sizes}'}"
+        )
         picture.supxlabel(note, size=10, color=INK)
         return picture
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from fxprune.errors import DataError
 from fxprune.experiments.grid_rows import OK, Row
 from fxprune.plots.style import FAINT, INK, add_title, figure, label_ends, mark
 
+N_OF_M, UNSTRUCTURED = PANELS = ("N:M along input channels", "unstructured")
+LONGEST = 44  # letters of a recipe's in a title
 SIDE_BY_SIDE = 3.0  # percent of zeros between two patterns whose names would touch
 
 
@@ -77,18 +80,20 @@ def points(rows: Sequence[Row], name: str) -> list[Point]:
 def accuracy_against_sparsity(rows: Sequence[Row], name: str) -> Figure:
     """One line a method; N:M patterns and unstructured sparsity in panels of their own where there are both.
 
+    Recipes of other kinds, such as "rank:0.7", have no place on this axis and are left out.
+
     Args:
         rows: of a benchmark's CSV.
         name: the model's label there.
 
     Raises:
-        DataError: no finished row is of that model.
+        DataError: no finished row of that model has one pattern for all layers.
     """
-    found = points(rows, name)
+    found = [point for point in points(rows, name) if has_level(point.pattern)]
+    if not found:
+        raise DataError(f"no row of {name!r} has an N:M pattern or a sparsity for all layers; draw `method_comparison`")
     panels = [
-        (title, group)
-        for title, structured in (("N:M along input channels", True), ("unstructured", False))
-        if (group := [point for point in found if (":" in point.pattern) == structured])
+        (title, group) for title in PANELS if (group := [point for point in found if _panel(point.pattern) == title])
     ]
     with figure(1.0 + 3.2 * len(panels)) as picture:
         grid = picture.subplots(len(panels), 1, squeeze=False, sharex=True, sharey=True)
@@ -112,6 +117,17 @@ def accuracy_against_sparsity(rows: Sequence[Row], name: str) -> Figure:
         return picture
 
 
+def has_level(recipe: str) -> bool:
+    """Whether a recipe is one pattern for all layers, so that its share of zeros says how much it asks for."""
+    return _panel(recipe) is not None
+
+
+def _panel(recipe: str) -> str | None:
+    if re.fullmatch(r"\d+:\d+|mixed:[\d.]+", recipe):
+        return N_OF_M
+    return UNSTRUCTURED if re.fullmatch(r"[\d.]+", recipe) else None
+
+
 def _lines(axes: Axes, group: Sequence[Point], methods: Sequence[str]) -> list[tuple[float, float, str, str]]:
     """Draw one line a label; returns where each ends, its label and its colour."""
     ends = []
@@ -130,7 +146,7 @@ def _name_patterns(axes: Axes, found: Sequence[Point]) -> None:
     """Write 2:4 and the like along the bottom, under their points; those with the same share of zeros side by side."""
     places: dict[str, list[float]] = {}
     for point in found:
-        if ":" in point.pattern:
+        if _panel(point.pattern) == N_OF_M:
             places.setdefault(point.pattern, []).append(point.sparsity)
     together: list[tuple[float, list[str]]] = []
     for pattern, sparsity in sorted(((name, _mean(some)) for name, some in places.items()), key=lambda pair: pair[1]):
@@ -187,7 +203,9 @@ def method_comparison(rows: Sequence[Row], name: str) -> Figure:
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)
             zeros = f"{_mean([p.sparsity for p in group]):.0f}%"
-            axes.set_title(f"{pattern}  ({zeros} zeros)" if ":" in pattern else f"unstructured, {zeros} zeros", size=12)
+            named = _panel(pattern) != UNSTRUCTURED
+            short = pattern if len(pattern) <= LONGEST else f"{pattern[:LONGEST]}…"
+            axes.set_title(f"{short}  ({zeros} zeros)" if named else f"unstructured, {zeros} zeros", size=12)
         panels[-1, 0].set_xlabel(f"accuracy (%); the dotted line is dense, {found[0].dense:.1f}%")
         add_title(picture, f"{name}: accuracy, and points lost")
         _note_seeds(picture, found)

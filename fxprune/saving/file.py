@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from fxprune.compiled import CompiledModule
 from fxprune.errors import CheckpointError
 from fxprune.files import read_torch_file, save_tensors
 from fxprune.fine_tuning.recorded_zeros import filled_zeros
+from fxprune.graph.model_argument import not_a_model
 from fxprune.saving.graphs import decode_graph, encode_graph, encode_meta
 from fxprune.saving.modules import ModuleReader, ModuleWriter
 from fxprune.saving.names import Allowed, is_identifier
@@ -41,6 +43,8 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
             the message says what, and the remedy.
         OSError: the file cannot be written.
     """
+    if not isinstance(compiled, nn.Module):
+        raise CheckpointError(not_a_model(compiled))
     if not isinstance(compiled, GraphModule):
         raise CheckpointError(
             f"save takes what fxprune.compile returned, or another GraphModule, not a {type(compiled).__name__}; of a "

@@ -151,10 +151,9 @@ def _refuse_hooks(module: nn.Module, path: str) -> None:
 
 
 def _hooks(module: nn.Module, name: str) -> list[Any]:
-    """A module's hooks of one kind that change what is stored.
+    """A module's hooks of one kind that something would be lost without.
 
-    Not those with which torch's parametrizations read weights of older versions, nor those that hold weights at zero:
-    a file says where the zeros are.
+    Torch's parametrizations read weights of older versions with theirs, and those of `keep_zeros` have written the zeros.
     """
     found = [getattr(hook, "hook", hook) for hook in (getattr(module, name) or {}).values()]
     return [

@@ -186,7 +186,7 @@ def test_every_field_has_a_text(record: type) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "prune", "low-rank", "evaluate", "export", "benchmark", "plot", "diff", "inspect"]
+    "name", ["train", "prune", "low-rank", "scan", "evaluate", "export", "benchmark", "plot", "diff", "inspect"]
 )
 def test_every_command_has_help(name: str) -> None:
     result = runner.invoke(fxprune_app, [name, "--help"])

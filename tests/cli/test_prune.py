@@ -34,7 +34,7 @@ def test_it_writes_weights_onnx_reports_and_how_it_was_made(pruned: Path) -> Non
     rows = list(csv.DictReader((pruned / "report.csv").open()))
     assert [row["name"] for row in rows] == ["0", "3", "8"]
     report = json.loads((pruned / "report.json").read_text())
-    assert (report["images"], report["images_held_out"]) == (180, 20)
+    assert (report["images_read"], report["images"], report["images_held_out"]) == (200, 180, 20)
     onnx.checker.check_model(str(pruned / "model.onnx"))
 
 

@@ -31,7 +31,7 @@ def test_no_method_is_worse_than_magnitude_on_its_own_statistics(solver: str, pa
         largest, own = magnitude(group, parsed), method.solver(group, parsed)
         if method.options.refit:
             largest, own = (refit(group, matrix != 0) for matrix in (largest, own))
-        found = sparse_matrix(problem, parsed, method)[0]
+        found = sparse_matrix(group, parsed, method)
         assert parsed.check(found).ok
         assert float(group.loss(found)) <= min(float(group.loss(largest)), float(group.loss(own))) + 1e-9
         alone += bool(group.loss(own) > group.loss(largest) + 1e-9)

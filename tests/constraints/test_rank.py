@@ -13,7 +13,7 @@ import fxprune
 from fxprune.annotations import annotation
 from fxprune.constraints import parse_chain
 from fxprune.constraints.rank import Rank
-from fxprune.errors import CalibrationError, OptionsError
+from fxprune.errors import CalibrationError, GraphError, OptionsError
 from fxprune.export import export_onnx
 from fxprune.layers.splits import full_rank, splits_of
 from fxprune.options import Method
@@ -301,9 +301,10 @@ def test_layers_that_cannot_be_factored_say_why() -> None:
     assert reasons["shared"][0] == "kept"
     assert "2 places" in reasons["shared"][1]
     assert compiled(x).shape == model(x).shape
-    compiled = low_rank(model, [x], "ratio:0.5", split="channel", multiple=4, device="cpu", progress=False)
+    compiled = low_rank(model, [x], "ratio:0.5", split="channel", multiple=1, device="cpu", progress=False)
     assert compiled.report["thin"].reason == "a weight of 1 x 72 has rank 1 as it is"
-    assert compiled.report["pointwise"].reason == "no rank would save MACs"
+    with pytest.raises(GraphError, match=r"of 7 layers none can take it\. Why: "):
+        low_rank(model, [x], "ratio:0.5", split="channel", multiple=4, device="cpu", progress=False)
 
 
 def test_excluded_layers_stay_exactly_as_they_are() -> None:
@@ -462,3 +463,23 @@ def test_rank_in_a_recipe_is_low_rank() -> None:
     for (key, one), (other, two) in zip(by_recipe.state_dict().items(), by_name.state_dict().items(), strict=True):
         assert key == other
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("recipe", ["rank:ratio=0.7", "rank:0.8+2:4", "rank:energy=0.7"])
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "admm"])
+def test_a_loader_that_can_be_read_once_is_enough(recipe: str, method: str) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(256, 8)).eval()
+    images = torch.randn(96, 4, 8, 8)
+    options = {"method": method, "progress": False}
+    once = fxprune.compile(model, (batch for batch in images.split(32)), recipe, **options)
+    listed = fxprune.compile(model, images.split(32), recipe, **options)
+    assert once.report.macs == listed.report.macs
+    for name, value in listed.state_dict().items():
+        assert torch.equal(once.state_dict()[name], value)
+
+
+def test_a_layer_that_stays_whole_is_asked_again_what_it_can_hold() -> None:
+    """Its factors could have held 2:4; the stem itself, with 3 channels, cannot."""
+    stem = fxprune.compile(net(), smooth().split(32), "rank:0.9+2:4", progress=False).report["stem"]
+    assert stem.status == "reconstructed"
+    assert stem.reason == "left whole by rank macs:0.9; 3 input channels are not a multiple of 4"

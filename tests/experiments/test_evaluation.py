@@ -149,7 +149,7 @@ def test_what_guessing_would_give_is_said():
     logits = torch.eye(3).repeat(10, 1)
     wrong, half = (logits.argmax(1) + 1) % 3, torch.where(torch.arange(30) < 15, logits.argmax(1), 0)
     with pytest.warns(
-        EvaluationWarning, match="right on 0.00% of 30 images, which guessing one of 3 classes would be too"
+        EvaluationWarning, match=r"right on 0\.00% of 30 images, which guessing one of 3 classes would be too"
     ):
         assert evaluate(Logits(), [(logits, wrong)]) == 0
     with pytest.warns(EvaluationWarning, match="agree on 10 of 30 images"):

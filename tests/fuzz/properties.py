@@ -184,13 +184,10 @@ def no_layer_is_worse_than_magnitude(case: Case) -> None:
         return
     method = Method(solver, fxprune.Options(**case.options).resolved(solver, Recipe.parse(case.recipe)))
     for problem, pattern, _ in case.solver.problems:
-        one_group = replace(
-            problem, hessian=problem.hessian[None], target=problem.target[None], weight=problem.weight[None], factors={}
-        )
-        answer = sparse_matrix(one_group, pattern, method)[0]
+        answer = sparse_matrix(problem, pattern, method)
         simple = magnitude(problem, pattern)
         if method.options.refit:
-            simple = refit(problem, simple != 0)
+            answer, simple = (refit(problem, matrix != 0, start=matrix) for matrix in (answer, simple))
         least = problem.loss(problem.optimum())
         ours, theirs = float(problem.loss(answer) - least), float(problem.loss(simple) - least)
         energy = float((problem.target * problem.optimum()).sum())

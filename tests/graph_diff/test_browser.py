@@ -131,7 +131,7 @@ def test_search_dims_and_steps_through_what_it_finds(
     show(browser, result, tmp_path)
     ActionChains(browser).send_keys("/conv").perform()
     found = [node.get_attribute("title") for node in browser.find_elements(By.CSS_SELECTOR, ".node.match")]
-    assert found == ["conv1", "bn1", "conv2", "bn2", "conv2d"]  # bn1 was folded into conv1
+    assert found == ["conv1", "bn1", "conv2", "bn2", "mix"]  # bn1 was folded into conv1
     assert browser.find_element(By.ID, "matches").text == "5 matches"
     ActionChains(browser).send_keys(Keys.ENTER, Keys.ENTER, Keys.ENTER).perform()
     assert shown(browser) == "conv2"
