@@ -111,14 +111,14 @@ class SolveLayers(CalibratedPass):
 
     def _remedy(self, roles: Mapping[Node, Annotation]) -> str:
         """What to do where no layer can take the recipe."""
-        modules = {node: module for node in roles if is_matrix_layer(module := module_of(node))}
-        for node, module in modules.items():
+        for node, decided in roles.items():
+            module = module_of(node)
+            if not is_matrix_layer(module):
+                continue
             geometry, chain = LayerGeometry.of(module), self.recipe.chain(str(node.target)) or ()
-            by_recipe = roles[node].reason == keep_possible(chain, geometry)[1]
+            by_recipe = decided.reason == keep_possible(chain, geometry)[1]
             if by_recipe and Pattern.parse("0.5").decline(geometry) is None:
                 return "Choose another pattern, such as '0.5', which any layer with 4 input channels or more can hold"
-        if any(module.weight.dtype in (torch.float16, torch.bfloat16) for module in modules.values()):
-            return "Compile model.float(), and call .half() on the result"
         return "No other pattern would help: choose other layers, or leave this model dense"
 
     def _tell_of_little(self, graph_module: GraphModule, rows: Sequence[LayerReport], calibration: Calibration) -> None:

@@ -487,7 +487,7 @@ def test_layers_that_share_an_input_share_one_factorisation(method, factorisatio
         )
 
 
-@pytest.mark.parametrize("target", ["rectified", "dense"])
+@pytest.mark.parametrize("target", ["relu_aware", "dense"])
 def test_from_dense_inputs_each_layer_is_solved_as_if_it_were_alone(target):
     """Dense inputs that nothing else reads are still there when the rectifier's target is gathered."""
     torch.manual_seed(8)
