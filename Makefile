@@ -7,7 +7,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu lint format docs clean distclean
+.PHONY: help venv demo test test-slow test-gpu fuzz lint format docs clean distclean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -35,6 +35,10 @@ test-slow: $(STAMP)  ## the slow tests
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# A network that fails is printed as a script. A test may take 15 minutes otherwise, hence the last option.
+fuzz: $(STAMP)  ## random networks; ARGS="--networks 2000 --hypothesis-seed 1 --fuzz-log fuzz.jsonl"
+	$(BIN)/python -m pytest -m fuzz tests/fuzz -s -o faulthandler_timeout=0 $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

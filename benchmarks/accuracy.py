@@ -8,11 +8,10 @@ test images and on the JPEG test images, agreement and KL(dense || pruned) on th
 
 from __future__ import annotations
 
-import csv
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +26,7 @@ from benchmarks.machine import machine
 from fxprune import Options
 from fxprune.data import load_npz
 from fxprune.experiments.checkpoints import load_weights
+from fxprune.experiments.csv_rows import append_rows, read_lines
 from fxprune.passes import ReestimateBatchNorm
 
 WEIGHTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
@@ -82,7 +82,7 @@ METHODS: dict[str, Method] = {
     "+ dense target": compiled_with("admm", target="dense", bias_correction=False, reconstruct=False, permute=False),
     "+ bias": compiled_with("admm", target="dense", reconstruct=False, permute=False),
     "+ skip target": compiled_with("admm", target="skip", reconstruct=False, permute=False),
-    # + rectified target (from LIGHT_SPARSITY on): "ours without permutation"; + permutation: "ours".
+    # + ReLU-aware target (from LIGHT_SPARSITY on): "ours without permutation"; + permutation: "ours".
 }
 
 
@@ -166,7 +166,7 @@ def main(
     }
     batches = calibration.split(BATCH)
     words = machine(device)
-    rows = read(output)
+    rows = read_lines(output)
     done = {(row["model"], row["pattern"], row["method"], row["images"]) for row in rows}
     torch.backends.cudnn.allow_tf32 = False
     for name in models.split(","):
@@ -175,7 +175,8 @@ def main(
         if (name, "", "dense", str(images)) not in done:
             found = measure(model, dense, test)
             right = found.pop("right")
-            append(output, Row(name, "", "dense", 0.0, **found, seconds=0.0, images=images, machine=words))
+            dense_row = Row(name, "", "dense", 0.0, **found, seconds=0.0, images=images, machine=words)
+            append_rows(output, [dense_row], number=".4f")
             keep(PREDICTIONS, name, "", "dense", right)
         for pattern, method in itertools.product(patterns.split(","), methods.split(",")):
             method = next(known for known in METHODS if known == method.strip())
@@ -187,10 +188,10 @@ def main(
             found = measure(pruned, dense, test)
             keep(PREDICTIONS, name, pattern, method, found.pop("right"))
             row = Row(name, pattern, method, sparsity(pruned), **found, seconds=seconds, images=images, machine=words)
-            append(output, row)
+            append_rows(output, [row], number=".4f")
             print(f"{name} {pattern} {method}: {row.accuracy:.2f} / {row.accuracy_jpeg:.2f} / {row.agreement:.2f} / "
                   f"{row.kl:.4f}, {seconds:.0f} s", flush=True)  # fmt: skip
-    significance(PREDICTIONS, read(output), output.with_name(output.stem + "_significance.csv"))
+    significance(PREDICTIONS, read_lines(output), output.with_name(output.stem + "_significance.csv"))
 
 
 def keep(folder: Path, model: str, pattern: str, method: str, right: np.ndarray) -> None:
@@ -209,25 +210,6 @@ def significance(folder: Path, rows: list[dict[str, str]], path: Path) -> None:
             p = mcnemar(np.load(ours), np.load(other))
             lines.append(f"{row['model']},{row['pattern']},{row['method']},{p:.2g}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows written so far."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, row: Row) -> None:
-    """Add one row, and the header to a new file."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        if new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in asdict(row).items()})
 
 
 if __name__ == "__main__":

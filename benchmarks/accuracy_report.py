@@ -55,7 +55,7 @@ the timings. {machines}
 "ours" is `fxprune.compile(model, batches, pattern)` as it comes, "ours + polish" the same with `Options(polish=8,
 flip=True)`. `sparsegpt` is as published, run on the pruned prefix; `exact_obs` likewise as published: statistics of the
 dense model, BatchNorm not folded. `modelopt` is NVIDIA modelopt 0.47's "sparsegpt" mode with its own settings. Rows
-from "admm with its own target" on add one ingredient each; "ours without permutation" adds rectified targets to the
+from "admm with its own target" on add one ingredient each; "ours without permutation" adds ReLU-aware targets to the
 last of them (by default at patterns that keep less than half of the weights), and "ours" the permutation; "ours + all
 patches" is `Options(patches=0)`.
 

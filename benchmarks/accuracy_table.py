@@ -21,6 +21,7 @@ from typing import Annotated
 import typer
 
 from benchmarks import accuracy, accuracy_report
+from fxprune.experiments.csv_rows import read_lines
 
 ROWS = Path("out/accuracy/rows")
 GROUPED, UNSTRUCTURED = ("2:4", "1:4", "4:8"), ("0.5", "0.7", "0.8", "0.9", "0.95")
@@ -90,10 +91,10 @@ def _run(job: Job, data: Path, device: str, deadline: float) -> None:
 
 def merge(output: Path) -> None:
     """Put the rows of all workers into one file, in place of those it holds, and test them against ours."""
-    rows = {_key(row): row for row in accuracy.read(output)}
+    rows = {_key(row): row for row in read_lines(output)}
     for file in sorted(ROWS.glob("*.csv")):
         if not file.name.endswith("_significance.csv"):
-            rows |= {_key(row): row for row in accuracy.read(file)}
+            rows |= {_key(row): row for row in read_lines(file)}
     with output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(next(iter(rows.values()))))
         writer.writeheader()

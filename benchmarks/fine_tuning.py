@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import os
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -27,6 +26,7 @@ import fxprune
 from benchmarks.accuracy import BATCH, WEIGHTS, images_of, logits, measure
 from benchmarks.machine import machine
 from fxprune.experiments.checkpoints import load_weights
+from fxprune.experiments.csv_rows import append_rows, read_lines
 
 HERE = Path(__file__).parent
 TABLE, PAGE = HERE / "fine_tuning.csv", HERE / "fine_tuning.md"
@@ -127,7 +127,7 @@ def main() -> None:
     outputs = {key: logits(dense, pictures) for key, (pictures, _) in test.items()}
     compiled = fxprune.compile(dense, images[:CALIBRATION].split(BATCH), PATTERN, device="cpu", progress=False)
 
-    done = {(row["learns_from"], row["epochs"], float(row["learning_rate"])) for row in read()}
+    done = {(row["learns_from"], row["epochs"], float(row["learning_rate"])) for row in read_lines(TABLE)}
     wanted = arguments.goals.split(",")
     goals: list[tuple[Goal, float]] = [
         (goal, float(rate)) for rate in arguments.learning_rates.split(",") for goal in get_args(Goal) if goal in wanted
@@ -147,7 +147,7 @@ def main() -> None:
             MODEL, PATTERN, goal, epochs, rate, **found, sparsity=tuned.report.sparsity, file_passes=passes(tuned, test),
             seconds=seconds, machine=machine(),
         )  # fmt: skip
-        append(row)
+        append_rows(TABLE, [row], number=".6g")
         print(row, flush=True)
     PAGE.write_text(page(), encoding="utf-8")
 
@@ -159,33 +159,15 @@ def passes(tuned: fxprune.CompiledModule, test: dict[str, tuple[Tensor, Tensor]]
     with tempfile.TemporaryDirectory() as folder:
         try:
             fxprune.export_onnx(tuned, Path(folder) / "tuned.onnx", pictures[:4])
-            fxprune.validate_onnx(Path(folder) / "tuned.onnx", tuned, batches, progress=False)
+            fxprune.validate_onnx(tuned, Path(folder) / "tuned.onnx", batches, progress=False)
         except fxprune.FxPruneError as error:
             return str(error).splitlines()[0]
     return "yes"
 
 
-def read() -> list[dict[str, str]]:
-    """The rows written so far."""
-    if not TABLE.exists():
-        return []
-    with TABLE.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def append(row: Row) -> None:
-    """Add one row, and the header to a new file."""
-    is_new = not TABLE.exists()
-    with TABLE.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        if is_new:
-            writer.writeheader()
-        writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in asdict(row).items()})
-
-
 def page() -> str:
     """The table as Markdown."""
-    rows = read()
+    rows = read_lines(TABLE)
     lines = [
         "# Fine-tuning with zeros kept",
         "",

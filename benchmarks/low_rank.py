@@ -21,17 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from benchmarks.low_rank_output import LAYERS, NETWORKS, append, read, write_page, write_plot
+from benchmarks.low_rank_output import LAYERS, NETWORKS, write_page, write_plot
 from benchmarks.machine import machine
 from fxprune.annotations import annotation
 from fxprune.calibration.observers import observer_of
 from fxprune.data import load_npz, make_loader
 from fxprune.experiments.checkpoints import load_weights
+from fxprune.experiments.csv_rows import append_rows, read_lines
 from fxprune.experiments.evaluation import agreement, evaluate
 from fxprune.export.latency import Latency, measure_latency
 from fxprune.export.torch_export import to_onnx_program
 from fxprune.layers.problem import layer_of, pose_problem
-from fxprune.layers.splits import SPLITS, dense_multiply_adds, full_rank, multiply_adds
+from fxprune.layers.splits import SPLITS, dense_macs, factored_macs, full_rank
 from fxprune.models import create, model_info
 from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace
 from fxprune.rank_reduction import low_rank, low_rank_options
@@ -42,19 +43,19 @@ from fxprune.tracing import trace
 
 WEIGHTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 CALIBRATION, AGREEMENT, BATCH = 1024, 3000, 128
-SHARES = (0.3, 0.5, 0.7)  # of a layer's multiply-adds, for the layer table
+SHARES = (0.3, 0.5, 0.7)  # of a layer's MACs, for the layer table
 # (method, split, rank, multiple)
 TRIALS = (
-    ("data_aware", "auto", "multiply_adds:0.7", 4),
-    ("svd", "auto", "multiply_adds:0.7", 4),
-    ("data_aware", "channel", "multiply_adds:0.7", 4),
-    ("data_aware", "auto", "multiply_adds:0.55", 4),
-    ("data_aware", "auto", "multiply_adds:0.45", 4),
-    ("data_aware", "auto", "multiply_adds:0.7", 16),
-    ("data_aware", "auto", "multiply_adds:0.55", 16),
+    ("data_aware", "auto", "macs:0.7", 4),
+    ("svd", "auto", "macs:0.7", 4),
+    ("data_aware", "channel", "macs:0.7", 4),
+    ("data_aware", "auto", "macs:0.55", 4),
+    ("data_aware", "auto", "macs:0.45", 4),
+    ("data_aware", "auto", "macs:0.7", 16),
+    ("data_aware", "auto", "macs:0.55", 16),
 )
 LARGE = ("resnet18", "resnet50")
-LARGE_RANKS = ("multiply_adds:0.7", "multiply_adds:0.6", "multiply_adds:0.5")
+LARGE_RANKS = ("macs:0.7", "macs:0.6", "macs:0.5")
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class NetworkRow:
     split: str
     rank: str
     multiple: int
-    multiply_adds_dense: int
-    multiply_adds: int
+    macs_dense: int
+    macs: int
     accuracy_dense: float | None
     accuracy: float | None
     agreement: float | None
@@ -139,8 +140,8 @@ def layer_rows(name: str, data: Path) -> list[LayerRow]:
         variance = ((dense @ metric) * dense).sum()
         for split in SPLITS:
             whole, one = (
-                dense_multiply_adds(geometry, shapes[module]),
-                multiply_adds(geometry, shapes[module], split, 1) if full_rank(geometry, split) else 0,
+                dense_macs(geometry, shapes[module]),
+                factored_macs(geometry, shapes[module], split, 1) if full_rank(geometry, split) else 0,
             )
             for share in SHARES if one else ():
                 rank = min(full_rank(geometry, split), int(share * whole / one))
@@ -191,8 +192,8 @@ def network_row(
         jpeg = make_loader(images(name, data / "cifar10" / "cifar10_jpeg_test.npz", None, AGREEMENT), batch_size=BATCH)
         top1, kl = agreement(model, small, jpeg)
         scores = {"accuracy_dense": evaluate(model, test), "accuracy": evaluate(small, test)}
-        scores |= {"agreement": top1, "kl": kl}
-    before, after = small.report.multiply_adds
+        scores |= {"agreement": 100 * top1, "kl": kl}
+    before, after = small.report.macs
     dense, fast = time_both(model, small, torch.randn(size), runs, threads)
     return NetworkRow(
         model=name,
@@ -201,8 +202,8 @@ def network_row(
         split=split,
         rank=rank,
         multiple=multiple,
-        multiply_adds_dense=before,
-        multiply_adds=after,
+        macs_dense=before,
+        macs=after,
         **scores,
         dense_ms=dense.median,
         dense_low=dense.low,
@@ -231,19 +232,19 @@ def main() -> None:
     torch.set_num_threads(args.cores)
     parts, models = args.parts.split(","), args.models.split(",")
     for name in models if "layers" in parts else ():
-        if not any(row["model"] == name for row in read(LAYERS)):
-            append(LAYERS, layer_rows(name, args.data))
+        if not any(row["model"] == name for row in read_lines(LAYERS)):
+            append_rows(LAYERS, layer_rows(name, args.data), number=".6g")
     todo = [(name, args.data, trial) for name in models for trial in TRIALS] if "networks" in parts else []
     if "latency" in parts:
         todo += [(name, None, ("svd", "auto", rank, 16)) for name in LARGE for rank in LARGE_RANKS]
     for name, data, trial in todo:
-        done = {(r["model"], r["method"], r["split"], r["rank"], int(r["multiple"])) for r in read(NETWORKS)}
+        done = {(r["model"], r["method"], r["split"], r["rank"], int(r["multiple"])) for r in read_lines(NETWORKS)}
         if (name, *trial) not in done:
             row = network_row(name, data, trial, args.runs, args.threads, args.cores)
-            append(NETWORKS, [row])
+            append_rows(NETWORKS, [row], number=".6g")
             print(row, flush=True)
-    write_plot(read(NETWORKS), read(LAYERS))
-    write_page(read(NETWORKS), read(LAYERS))
+    write_plot(read_lines(NETWORKS), read_lines(LAYERS))
+    write_page(read_lines(NETWORKS), read_lines(LAYERS))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -19,25 +15,6 @@ PAGE = HERE / "low_rank.md"
 DATA_AWARE, PLAIN, CHANNEL = "#0072B2", "#7F7F7F", "#D55E00"
 
 Table = list[dict[str, str]]
-
-
-def read(path: Path) -> Table:
-    """The rows of a table; none if there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, rows: Sequence[Any]) -> None:
-    """Add rows, dataclasses all of one kind."""
-    fresh = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
-        if fresh:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
 
 
 def write_page(networks: Table, layers: Table) -> None:
@@ -54,15 +31,15 @@ def write_page(networks: Table, layers: Table) -> None:
         f"One layer at a time, at the same rank, on held-out images: data-aware SVD loses less than plain SVD in {less} of "
         f"{len(layers)} cases.",
         "",
-        "![Layer errors, agreement against multiply-adds, latency](low_rank.png)",
+        "![Layer errors, agreement against MACs, latency](low_rank.png)",
         "",
     ]
     lines += [f"Machine: {words}." for words in sorted({row["machine"] for row in networks})]
-    columns = ("network", "weights", "method", "split", "ranks by", "of", "multiply-adds", "accuracy, dense", "accuracy",
+    columns = ("network", "weights", "method", "split", "ranks by", "of", "MACs", "accuracy, dense", "accuracy",
                "agreement", "KL", "dense ms", "ms", "times faster")  # fmt: skip
     lines += ["", f"| {' | '.join(columns)} |", "|---|---|---|---|---|" + "---:|" * (len(columns) - 5)]
     for row in sorted(networks, key=lambda row: (row["weights"], row["model"], int(row["multiple"]))):
-        fewer = int(row["multiply_adds_dense"]) / int(row["multiply_adds"])
+        fewer = int(row["macs_dense"]) / int(row["macs"])
         scores = [f"{float(row[k]):.2f}" if row[k] else "" for k in ("accuracy_dense", "accuracy", "agreement")]
         times = [f"{float(row[k]):.3g}" for k in ("dense_ms", "ms", "low", "high")]
         cells = [
@@ -75,7 +52,7 @@ def write_page(networks: Table, layers: Table) -> None:
 
 
 def write_plot(networks: Table, layers: Table) -> None:
-    """Three panels: layer errors, agreement against multiply-adds, latency."""
+    """Three panels: layer errors, agreement against MACs, latency."""
     with figure(4.8, 14) as picture:
         panels = picture.subplots(1, 3)
         _errors(panels[0], layers)
@@ -99,18 +76,18 @@ def _errors(axes: Axes, layers: Table) -> None:
 
 
 def _agreement(axes: Axes, rows: Table) -> None:
-    """How close whole networks stay to dense at fewer multiply-adds."""
+    """How close whole networks stay to dense at fewer MACs."""
     kinds = (("data_aware", "auto", DATA_AWARE, "data-aware"), ("data_aware", "channel", CHANNEL, "channel split only"),
              ("svd", "auto", PLAIN, "plain SVD"))  # fmt: skip
     for model, style, marker in (("resnet56", "-", "o"), ("resnet20", "--", "s")):
         for method, split, color, words in kinds:
             own = [r for r in rows if (r["model"], r["method"], r["split"]) == (model, method, split)]
-            own.sort(key=lambda row: int(row["multiply_adds"]))
-            fewer = [int(row["multiply_adds_dense"]) / int(row["multiply_adds"]) for row in own]
+            own.sort(key=lambda row: int(row["macs"]))
+            fewer = [int(row["macs_dense"]) / int(row["macs"]) for row in own]
             label = f"{words}, ResNet-{model[6:]}" if own else None
             agreements = [float(row["agreement"]) for row in own]
             axes.plot(fewer, agreements, style, marker=marker, color=color, label=label)
-    axes.set(xlabel="times fewer multiply-adds", ylabel="% agreement with dense, top-1")
+    axes.set(xlabel="times fewer MACs", ylabel="% agreement with dense, top-1")
     axes.set_title("Trained CIFAR-10 networks")
     axes.legend(loc="lower right", frameon=False, fontsize=10, handlelength=3)
 
@@ -126,7 +103,7 @@ def _latency(axes: Axes, networks: Table) -> None:
         axes.plot(ends, [place, place], color="black", linewidth=1.6)
         times = f"{float(row['ms']):.3g} ms for {dense:.3g}"
         axes.annotate(times, (0.05, place), va="center", color="white", weight="bold", size=10)
-        fewer = int(row["multiply_adds_dense"]) / int(row["multiply_adds"])
+        fewer = int(row["macs_dense"]) / int(row["macs"])
         size = 224 if row["weights"] == "random" else 32
         names.append(f"ResNet-{row['model'][6:]}, {size}²\n{fewer:.2f}x fewer")
     axes.set_yticks(range(len(names)), names, size=9)

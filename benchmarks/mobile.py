@@ -10,9 +10,8 @@ weights are kept in out/mobile. The images there are re-encoded as JPEG, for tra
 from __future__ import annotations
 
 import argparse
-import csv
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,9 +23,10 @@ import fxprune
 from benchmarks.machine import machine
 from fxprune import Options
 from fxprune.data import calibration_loader, load_data, make_loader
+from fxprune.experiments.csv_rows import write_rows
 from fxprune.experiments.evaluation import agreement, evaluate
-from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.training import train
+from fxprune.experiments.training_recipe import TrainingRecipe
 
 HERE = Path(__file__).resolve().parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -81,7 +81,7 @@ def main() -> None:
     test = make_loader(splits.test, batch_size=500)
     images = Subset(splits.train, range(given.train_images))
     model = network(given.width)
-    recipe = Recipe(given.epochs, channels_last=True)
+    recipe = TrainingRecipe(given.epochs, channels_last=True)
     train(
         model, make_loader(images, shuffle=True), test, recipe, device="cpu", folder=Path("out/mobile"), resume=True,
         on_epoch=lambda e: print(f"epoch {e.epoch}: {e.val_accuracy:.2f}%, {e.seconds:.0f} s", flush=True),
@@ -96,19 +96,15 @@ def main() -> None:
             compiled = fxprune.compile(model, batches, pattern, method=method, options=options, progress=False)
             seconds = time.perf_counter() - started
             close, accuracy = agreement(model, compiled, test), evaluate(compiled, test)
-            rows.append(
-                Row(pattern, name, dense, accuracy, close.top1, close.kl, seconds, given.images, machine("cpu"))
-            )
-            print(f"{pattern} {name}: {accuracy:.2f} / {close.top1:.2f} / {close.kl:.4f}, {seconds:.0f} s", flush=True)
+            agreed = 100 * close.top1
+            rows.append(Row(pattern, name, dense, accuracy, agreed, close.kl, seconds, given.images, machine("cpu")))
+            print(f"{pattern} {name}: {accuracy:.2f} / {agreed:.2f} / {close.kl:.4f}, {seconds:.0f} s", flush=True)
             write(given.output, rows, given)
 
 
 def write(path: Path, rows: list[Row], given: argparse.Namespace) -> None:
     """The CSV, and the table as a page."""
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_rows(path.with_suffix(".csv"), Row, rows)
     lines = [
         "# A mobile network",
         "",

@@ -26,11 +26,12 @@ from torch.utils.data import Subset
 import fxprune
 from benchmarks.machine import machine
 from benchmarks.seed_table_output import write_markdown, write_plot
-from benchmarks.seed_table_rows import Row, read_rows, write_rows
+from benchmarks.seed_table_rows import Row
 from fxprune.data import calibration_loader, load_data, make_loader
+from fxprune.experiments.csv_rows import read_rows, write_rows
 from fxprune.experiments.evaluation import agreement, evaluate
-from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.training import train
+from fxprune.experiments.training_recipe import TrainingRecipe
 from fxprune.export import export_onnx
 from fxprune.models import create, model_info
 
@@ -57,7 +58,7 @@ class Task:
     name: str
     model: str
     data: str
-    recipe: Recipe
+    recipe: TrainingRecipe
     images: int | None = None
     width: int | None = None
     augment: bool = False
@@ -66,29 +67,29 @@ class Task:
 
 FAST: dict[str, Any] = {"amp": True, "channels_last": True}
 FULL = (
-    Task("simple_cnn, MNIST", "simple_cnn", MNIST, Recipe(10, **FAST), allowed_drop=0.3),
-    Task("cifar_cnn, CIFAR-10", "cifar_cnn", CIFAR10, Recipe(30, **FAST), augment=True, allowed_drop=4.0),
-    Task("resnet18_cifar, CIFAR-10", "resnet18_cifar", CIFAR10, Recipe(30, **FAST), augment=True),
-    Task("vgg16_cifar, CIFAR-10", "vgg16_cifar", CIFAR10, Recipe(40, learning_rate=0.05, **FAST), augment=True),
+    Task("simple_cnn, MNIST", "simple_cnn", MNIST, TrainingRecipe(10, **FAST), allowed_drop=0.3),
+    Task("cifar_cnn, CIFAR-10", "cifar_cnn", CIFAR10, TrainingRecipe(30, **FAST), augment=True, allowed_drop=4.0),
+    Task("resnet18_cifar, CIFAR-10", "resnet18_cifar", CIFAR10, TrainingRecipe(30, **FAST), augment=True),
+    Task("vgg16_cifar, CIFAR-10", "vgg16_cifar", CIFAR10, TrainingRecipe(40, learning_rate=0.05, **FAST), augment=True),
 )
 SHORT = (
-    Task("simple_cnn, MNIST", "simple_cnn", MNIST, Recipe(3, channels_last=True), allowed_drop=0.3),
+    Task("simple_cnn, MNIST", "simple_cnn", MNIST, TrainingRecipe(3, channels_last=True), allowed_drop=0.3),
     Task(
         "cifar_cnn, CIFAR-10 (width 16, 10,000 images, 4 epochs)", "cifar_cnn", CIFAR10,
-        Recipe(4, channels_last=True), images=10_000, width=16, allowed_drop=4.0,
+        TrainingRecipe(4, channels_last=True), images=10_000, width=16, allowed_drop=4.0,
     ),
     Task(
         "resnet18_cifar, CIFAR-10 (width 16, 20,000 images, 6 epochs)", "resnet18_cifar", CIFAR10,
-        Recipe(6, channels_last=True), images=20_000, width=16,
+        TrainingRecipe(6, channels_last=True), images=20_000, width=16,
     ),
     Task(
         "vgg16_cifar, CIFAR-10 (width 16, 20,000 images, 6 epochs)", "vgg16_cifar", CIFAR10,
-        Recipe(6, learning_rate=0.05, channels_last=True), images=20_000, width=16,
+        TrainingRecipe(6, learning_rate=0.05, channels_last=True), images=20_000, width=16,
     ),
 )  # fmt: skip
 SHORTENED = (
     "The CIFAR-10 networks are a quarter as wide as their originals and were trained shortly: in full, resnet18_cifar and "
-    "vgg16_cifar take 0.56 and 0.33 billion multiply-adds an image, a day or more on two cores. `--device cuda` trains "
+    "vgg16_cifar take 0.56 and 0.33 billion MACs an image, a day or more on two cores. `--device cuda` trains "
     "all four in full."
 )
 
@@ -104,7 +105,7 @@ def run(
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Train what is not trained, run what the CSV does not hold, write it after each row; the tasks' rows in order."""
-    known = {row.key: row for row in read_rows(csv_file)}
+    known = {row.key: row for row in read_rows(csv_file, Row)}
     rows: list[Row] = []
     for task in tasks:
         todo = [_row(task, data_root, method, calibration_images) for method in METHODS]
@@ -113,7 +114,7 @@ def run(
             for row in todo:
                 if row.key not in known:
                     known[row.key] = prepared.prune(row, weights_folder)
-                    write_rows(csv_file, known.values())
+                    write_rows(csv_file, Row, known.values())
         for row in todo:
             rows.append(known[row.key])
             on_row(rows[-1])
@@ -174,7 +175,7 @@ class _Prepared:
             accuracy=accuracy,
             drop=self.accuracy - accuracy,
             allowed_drop=None if row.method == "magnitude" else self.task.allowed_drop,
-            agreement=close.top1,
+            agreement=100 * close.top1,
             kl=close.kl,
             sparsity=compiled.report.sparsity,
             layers_pruned=sum(layer.status == "pruned" for layer in compiled.report.layers),

@@ -1,15 +1,8 @@
-"""The rows of the seed table, and the CSV that holds them."""
+"""The rows of the seed table."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from fxprune.files import atomic
 
 
 @dataclass(frozen=True)
@@ -48,27 +41,3 @@ class Row:
 
 
 KEY = ("name", "model", "width", "train_images", "epochs", "calibration_images", "method")
-INTEGERS = {"width", "train_images", "epochs", "calibration_images", "layers_pruned", "test_images"}
-TEXTS = {"name", "model", "method", "machine"}
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The CSV's rows; none if there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [Row(**{name: _value(name, text) for name, text in line.items()}) for line in csv.DictReader(file)]
-
-
-def _value(name: str, text: str) -> Any:
-    if name in TEXTS:
-        return text
-    return None if text == "" else (int(text) if name in INTEGERS else float(text))
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write the CSV, whole or not at all."""
-    with atomic(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Row)])
-        writer.writerows(dataclasses.astuple(row) for row in rows)

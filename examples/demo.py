@@ -17,8 +17,8 @@ from rich.table import Table
 import fxprune
 from fxprune.data import calibration_loader, load_data, make_loader
 from fxprune.experiments.evaluation import agreement, evaluate
-from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.training import Epoch, train
+from fxprune.experiments.training_recipe import TrainingRecipe
 
 
 def main(folder: Path = Path("out/demo"), epochs: int = 6) -> None:
@@ -37,7 +37,7 @@ def main(folder: Path = Path("out/demo"), epochs: int = 6) -> None:
 
     # 2. Train it: a normal, dense network.
     console.print(f"Training a simple CNN on {len(digits.train)} digits")  # type: ignore[arg-type]
-    train(model, make_loader(digits.train, batch_size=100, shuffle=True), test, Recipe(epochs), on_epoch=say)
+    train(model, make_loader(digits.train, batch_size=100, shuffle=True), test, TrainingRecipe(epochs), on_epoch=say)
 
     # 3. Compile it. No training, no labels: 1,024 images to calibrate on are all that is needed.
     calibration = calibration_loader(digits.train, images=1024)
@@ -62,7 +62,7 @@ def main(folder: Path = Path("out/demo"), epochs: int = 6) -> None:
         close = agreement(model, pruned, test)
         name = "admm (default)" if pruned is best else method
         zeros = f"{pruned.report.sparsity:.1%}"
-        table.add_row(name, f"{evaluate(pruned, test):.1f}%", f"{close.top1:.1f}%", f"{close.kl:.5f}", zeros)
+        table.add_row(name, f"{evaluate(pruned, test):.1f}%", f"{close.top1:.1%}", f"{close.kl:.5f}", zeros)
     table.add_row("default in onnxruntime", f"{onnx.parity.accuracy_onnx:.1f}%", "", "", f"{onnx.sparsity:.1%}")
     console.print(table)
     console.print(f"ONNX file, validated in onnxruntime: {onnx_file}")

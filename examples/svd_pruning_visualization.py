@@ -26,15 +26,15 @@ import fxprune
 from fxprune.annotations import annotation
 from fxprune.data import DataSplits, calibration_loader, load_data, make_loader
 from fxprune.experiments.checkpoints import load_weights
-from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.training import train
+from fxprune.experiments.training_recipe import TrainingRecipe
 from fxprune.geometry import flatten_weight
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace
 from fxprune.plots import save_figure
 from fxprune.plots.style import FAINT, INK, figure
 from fxprune.rank_reduction import low_rank_options
-from fxprune.ranks.choices import Survey
+from fxprune.ranks.plan import Survey
 from fxprune.ranks.survey import survey
 from fxprune.solvers import ADMM, Magnitude
 from fxprune.solvers.low_rank import tail_energy
@@ -174,7 +174,12 @@ def network(args: argparse.Namespace) -> tuple[nn.Module, DataSplits]:
         return load_weights(model, args.weights).eval(), data
     torch.manual_seed(0)
     print(f"Training {args.model} on {args.data}, {args.epochs} epoch(s)")
-    train(model, make_loader(data.train, batch_size=100, shuffle=True), make_loader(data.test), Recipe(args.epochs))
+    train(
+        model,
+        make_loader(data.train, batch_size=100, shuffle=True),
+        make_loader(data.test),
+        TrainingRecipe(args.epochs),
+    )
     return model.eval(), data
 
 

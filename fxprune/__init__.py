@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from fxprune.saving import load, save
     from fxprune.scanning import scan
 else:
-    from fxprune.first_use import on_first_use
+    from fxprune.runtime.first_use import on_first_use
 
     __getattr__, __dir__ = on_first_use(
         __name__,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxprune.interrupt import leave_at_once
+from fxprune.runtime.interrupt import leave_at_once
 
 
 def main() -> None:

@@ -16,13 +16,13 @@ from fxprune.geometry import LayerGeometry
 from fxprune.report import LayerReport, PruneReport
 
 if TYPE_CHECKING:
-    from fxprune.constraints import Chain
     from fxprune.fine_tuning.recorded_zeros import ZeroMask
     from fxprune.intake.origins import Origin
     from fxprune.intake.record import Intake
+    from fxprune.layers.constraint import Chain
 
 KEY = "fxprune"
-Role = Literal["compress", "reconstruct", "keep"]
+Role = Literal["compress", "reconstruct", "keep", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Annotation:
 
     Attributes:
         role: what is to become of a Conv or Linear call: "compress" (solved under its constraints), "reconstruct" (dense,
-            re-fitted) or "keep"; "" for any other node, and before roles are given.
+            re-fitted) or "keep"; "repeat" for a later call that reads the weight of an earlier one, and has its fate; "" for
+            any other node, and before roles are given.
         reason: why the layer is not compressed; "" for role "compress".
         geometry: how the layer reads its input; None for layers that are kept.
         chain: the constraints under which the layer is solved, in order.

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from fxprune.annotations import KEY, annotate_graph, annotation, report_of
 from fxprune.errors import GraphError
-from fxprune.export.deployment import assess_deployment
-from fxprune.fine_tuning.keeper import attach_again
 from fxprune.fine_tuning.recorded_zeros import current_report, record_zeros
+from fxprune.geometry import reduction_second
+from fxprune.layers.deployment import assess_deployment
 from fxprune.layers.kept import layers_inside
+from fxprune.layers.zero_keeper import attach_again
 from fxprune.report import LayerReport, PruneReport
 
 
@@ -112,10 +116,24 @@ class _Operator:
     name: str
 
 
+@dataclass(frozen=True)
+class _Function:
+    """A function by its module and name, where pickle looks for it elsewhere: F.max_pool2d is made inside another one."""
+
+    module: str
+    name: str
+
+
 def _to_state(value: Any) -> Any:
     if isinstance(value, Node):
         return _Reference(value.name)
-    return _Operator(str(value)) if isinstance(value, OpOverload | OpOverloadPacket) else value
+    if isinstance(value, OpOverload | OpOverloadPacket):
+        return _Operator(str(value))
+    if isinstance(value, FunctionType) and "<locals>" in value.__qualname__:
+        function = _Function(value.__module__, value.__name__)
+        if getattr(sys.modules.get(function.module), function.name, None) is value:
+            return function
+    return value
 
 
 def _unpickled(name: str, state: dict[str, Any], nodes: list[_NodeState], codegen: Any) -> CompiledModule:
@@ -125,6 +143,8 @@ def _unpickled(name: str, state: dict[str, Any], nodes: list[_NodeState], codege
     def from_state(value: Any) -> Any:
         if isinstance(value, _Reference):
             return made[value.name]
+        if isinstance(value, _Function):
+            return getattr(importlib.import_module(value.module), value.name)
         if not isinstance(value, _Operator):
             return value
         found: Any = torch.ops
@@ -157,6 +177,5 @@ def _with_verdict(layer: LayerReport, graph_module: GraphModule) -> LayerReport:
     if not layer.pattern:
         return layer
     module = graph_module.get_submodule(layer.name)
-    assert isinstance(module.weight, Tensor)
-    verdict = assess_deployment(module.weight, op=layer.op, groups=getattr(module, "groups", 1)).verdict
+    verdict = assess_deployment(reduction_second(module), op=layer.op, groups=getattr(module, "groups", 1)).verdict
     return replace(layer, verdict=verdict)

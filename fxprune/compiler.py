@@ -12,11 +12,9 @@ from torch import nn
 from fxprune import solvers
 from fxprune.calibration.calibration import Calibration
 from fxprune.compiled import CompiledModule
-from fxprune.devices import default_device
 from fxprune.errors import OptionsError
 from fxprune.graph import device_of
-from fxprune.method import Method
-from fxprune.options import Options, given_options
+from fxprune.options import Method, Options, given_options
 from fxprune.passes import (
     Allocate,
     CheckHooks,
@@ -33,10 +31,11 @@ from fxprune.passes import (
     verify,
 )
 from fxprune.pattern import Pattern
-from fxprune.progress import layer_progress
 from fxprune.recipe import Recipe
+from fxprune.runtime.devices import default_device
+from fxprune.runtime.progress import layer_progress
+from fxprune.runtime.surroundings import undisturbed, without_inference_tensors
 from fxprune.solvers import Solver
-from fxprune.surroundings import undisturbed, without_inference_tensors
 from fxprune.tracing import trace
 
 DEFAULT_RECIPE = "2:4"

@@ -1,4 +1,4 @@
-"""What concerns the method beyond recipe and solver, and what each solver takes for its own."""
+"""What concerns the method beyond recipe and solver, what each solver takes for its own, and the two together."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ if TYPE_CHECKING:  # `fxprune prune --help` shows these options, and must not wa
     from fxprune.recipe import Recipe
     from fxprune.solvers.solver import Solver
 
-Target = Literal["weights", "dense", "skip", "rectified"]
+Target = Literal["weights", "dense", "skip", "relu_aware"]
 Inputs = Literal["pruned", "dense"]
-LIGHT_SPARSITY = 0.5  # Up to here rectified targets gain nothing on images held out.
+Factorisation = Literal["data_aware", "svd"]
+LIGHT_SPARSITY = 0.5  # Up to here ReLU-aware targets gain nothing on held-out images.
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,17 @@ class Options:
     Attributes:
         damping: lambda / mean(diag H), the pull towards the dense weights.
         inputs: where a layer's statistics come from: the "pruned" prefix (sequential), or the "dense" model.
-        target: what a layer regresses: the output of its own "weights" on those inputs, the "dense" model's output, or
-            "skip": the dense output plus the error that a skip connection brings to the add that follows, or "rectified":
-            the same, but where a ReLU follows, what the dense model has below its threshold need only stay below; it gains
-            where fewer than half of the weights stay.
+        target: what a layer's output is fitted to: the output of its own "weights" on those inputs; the "dense" model's output;
+            "skip", the dense output with the error made up for that a skip connection brings to the add that follows; or
+            "relu_aware", the same and ReLU-aware: what a ReLU makes zero in the dense model need only stay below zero. The
+            last is better where fewer than half of the weights stay.
         bias_correction: fit the bias too (means are removed from the statistics); created where there was none.
         refit: solve for the kept weights by least squares after the solver has chosen the mask.
         reconstruct: re-fit layers that are not pruned (first conv, depthwise, ...) to the same target.
         fold_batchnorm: fold BatchNorm into the layer before it.
-        patches: how many patches for each column of a layer (each input of an output channel) its statistics are taken from.
-            Where a set of at least 128 images has more than these, and than 49,152, rows and images are left out evenly, and
-            what every layer leaves out is not run; 0 for all there are.
+        patches: patches for each column of a layer (each input of an output channel) from which its statistics are taken. Where
+            a set of at least 128 images has more, and more than 49,152 in all, rows and images are left out evenly; images
+            that every layer leaves out are not run. 0 takes all patches.
         permute: choose which input channels share an N:M group, on the first 64 images.
         global_budget: for unstructured patterns: spread the zeros over the layers by what each costs.
         polish: epochs afterwards in which the activations learn the dense model's, masks fixed; 0 for none.
@@ -72,7 +73,7 @@ class Options:
         if self.inputs not in (None, "pruned", "dense"):
             raise OptionsError(f"inputs is {self.inputs!r}; it should be 'pruned' or 'dense'")
         if self.target not in (None, *get_args(Target)):
-            raise OptionsError(f"target is {self.target!r}; it should be 'weights', 'dense', 'skip' or 'rectified'")
+            raise OptionsError(f"target is {self.target!r}; it should be 'weights', 'dense', 'skip' or 'relu_aware'")
         if self.patches is not None and self.patches < 0:
             raise OptionsError(f"patches is {self.patches}; it is a number for each column, 0 for all there are")
         if self.polish < 0:
@@ -96,7 +97,7 @@ class Options:
             raise OptionsError(f"global_budget: {recipe} says what each layer gets; use a sparsity, or 'mixed:0.6'")
         own = PUBLISHED if solver.published else OURS
         missing = {f.name: getattr(own, f.name) for f in fields(self) if getattr(self, f.name) is None}
-        if missing.get("target") == "rectified" and recipe.sparsity <= LIGHT_SPARSITY:
+        if missing.get("target") == "relu_aware" and recipe.sparsity <= LIGHT_SPARSITY:
             missing["target"] = "skip"
         missing["permute"] = grouped and bool(own.permute if self.permute is None else self.permute)
         return replace(self, **missing)
@@ -122,5 +123,38 @@ PUBLISHED = Options(
     inputs="pruned", target="weights", bias_correction=False, refit=False, reconstruct=False, patches=0, permute=False
 )
 OURS = Options(
-    inputs="pruned", target="rectified", bias_correction=True, refit=True, reconstruct=True, patches=64, permute=True
+    inputs="pruned", target="relu_aware", bias_correction=True, refit=True, reconstruct=True, patches=64, permute=True
 )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A solver with resolved options (`Options.resolved`).
+
+    Attributes:
+        solver: chooses the weights that stay.
+        options: resolved.
+        label: what the report calls the method; "" for the solver's own name.
+    """
+
+    solver: Solver
+    options: Options
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """As the report has it."""
+        return self.label or str(self.solver)
+
+    @property
+    def factorisation(self) -> Factorisation:
+        """How a layer is split: by the output error, or by the weight alone for a solver that sees no images."""
+        return "data_aware" if self.solver.needs_statistics else "svd"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether anything that is done to a layer depends on the calibration images."""
+        o = self.options
+        return (
+            self.solver.needs_statistics or o.target != "weights" or bool(o.refit or o.bias_correction or o.reconstruct)
+        )

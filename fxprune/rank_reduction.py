@@ -14,10 +14,8 @@ from fxprune.compiler import compile, solving_passes
 from fxprune.constraints.rank import Rank
 from fxprune.errors import OptionsError
 from fxprune.layers.splits import Split, splits_of
-from fxprune.method import Factorisation, Method
-from fxprune.options import OURS, PUBLISHED, Options, given_options
-from fxprune.ranks.choices import RankPlan
-from fxprune.ranks.rule import RankRule
+from fxprune.options import OURS, PUBLISHED, Factorisation, Method, Options, given_options
+from fxprune.ranks.plan import RankPlan, RankRule
 from fxprune.recipe import Recipe
 from fxprune.solvers import ADMM, Magnitude
 
@@ -27,7 +25,7 @@ UNUSED = ("permute", "global_budget", "polish")
 def low_rank(
     model: nn.Module,
     calib_loader: Iterable[Any],
-    rank: str | RankRule | RankPlan = "multiply_adds:0.7",
+    rank: str | RankRule | RankPlan = "macs:0.7",
     *,
     method: Factorisation = "data_aware",
     split: Split | Literal["auto"] = "auto",
@@ -39,7 +37,7 @@ def low_rank(
     memory_limit: int | None = None,
     checkpoint_dir: str | None = None,
 ) -> CompiledModule:
-    """Replace convolutions and linear layers by two smaller ones each: fewer multiply-adds, no retraining, no labels.
+    """Replace convolutions and linear layers by two smaller ones each: fewer MACs, no retraining, no labels.
 
     The same as `compile` with the recipe "rank:0.7", with more to choose. To prune the factors too, use the recipe
     "rank:0.7+2:4": their targets are then the dense model's.
@@ -47,7 +45,7 @@ def low_rank(
     Args:
         model: trained model; it is copied, never modified.
         calib_loader: iterable of batches as for `compile`.
-        rank: "multiply_adds:0.7" (the network keeps 70% of them, spread over the layers by the error each rank makes),
+        rank: "macs:0.7" (the network keeps 70% of them, spread over the layers by the error each rank makes),
             "ratio:0.5" (each layer keeps half of its own), "energy:0.95" (each layer keeps 95% of its output's
             variance), or "speedup:1.3" (1.3 times faster than dense in onnxruntime on this machine's CPU, one image,
             one thread, measured on exported files).

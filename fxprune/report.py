@@ -39,7 +39,7 @@ class LayerReport:
         pattern: the pattern that the weight now satisfies, or "" if it was not pruned.
         status: "pruned", "factored" (replaced by two layers), "reconstructed" (dense, re-fitted to the dense model's
             output) or "kept" (as it was).
-        reason: why the layer was not pruned, or how it was factored; "" for pruned layers.
+        reason: why the layer was not pruned, or how it was factored; of a pruned layer, what is unusual about it, or "".
         sparsity: share of zeros in the weight.
         relative_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on the held-out images, or None if not measured; without
             such images on those that were fitted, a quarter of the patches whose statistics were taken.
@@ -48,7 +48,7 @@ class LayerReport:
         seconds: time spent in the solver.
         verdict: deployment verdict, in a word or two.
         rank: of a factored layer; 0 for any other.
-        multiply_adds: of a factored layer for one sample, (before, after).
+        macs: of a factored layer for one sample, (before, after).
     """
 
     name: str
@@ -64,7 +64,7 @@ class LayerReport:
     seconds: float = 0.0
     verdict: str = ""
     rank: int = 0
-    multiply_adds: tuple[int, ...] = ()
+    macs: tuple[int, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -91,7 +91,7 @@ class PruneReport:
         agreement: share of the held-out samples on which dense and pruned outputs have the same top class; None without such
             samples, or if the model's output is not a single (N, classes) tensor.
         kl: mean KL(dense || pruned) of the softmax outputs there, in nats, or None likewise.
-        multiply_adds: of all Conv and Linear modules for one sample, (before, after), where layers were factored.
+        macs: of all Conv and Linear modules for one sample, (before, after), where layers were factored.
         warnings: what is wrong with the images, in sentences.
         notes: what has happened to the model since, such as zeros that were filled in.
     """
@@ -107,7 +107,7 @@ class PruneReport:
     peak_memory: int = 0
     agreement: float | None = None
     kl: float | None = None
-    multiply_adds: tuple[int, ...] = ()
+    macs: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -141,15 +141,15 @@ class PruneReport:
     def summary(self) -> str:
         """The run in a line or two."""
         done = sum(layer.status in ("pruned", "factored") for layer in self.layers)
-        if self.multiply_adds:
-            before, after = self.multiply_adds
+        if self.macs:
+            before, after = self.macs
             pruned = any(layer.status == "pruned" for layer in self.layers)
             what = f"{'compressed' if pruned else 'factored'} ({self.pattern}) with {self.method}; "
-            what += f"{before / 1e6:.1f} M multiply-adds a sample became {after / 1e6:.1f} M "
-            what += f"({before / max(after, 1):.2f} times fewer)"
+            what += f"{before / 1e6:.1f} M MACs a sample became {after / 1e6:.1f} M ({before / max(after, 1):.2f} times fewer)"
             what += f"; {self.sparsity:.1%} of all weights are zero" if pruned else ""
         else:
-            what = f"pruned to {self.pattern} with {self.method}; {self.sparsity:.1%} of all weights are zero"
+            recipe = f"by the recipe {self.pattern}" if ": " in self.pattern else f"to {self.pattern}"
+            what = f"pruned {recipe} with {self.method}; {self.sparsity:.1%} of all weights are zero"
         images = (
             f"{self.images} of {self.images_read} images" if self.images_read > self.images else f"{self.images} images"
         )
@@ -213,9 +213,9 @@ def _finite(value: Any) -> Any:
 def _note(layer: LayerReport, without: str) -> str:
     """Rank, reason, dead inputs and verdict in one sentence, the verdict only if it is not `without`."""
     notes = [layer.reason, "" if layer.verdict == without else layer.verdict]
-    if layer.rank and layer.multiply_adds:
-        before, after = layer.multiply_adds
-        notes.insert(0, f"rank {layer.rank}, {after / before:.0%} of its multiply-adds")
+    if layer.rank and layer.macs:
+        before, after = layer.macs
+        notes.insert(0, f"rank {layer.rank}, {after / before:.0%} of its MACs")
     if layer.dead_inputs:
         notes.append(f"{layer.dead_inputs} dead inputs")
     return "; ".join(note for note in notes if note)

@@ -17,22 +17,21 @@ from torch.fx import GraphModule, Node
 from fxprune import solvers
 from fxprune.annotations import annotation
 from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.macs import macs_per_sample
 from fxprune.compiler import checked_memory
 from fxprune.constraints import Chain, Constraint, parse_chain
 from fxprune.constraints.mask import Mask
 from fxprune.constraints.rank import Rank
-from fxprune.devices import default_device
+from fxprune.constraints.sensitivity import sensitivities
 from fxprune.errors import OptionsError
-from fxprune.layers.macs import macs_per_sample
-from fxprune.layers.sensitivity import sensitivities
-from fxprune.method import Method
-from fxprune.options import Options, given_options
+from fxprune.options import Method, Options, given_options
 from fxprune.passes import CheckHooks, CheckImages, FoldBatchNorm, InsertObservers, RemoveInplace
-from fxprune.progress import layer_progress
-from fxprune.ranks.rule import RankRule
+from fxprune.ranks.plan import RankRule
 from fxprune.recipe import Recipe
+from fxprune.runtime.devices import default_device
+from fxprune.runtime.progress import layer_progress
+from fxprune.runtime.surroundings import undisturbed
 from fxprune.solvers import Solver
-from fxprune.surroundings import undisturbed
 from fxprune.tables import Column, as_text, table, terminal_width
 from fxprune.tracing import trace
 
@@ -168,7 +167,7 @@ def scan(
         given = [_allocated(graph_module, layers, chain, calibration, how) for chain in chains]
         by_layer = {node: [own for own, _ in (of[node] for of in given)] for node in layers}
         found = sensitivities(graph_module, by_layer, calibration, how, probe_every=1)
-        macs = macs_per_sample(graph_module, calibration.example(graph_module))
+        macs = macs_per_sample(calibration.example(graph_module))
     rows = []
     for node in layers:
         of = found[node]
@@ -192,7 +191,7 @@ def _by_layer(chain: Chain) -> Chain:
         if isinstance(constraint, Rank) and isinstance(constraint.rule, RankRule):
             if constraint.rule.kind == "speedup":
                 raise OptionsError(f"{constraint} is measured on the whole network; scan 'rank:0.5' or the like")
-            if constraint.rule.kind == "multiply_adds":
+            if constraint.rule.kind == "macs":
                 constraint = replace(constraint, rule=RankRule("ratio", constraint.rule.value))
         own.append(constraint)
     return tuple(own)

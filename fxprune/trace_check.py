@@ -12,12 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxprune.calibration.batches import call, inputs_of, map_tensors, take, tensors_in
-from fxprune.calibration.failures import FUNCTIONAL, node_failure, remedy_for, said, stays_as_it_is, values_read
+from fxprune.calibration.batches import call_by_name, inputs_of, map_tensors, take, tensors_in
+from fxprune.calibration.failures import (
+    node_failure,
+    remedy_for,
+    said,
+    stays_as_it_is,
+    values_read,
+    weight_of_convolution,
+)
 from fxprune.errors import CalibrationError
 from fxprune.geometry import CONVOLUTIONS
 from fxprune.graph import Runner, device_of, input_of, module_of
-from fxprune.surroundings import same_random_numbers
+from fxprune.runtime.surroundings import same_random_numbers
 
 IMAGES = 4
 TOLERANCE = 1e-3  # Relative. Both run the same kernels, but TF32 or bfloat16 ones need not repeat exactly.
@@ -85,8 +92,8 @@ class _Run(Runner):
         module = module_of(node)
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
             return len(getattr(module, "kernel_size", ())) + 1
-        weight = node.args[1] if node.target in FUNCTIONAL and len(node.args) > 1 else None
-        return self.env[weight].dim() - 1 if isinstance(weight, Node) else None
+        weight = weight_of_convolution(node)
+        return None if weight is None else self.env[weight].dim() - 1
 
     def outcome(self, values: list[Any]) -> Any:
         return _attempt(lambda: self.run(*_copies(values)))
@@ -94,7 +101,7 @@ class _Run(Runner):
 
 def _outcome(module: nn.Module, placeholders: list[Node], values: list[Any]) -> Any:
     names = [str(node.target).lstrip("*") for node in placeholders]
-    return _attempt(lambda: call(module, dict(zip(names, _copies(values), strict=True))))
+    return _attempt(lambda: call_by_name(module, dict(zip(names, _copies(values), strict=True))))
 
 
 def _copies(values: list[Any]) -> list[Any]:

@@ -22,10 +22,10 @@ from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from fxprune.calibration.batches import names_in
-from fxprune.code_names import allow_any_name, refuse_reserved_names
 from fxprune.errors import TraceError
-from fxprune.fine_tuning.keeper import let_go
 from fxprune.graph import device_of
+from fxprune.graph.code_names import allow_any_name, refuse_reserved_names
+from fxprune.graph.model_argument import not_a_model
 from fxprune.intake import attention, batch_sizes, computed_weights, exported, wrapped_functions
 from fxprune.intake.example_values import Frozen, ValueTracer
 from fxprune.intake.names import check_exclude, matches
@@ -33,7 +33,7 @@ from fxprune.intake.normal_form import is_layer_call, normalise
 from fxprune.intake.origins import Origin, set_origins
 from fxprune.intake.record import Intake, Leaf, intake, set_intake
 from fxprune.intake.symbolic import TRANSFORMERS, PathTracer, explain
-from fxprune.model_argument import not_a_model
+from fxprune.layers.zero_keeper import let_go
 from fxprune.trace_check import difference, parting
 
 __all__ = ["check_exclude", "matches", "trace"]

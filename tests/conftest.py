@@ -16,6 +16,8 @@ GOLDEN_ROOT = Path(__file__).resolve().parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regen", action="store_true", help="write the golden files anew instead of comparing")
+    parser.addoption("--networks", type=int, default=200, help="how many random networks `make fuzz` draws")
+    parser.addoption("--fuzz-log", default="", help="file to which `make fuzz` adds a line of JSON for every network")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

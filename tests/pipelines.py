@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from fxprune import Calibration, Options, solvers
 from fxprune.annotations import report_of
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.passes import Allocate, InsertObservers, RemoveObservers, SolveLayers, verify
 from fxprune.recipe import Recipe
 from fxprune.report import PruneReport

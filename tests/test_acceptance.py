@@ -40,7 +40,8 @@ class TrainedResNet20:
     def scores(self, method: str) -> tuple[fxprune.CompiledModule, float, float]:
         """Compiled to 2:4: (graph, accuracy on the 846 images, agreement on the 3,000), in percent."""
         compiled = fxprune.compile(self.model, self.calibration, "2:4", method=method, device="cpu", progress=False)
-        return compiled, evaluate(compiled, self.test, "cpu"), agreement(self.model, compiled, self.jpeg, "cpu").top1
+        agreed = 100 * agreement(self.model, compiled, self.jpeg, "cpu").top1
+        return compiled, evaluate(compiled, self.test, "cpu"), agreed
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torchvision.ops import StochasticDepth, stochastic_depth
 
-from fxprune.consumers import consumers, is_identity, skip_operands
+from fxprune.annotations import annotate
+from fxprune.consumers import consumers, skip_operands
+from fxprune.operations import is_identity
 from fxprune.tracing import trace
 
 INF = math.inf
@@ -24,6 +26,7 @@ class Base(nn.Module):
         self.early, self.layer, self.late = (nn.Conv2d(4, 4, 1) for _ in range(3))
         self.drop, self.identity, self.relu = nn.Dropout(0.5), nn.Identity(), nn.ReLU()
         self.depth = StochasticDepth(0.5, "row")
+        self.functional = torch.ao.nn.quantized.FloatFunctional()
         self.scale = 1.0
 
 
@@ -60,6 +63,13 @@ REACHED = {
     "through dropout": lambda m, x, e: m.drop(m.layer(e)) + e,
     "through F.dropout": lambda m, x, e: F.dropout(m.layer(e), 0.5, m.training) + e,
     "through F.dropout by keyword": lambda m, x, e: F.dropout(m.layer(e), training=m.training) + e,
+    "through F.alpha_dropout as it is by default": lambda m, x, e: F.alpha_dropout(m.layer(e)) + e,
+    "through torch.dropout": lambda m, x, e: torch.dropout(m.layer(e), p=0.5, train=m.training) + e,
+    "through clone": lambda m, x, e: torch.clone(m.layer(e).clone()) + e,
+    "through plus": lambda m, x, e: +m.layer(e) + e,
+    "torch.add with alpha=1": lambda m, x, e: torch.add(m.layer(e), e, alpha=1),
+    "a method in place": lambda m, x, e: m.layer(e).add_(e),
+    "FloatFunctional": lambda m, x, e: m.functional.add(m.layer(e), e),
     "through identity": lambda m, x, e: m.identity(m.layer(e)).contiguous() + e,
     "through stochastic depth": lambda m, x, e: stochastic_depth(m.layer(e), 0.5, "row", m.training) + e,
     "through its module": lambda m, x, e: m.depth(m.layer(e)) + e,
@@ -153,6 +163,12 @@ RECTIFIED = {
     "F.hardtanh": (lambda m, x, e: F.hardtanh(m.layer(e)), (-1, 1)),
     "F.hardtanh by position": (lambda m, x, e: F.hardtanh(m.layer(e), -2, 3), (-2, 3)),
     "F.hardtanh by keyword": (lambda m, x, e: F.hardtanh(m.layer(e), max_val=4), (-1, 4)),
+    "F.threshold": (lambda m, x, e: F.threshold(m.layer(e), 0.1, 0.0), (0.1, INF)),
+    "clamp": (lambda m, x, e: m.layer(e).clamp(-1, 2), (-1, 2)),
+    "clamp from below": (lambda m, x, e: torch.clamp(m.layer(e), min=0), (0, INF)),
+    "clip by keyword": (lambda m, x, e: torch.clip(m.layer(e), max=2, min=-0.5), (-0.5, 2)),
+    "clamp_min": (lambda m, x, e: m.layer(e).clamp_min(0), (0, INF)),
+    "FloatFunctional": (lambda m, x, e: m.functional.add_relu(m.layer(e), e), (0, INF)),
     "F.hardswish": (lambda m, x, e: F.hardswish(m.layer(e)), (-3, INF)),
     "F.hardsigmoid": (lambda m, x, e: F.hardsigmoid(m.layer(e)), (-3, 3)),
 }
@@ -208,3 +224,17 @@ NOT_RECTIFIED = {
 @pytest.mark.parametrize("forward", NOT_RECTIFIED.values(), ids=NOT_RECTIFIED)
 def test_no_rectifier(forward):
     assert rectifier(forward) is None
+
+
+def test_a_module_that_a_hook_changes_is_not_looked_through():
+    node = layer_in(lambda m, x, e: m.relu(m.identity(m.layer(e)) + e))
+    identity, relu = (next(n for n in node.graph.nodes if n.target == name) for name in ("identity", "relu"))
+    assert (operands_of(node), consumers(node).rectifier) == (["early"], (0, INF))
+    annotate(relu, changed="a hook")
+    assert (operands_of(node), consumers(node).rectifier) == (["early"], None)
+    annotate(identity, changed="a hook")
+    assert operands_of(node) == []
+
+
+def operands_of(node: Node) -> list[str]:
+    return [operand.name for operand in skip_operands(node)]

@@ -56,9 +56,8 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
         for match in blocks(page, "python"):
             if match["reason"] is None:
                 line = text[: match.start("code")].count("\n")
-                code = compile(
-                    "\n" * line + match["code"], str(page), "exec"
-                )  # so that a traceback shows the page's line
+                # So many empty lines that a traceback shows the page's line.
+                code = compile("\n" * line + match["code"], str(page), "exec", dont_inherit=True)
                 exec(code, namespace)
     finally:
         torch.set_num_threads(threads)

@@ -46,10 +46,10 @@ def test_our_own_choice(method):
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "0.6", "mixed:0.6"])
-def test_rectified_targets_are_for_patterns_that_keep_less_than_half(pattern):
-    assert Options().resolved(solvers.get("admm"), Recipe.parse(pattern)).target == "rectified"
+def test_relu_aware_targets_are_for_patterns_that_keep_less_than_half(pattern):
+    assert Options().resolved(solvers.get("admm"), Recipe.parse(pattern)).target == "relu_aware"
     assert Options().resolved(solvers.get("admm"), Recipe.parse("0.5")).target == "skip"
-    assert Options(target="rectified").resolved(solvers.get("admm"), TWO_FOUR).target == "rectified"
+    assert Options(target="relu_aware").resolved(solvers.get("admm"), TWO_FOUR).target == "relu_aware"
 
 
 @pytest.mark.parametrize("method", ["magnitude", "admm"])

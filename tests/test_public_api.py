@@ -23,13 +23,13 @@ def test_names():
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", fxprune.__version__)
 
 
-def test_arguments_of_compile():
+def test_compile_takes_these_arguments_and_no_more():
     parameters = inspect.signature(fxprune.compile).parameters
-    free = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
-    assert free == ["model", "calib_loader", "pattern"]
+    places = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
+    assert places == ["model", "calib_loader", "pattern"]
     assert {name: p.default for name, p in parameters.items() if p.default is not p.empty} == {
-        "pattern": "2:4", "method": "admm", "exclude": (), "options": None, "passes": None, "device": None,
-        "progress": True, "memory_limit": None, "checkpoint_dir": None,
+        "pattern": "2:4", "method": "admm", "exclude": (), "options": None, "passes": None,
+        "device": None, "progress": True, "memory_limit": None, "checkpoint_dir": None,
     }  # fmt: skip
 
 

@@ -24,7 +24,8 @@ from benchmarks.machine import machine
 from benchmarks.speed import layer_statistics, resnet50, whole_compile
 from benchmarks.speed.measure import Times, load, product_rate
 from benchmarks.speed.output import write_markdown, write_plots
-from benchmarks.speed.rows import Row, merge, read_rows, write_rows
+from benchmarks.speed.rows import Row, merge
+from fxprune.experiments.csv_rows import read_rows, write_rows
 
 HERE = Path(__file__).resolve().parent
 SECTIONS = ("statistics", "compile", "growth", "resnet50")
@@ -47,8 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"== {section}", flush=True)
         words = machine(given.device)
         rows = [dataclasses.replace(row, machine=words) for row in SECTION_OF[section](given)]
-        rows = merge(read_rows(output.with_suffix(".csv")), rows)
-        write_rows(output.with_suffix(".csv"), rows)
+        rows = merge(read_rows(output.with_suffix(".csv"), Row), rows)
+        write_rows(output.with_suffix(".csv"), Row, rows, number=".6g")
         write_markdown(output.with_suffix(".md"), rows, "python -m benchmarks.speed" + " --device cuda" * on_gpu)
         write_plots(output, rows)
 

@@ -84,7 +84,7 @@ def measure(
         "other": seconds - sum(stages.values()),
         "error": sum(errors) / len(errors) if errors else None,
         "kl": report.kl,
-        "agreement": report.agreement,
+        "agreement": None if report.agreement is None else 100 * report.agreement,
         "live_mib": report.peak_memory / 2**20,
         "rss_mib": peak,
     }

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.measure import Times
-from fxprune.files import atomic
 
 
 @dataclass(frozen=True)
@@ -71,34 +67,7 @@ class Row:
         return cls(section, case, method, times.median, min(seconds), max(seconds), len(seconds), **values)
 
 
-TEXTS = ("section", "case", "method", "machine")
-INTEGERS = ("repeats", "images", "images_used", "threads")
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The CSV's rows; none if there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [Row(**{name: _value(name, text) for name, text in line.items()}) for line in csv.DictReader(file)]
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write the CSV, whole or not at all, numbers to six digits."""
-    with atomic(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Row)])
-        for row in rows:
-            writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in dataclasses.astuple(row)])
-
-
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """Rows of sections that were run again take the place of the old ones."""
     again = {row.section for row in new}
     return [row for row in old if row.section not in again] + list(new)
-
-
-def _value(name: str, text: str) -> Any:
-    if name in TEXTS:
-        return text
-    return None if text == "" else (int(text) if name in INTEGERS else float(text))

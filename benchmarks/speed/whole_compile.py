@@ -87,7 +87,7 @@ def run(name: str, data_root: Path, images: int, *, repeats: int, exact_obs: boo
         values = split(reports[method], taken) if method in reports else {}
         if method in others:
             close = agreement(model, others[method], batches)
-            values = {"kl": close.kl, "agreement": close.top1}
+            values = {"kl": close.kl, "agreement": 100 * close.top1}
         over = ratio(taken, times[DENSE]).median if len(taken.seconds) == rounds else taken.median / times[DENSE].median
         yield Row.of(
             "compile", case, method, taken, over_first=over, images=images, load=began,
@@ -121,7 +121,7 @@ def split(reports: list[PruneReport], taken: Times) -> dict[str, Any]:
         "other": seconds - sum(stages.values()),
         "error": sum(errors) / len(errors) if errors else None,
         "kl": report.kl,
-        "agreement": report.agreement,
+        "agreement": None if report.agreement is None else 100 * report.agreement,
         "images_used": report.images,
         "live_mib": report.peak_memory / 2**20,
     }

@@ -1,7 +1,7 @@
 """Where the live values of calibration batches wait between two cuts: on the device, in host memory, or on disk.
 
-Batches are visited in the same order at every cut, so what fits stays where it is and only the rest moves: keeping the most
-recently used ones would move everything every time.
+Batches are visited in the same order at every cut. So those that fit stay where they are, and only the rest moves; keeping the
+most recently used ones instead would move every batch every time.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return _unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
-def call(model: nn.Module, given: Mapping[str, Any]) -> Any:
+def call_by_name(model: nn.Module, given: Mapping[str, Any]) -> Any:
     """Call a model with values for its inputs by name, each passed as its forward takes it."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -128,9 +128,6 @@ def inputs_of(
             values[node] = (node.args[0] if node.args else None, (), {})[needed.stars]
     check_values(values.values(), f"calibration batch {number}")
     return values
-
-
-assign = inputs_of
 
 
 def inputs_by_name(

@@ -13,10 +13,11 @@ from torch.fx import GraphModule
 
 from fxprune.calibration.batches import count, inputs_of, map_tensors, peek, read_all, take
 from fxprune.calibration.holdout import drawn, held_out_count
+from fxprune.calibration.observers import observers_off
+from fxprune.calibration.shapes import Example, KnownShapes
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.errors import CalibrationWarning
-from fxprune.graph import Runner, device_of, module_of
-from fxprune.statistics import HessianObserver
+from fxprune.graph import Runner, device_of
 
 HEAD_IMAGES = 160  # In a set of as many, the first FITTED_HEAD are never held out: some passes look at no more of it.
 FITTED_HEAD = 64
@@ -38,6 +39,7 @@ class Calibration:
         stopwatch: takes the time of "stream", "statistics" and "solve".
         warnings: what is wrong with the images, in sentences.
         dense: the graph before its layers were solved, where a later pass needs it.
+        shapes: of the values of the run's graphs, as far as they are known.
     """
 
     loader: Iterable[Any]
@@ -50,6 +52,7 @@ class Calibration:
     stopwatch: Stopwatch = None  # type: ignore[assignment]  # Of the device, by default.
     warnings: list[str] = field(default_factory=list)
     dense: GraphModule | None = None
+    shapes: KnownShapes = field(default_factory=KnownShapes)
     _first: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -104,35 +107,40 @@ class Calibration:
         self.loader = batches = read_all(self.loader)
         return batches
 
-    def example(self, graph_module: GraphModule, images: int = 4) -> list[Any]:
-        """Values of the graph's inputs: the first images of the first batch, or all where the graph takes no other number."""
-        placeholders = graph_module.graph.find_nodes(op="placeholder")
-        whole = list(inputs_of(self.first, placeholders, device=device_of(graph_module)).values())
-        few: list[Any] = take(whole, slice(images))
+    def example(self, graph_module: GraphModule, batch: Sequence[Any] | None = None) -> Example:
+        """A few images, and the shapes of the graph's values on them; the graph runs only if they are not known.
+
+        Args:
+            graph_module: any graph of this run.
+            batch: values of its placeholders in the first batch, where they are at hand.
+
+        Raises:
+            CalibrationError: if the graph does not run on the first batch.
+        """
+        return self.shapes.example(graph_module) or self.run_example(graph_module, batch)[0]
+
+    def run_example(self, graph_module: GraphModule, batch: Sequence[Any] | None = None) -> tuple[Example, Any]:
+        """Run a graph on the example, and give its output too; arguments and errors as for `example`."""
+        if batch is None:
+            batch = self.shapes.inputs or self._first_values(graph_module)
+        with observers_off(graph_module):
+            return self.shapes.run(graph_module, batch)
+
+    def images(self, graph_module: GraphModule, images: int) -> list[Any]:
+        """Values of the graph's inputs: so many images of the first batch, or all where the graph takes no other number."""
+        few: list[Any] = take(self.example(graph_module).inputs, slice(images))
         try:
             with torch.no_grad(), observers_off(graph_module):
                 Runner(graph_module).run(*map_tensors(few, torch.clone))
-        except Exception:  # Whatever it is: the run on the whole batch names the place, or succeeds.
-            return whole
+        except Exception:  # Whatever it is: it has run on the example.
+            return self.example(graph_module).inputs
         return few
+
+    def _first_values(self, graph_module: GraphModule) -> list[Any]:
+        placeholders = graph_module.graph.find_nodes(op="placeholder")
+        return list(inputs_of(self.first, placeholders, device=device_of(graph_module)).values())
 
     def warn(self, message: str) -> None:
         """Say that something is wrong with the images, here and in the report."""
         self.warnings.append(message)
         warnings.warn(message, CalibrationWarning, stacklevel=2)
-
-
-class observers_off:  # noqa: N801 - a context manager
-    """Inside, the observers of a graph see nothing; what they were is put back afterwards."""
-
-    def __init__(self, graph_module: GraphModule) -> None:
-        self.observers = [m for n in graph_module.graph.nodes if isinstance(m := module_of(n), HessianObserver)]
-
-    def __enter__(self) -> None:
-        self.enabled = [observer.enabled for observer in self.observers]
-        for observer in self.observers:
-            observer.enabled = False
-
-    def __exit__(self, *error: object) -> None:
-        for observer, enabled in zip(self.observers, self.enabled, strict=True):
-            observer.enabled = enabled

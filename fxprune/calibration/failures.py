@@ -8,7 +8,6 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -16,8 +15,8 @@ from fxprune.calibration.batches import tensors_in
 from fxprune.errors import CalibrationError, FxPruneError
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.graph import Runner, module_of
+from fxprune.operations import Argument, operation_of
 
-FUNCTIONAL = (F.conv1d, F.conv2d, F.conv3d)
 _OF_TYPES = re.compile(r"dtype|scalar type|input type|not implemented for '|unsigned char|tensor type", re.IGNORECASE)
 
 
@@ -151,13 +150,21 @@ def _first_convolution(model: nn.Module) -> tuple[int, int] | None:
     return next(filter(None, found), None)
 
 
+def weight_of_convolution(node: Node) -> Node | None:
+    """Where a convolution that is called as a function takes its weight (R, C/G, *kernel) from; None for all else."""
+    operation = operation_of(node)
+    if node.op == "call_module" or operation is None or operation.name not in ("conv1d", "conv2d", "conv3d"):
+        return None
+    weight = Argument(1, "weight").of(node)
+    return weight if isinstance(weight, Node) else None
+
+
 def _of_node(node: Node) -> tuple[int, int] | None:
-    module, weight = module_of(node), node.args[1] if len(node.args) > 1 else None
-    if node.target not in FUNCTIONAL or not isinstance(weight, Node) or weight.op != "get_attr":
+    module, weight = module_of(node), weight_of_convolution(node)
+    if weight is None or weight.op != "get_attr":
         return None if module is None else _of(module)
     tensor = attrgetter(str(weight.target))(node.graph.owning_module)
-    groups: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
-    return tensor.dim() - 2, tensor.shape[1] * groups
+    return tensor.dim() - 2, tensor.shape[1] * Argument(6, "groups", 1).of(node)
 
 
 def _of(module: nn.Module) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Which images take no part in the statistics: what is measured on them is a score, what is measured on the others is not."""
+"""Which images are held out: nothing is fitted to them, so what is measured on them is an honest score."""
 
 from __future__ import annotations
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from fxprune.geometry import CONVOLUTIONS
 from fxprune.graph import has_global_hooks, has_hooks, module_of
-
-ADDS = (operator.add, torch.add)
+from fxprune.operations import operation_of, summands, writes_in_place
 
 
 def last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
-    """For each node, the nodes whose values are not read after it."""
+    """For each node, the nodes whose values it is the last to read."""
     dying: dict[Node, list[Node]] = {node: [] for node in nodes}
     seen: set[Node] = set()
     for node in reversed(nodes):
@@ -30,24 +26,28 @@ def last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
 
 
 def spare_input(node: Node) -> Node | None:
-    """The input of a ReLU or an add whose memory its output may take: a layer or an add has just made it, for this alone.
+    """The input of a ReLU or an add whose memory the output may overwrite; None if there is none.
 
-    Memory that has been touched already takes half the time of new.
+    That is an input which a layer or an add has just made, and which nothing else reads. Writing to memory that has been
+    touched before takes half the time of writing to new memory.
     """
     module = module_of(node)
     if _is_hooked(module):
         return None
-    relu = type(module) is nn.ReLU if module is not None else node.target in (F.relu, torch.relu, "relu")
-    add = node.target in ADDS and len(node.args) == len(node.all_input_nodes) == 2 and not node.kwargs
-    if not add and not (relu and len(node.all_input_nodes) == 1):
+    operation, operands = operation_of(node), summands(node)
+    relu = operation is not None and operation.name == "relu" and len(node.all_input_nodes) == 1
+    if not relu and (operands is None or len(node.all_input_nodes) != 2):
         return None
     return next((source for source in node.all_input_nodes if len(source.users) == 1 and _is_fresh(source)), None)
 
 
 def _is_fresh(source: Node) -> bool:
     """Whether a value is in memory of its own."""
+    operation = operation_of(source)
+    if summands(source) is not None:
+        return not writes_in_place(source)
     module = module_of(source)  # A hook may give something else, or keep the value.
-    return (isinstance(module, (*CONVOLUTIONS, nn.Linear)) and not _is_hooked(module)) or source.target in ADDS
+    return module is not None and operation is not None and operation.channels == "matrix" and not _is_hooked(module)
 
 
 def _is_hooked(module: nn.Module | None) -> bool:
@@ -57,14 +57,8 @@ def _is_hooked(module: nn.Module | None) -> bool:
 def overwrite(node: Node, source: Node, value_of: Callable[[Node], Any]) -> Tensor | None:
     """The node's value in the memory of an input (`spare_input`); None if it does not fit there."""
     x = value_of(source)
-    if node.target not in ADDS:
+    if summands(node) is None:
         return torch.relu_(x)
     other = value_of(next(of for of in node.all_input_nodes if of is not source))
     fits = isinstance(x, Tensor) and isinstance(other, Tensor) and (x.shape, x.dtype) == (other.shape, other.dtype)
     return x.add_(other) if fits else None
-
-
-def reads_strides(node: Node) -> bool:
-    """Whether a node's value depends on how its input lies in memory."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_method", "call_function") and name in ("as_strided", "as_strided_", "stride", "set_")

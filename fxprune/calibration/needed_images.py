@@ -1,57 +1,47 @@
-"""Which images of a calibration set the layers of a model need: what none of them would look at is not run.
+"""Which images of a calibration set the layers of a model need. An image that no layer needs is not run.
 
-`sample_patches` leaves images out of a layer's statistics where there are patches enough without them. An image that is left
-out of every layer's would still be most of the work: it would run through both models to the end.
+`sample_patches` leaves images out of a layer's statistics where there are enough patches without them. Taking an image's
+statistics is little work beside running it through both models, so an image that every layer leaves out is best not run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.fx import GraphModule, Node
 
 from fxprune.calibration import sampling
-from fxprune.calibration.batches import count, map_tensors, take
-from fxprune.calibration.calibration import observers_off
-from fxprune.calibration.failures import stays_as_it_is
 from fxprune.calibration.sampling import BatchPlace
-from fxprune.graph import Shape, module_of, value_shapes
+from fxprune.calibration.shapes import Example
+from fxprune.graph import Shape, module_of
 from fxprune.statistics import HessianObserver
 from fxprune.statistics.accumulators import patch_count
 
-DRY_RUN_IMAGES = 4
 ALONE_SHARE = 0.125  # 8 for each column by default.
 
 
-def image_step(
-    graph_module: GraphModule, inputs: Mapping[Node, Any], *, images: int, patches: int, least: int | None = None
-) -> Fraction:
-    """The step between the images that are enough for the layer that needs most of them, at least 1.
+def image_step(example: Example, *, images: int, patches: int, least: int | None = None) -> Fraction:
+    """The step between images, at least 1, that leaves enough of them for the layer that needs most.
 
-    A classifier behind global pooling sees one patch of an image. It would take every image there is, while each of its
-    patches, from an image of its own, says as much as several that are alike: beside layers that see many, it counts
-    ALONE_SHARE of the patches as enough.
+    A classifier behind global pooling sees one patch of an image, and by the rule for other layers would take every image
+    there is. But its patches come from different images, and each says as much as several patches of one image: where other
+    layers see many patches, ALONE_SHARE of the usual number is enough for it.
 
     Args:
-        graph_module: with observers in front of the layers that will be solved.
-        inputs: values of its placeholders in one batch; a few of the images run through the graph.
+        example: of a graph with observers in front of the layers that will be solved.
         images: in the whole calibration set.
         patches: for each column of a layer, see `sample_patches`.
         least: images that always take part, see there.
 
     Returns:
-        The step; 1 too for a model that does not run on a few images of a batch, as it may take batches of one size only.
+        The step; 1 too for a model that takes batches of one size only.
     """
-    observers = {n: m for n in graph_module.graph.nodes if isinstance(m := module_of(n), HessianObserver)}
-    shapes = _shapes_of_a_few(graph_module, inputs)
-    if shapes is None:
+    if not example.takes_few:
         return Fraction(1)
-    ran = BatchPlace(0, 0, min(DRY_RUN_IMAGES, count(inputs)))
-    seen = [(observer.geometry, _of_shape(shapes[node])) for node, observer in observers.items()]
+    ran = BatchPlace(0, 0, example.images)
+    observed = ((m, shape) for n, shape in example.shapes.items() if isinstance(m := module_of(n), HessianObserver))
+    seen = [(observer.geometry, _of_shape(shape)) for observer, shape in observed]
     alone = [patch_count(geometry, geometry.batched(x)) == ran.images for geometry, x in seen]
     steps = []
     for (geometry, x), one_patch in zip(seen, alone, strict=True):
@@ -61,23 +51,6 @@ def image_step(
         )
         steps.append(sample.step)
     return min(steps, default=Fraction(1))
-
-
-def runs_on_a_few(graph_module: GraphModule, inputs: Mapping[Node, Any]) -> bool:
-    """Whether a graph takes fewer images than a batch holds."""
-    return _shapes_of_a_few(graph_module, inputs) is not None
-
-
-def _shapes_of_a_few(graph_module: GraphModule, inputs: Mapping[Node, Any]) -> dict[Node, Shape] | None:
-    """The shapes of all values on a few images; None for a model that does not run on them."""
-    few = map_tensors(take(list(inputs.values()), slice(DRY_RUN_IMAGES)), torch.clone)
-    try:
-        with observers_off(graph_module):
-            return value_shapes(graph_module, *few)
-    except Exception as error:  # Whatever it is: the run on the whole batch names the place, or succeeds.
-        if stays_as_it_is(error):
-            raise
-        return None
 
 
 def _of_shape(shape: Shape) -> Tensor:

@@ -9,28 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from fxprune.geometry import CONVOLUTIONS
+from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.graph import module_of
 from fxprune.statistics.offset import Offset
+from fxprune.statistics.pool import Pool
 
 CHUNK_NUMBERS = 2**18
-ROUNDING = 1e-11  # Of the energy: a constant output varies by a few times 1e-7 of its size in float32.
+ROUNDING = 1e-11  # Share of the energy: by rounding, a constant output varies by a few 1e-7 of its size in float32.
 
 
 def channel_dim(layer: Node) -> int:
     """Where a layer's output has its channels, from the end: last for Linear, before the spatial ones for convolutions."""
     module = module_of(layer)  # While it is solved, a factored layer is an nn.Sequential of two.
     last = module[-1] if isinstance(module, nn.Sequential) else module
-    return -1 - len(last.kernel_size) if isinstance(last, CONVOLUTIONS) else -1
+    return -1 - len(last.kernel_size) if isinstance(last, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)) else -1
 
 
 @dataclass
 class OutputError:
     """||y_dense - y_pruned||^2 / ||y_dense - mean||^2 of one layer, the mean per output channel.
 
-    Sums are taken in float32, or in float64 for such values and those whose squares float32 cannot hold, of a few images at a
-    time, whose differences stay in the cache; of the dense output after its mean in the first batch is taken away, or a
-    large mean would drown the variance in rounding.
+    Sums are taken over a few images at a time, so that their differences stay in the cache: in float32, or in float64 where
+    values are float64 or their squares exceed float32. The mean of the first batch is subtracted before values are squared;
+    with a large mean, rounding would otherwise hide the variance.
     """
 
     channel_dim: int
@@ -66,6 +67,10 @@ class OutputError:
         self.squares += squares
         self.sums = total if self.sums is None else self.sums + total
         self.count += dense.numel() // len(total)
+
+    def pool(self) -> Pool:
+        """Takes small batches of outputs, of both models, several at a time."""
+        return Pool(lambda _, dense, pruned: self.update(dense, pruned))
 
     @property
     def relative(self) -> float:

@@ -14,8 +14,9 @@ from torch.fx import GraphModule, Node
 from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.batches import EMPTY, channels_last, count, inputs_of, map_tensors, take, tensors_in
 from fxprune.calibration.calibration import Calibration
-from fxprune.calibration.needed_images import image_step, runs_on_a_few
+from fxprune.calibration.needed_images import image_step
 from fxprune.calibration.sampling import BatchPlace, as_index, images_taken
+from fxprune.calibration.shapes import Example
 from fxprune.errors import CalibrationError
 
 LEAST_TOGETHER = 32  # Held-out images of several batches are joined up to so many, or to the first batch's size.
@@ -103,12 +104,12 @@ def read_into(
     total, step = sum(sizes), Fraction(1)
     masks = calibration.held_out(total).split(sizes)
     out = sum(int(mask.sum()) for mask in masks)
-    if out and not runs_on_a_few(graph_module, store.look(0).dense_values):
+    example = _example(graph_module, calibration, store) if out or (patches and placeholders and fit) else None
+    if out and (example is None or not example.takes_few):
         masks = _whole_batches(sizes, out)
         out = sum(int(mask.sum()) for mask in masks)
-    if patches and placeholders and fit:
-        first_batch = store.look(0).dense_values
-        step = image_step(graph_module, first_batch, images=total - out, patches=patches, least=least)
+    if patches and placeholders and fit and example is not None:
+        step = image_step(example, images=total - out, patches=patches, least=least)
     held_out = _HeldOut(store, max(LEAST_TOGETHER, sizes[0]), key=len(sizes))
     slots, before, images = list[Slot](), 0, 0  # Images that are not held out, and those of them that are taken.
     for number, of_batch in enumerate(masks):
@@ -124,6 +125,14 @@ def read_into(
             slots.append(Slot(number, number, BatchPlace(len(slots), images, len(taken))))
             images += len(taken)
     return Source(total, images, out, step, digest.hexdigest(), (*slots, *held_out.finish()))
+
+
+def _example(graph_module: GraphModule, calibration: Calibration, store: BatchStore) -> Example | None:
+    """Some images and the shapes on them; None for a model that fails on them: the run that follows names the place."""
+    try:
+        return calibration.example(graph_module, list(store.look(0).dense_values.values()))
+    except CalibrationError:
+        return None
 
 
 def _whole_batches(sizes: list[int], least: int) -> list[Tensor]:

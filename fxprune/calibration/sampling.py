@@ -1,12 +1,11 @@
 """Which patches a layer's statistics are taken from.
 
-A convolution sees thousands of patches in every image, which are much alike. Its statistics have settled long before the
-last one, while a layer of many columns and few positions needs them all. What is left out is left out of every image first:
-a band of rows of each of many images says more than as many rows of a few.
+A convolution sees thousands of patches in every image, and they are much alike: its statistics settle long before the last
+patch. A layer of many columns and few positions needs all patches. Where there are more than needed, rows are left out of every
+image first, since a band of rows from each of many images says more than whole images, of which there would be few.
 
-Which images are taken is settled for the calibration set as a whole, in integers: image floor(k step) for k = 0, 1, ... So the
-share is right however the set is cut into batches, a batch of at least `step` images gives one, and every m-th image of those
-taken is every (m step)-th of all.
+Which images are taken is settled for the calibration set as a whole, in integers: those with the numbers floor(k step),
+k = 0, 1, ... So the share is right however the set is cut into batches; a batch of at least `step` images gives at least one.
 """
 
 from __future__ import annotations
@@ -21,12 +20,14 @@ from torch import Tensor
 from fxprune.geometry import LayerGeometry
 from fxprune.statistics.accumulators import patch_count
 
-LEAST_IMAGES = 128  # Patches of one image are alike; means and variances between images need their number.
-LEAST_PATCHES = 49_152  # A layer of few columns needs more for each than a layer of many, and its products cost little.
+LEAST_IMAGES = 128  # Patches of one image are alike: how images differ is seen only in many of them.
+LEAST_PATCHES = (
+    49_152  # A layer of few columns needs more patches a column than one of many, and its products are cheap.
+)
 LEAST_STEP = Fraction(5, 4)  # To leave out fewer costs more than it saves.
 STEP_PARTS = 64  # Steps are multiples of one part in so many, rounded down.
-WHOLE_STEP = 3  # From here on steps are whole: such images can be had without an index.
-BAND_ROWS = 4  # Of the output, at least: a kernel reads beyond the band, and thin bands are mostly such margins.
+WHOLE_STEP = 3  # From here on steps are whole numbers: a slice then takes the images, without an index.
+BAND_ROWS = 4  # Of the output, at least. Kernels read beyond a band's edges, which in a thin band is most of the work.
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def sample_patches(
         return PatchSample(geometry, size, x.dim())
     too_many = Fraction(patch_count(geometry, x) * images, place.images) / (Fraction(share) * columns)
     rows, bands = 0, 1
-    if geometry.kernel_size and geometry.padding_mode == "zeros":
+    if geometry.kernel_size and geometry.padding_mode == "zeros" and not geometry.transposed:
         rows = geometry.output_size((x.shape[2] + sum(geometry.padding[0]), *x.shape[3:]))[0]
         bands = max([n for n in range(2, rows // BAND_ROWS + 1) if rows % n == 0 and n <= too_many], default=1)
     step = min(Fraction(images, max(1, least)), too_many / bands)

@@ -6,25 +6,29 @@
 The graph is cut at the layers that will be solved. Between two cuts every batch runs once through the dense model and
 once through the pruned one; at a cut only the values that later nodes still read are held. Until the first layer
 is replaced, and on every branch that no replaced layer feeds, the two models share their values.
+
+A layer that is called at several places is solved at the first of them, from what the dense model shows it at all; from there
+on the pruned model runs with the new weights at every call, and the dense model with a copy of the old ones.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map_only
 
 from fxprune.calibration.batch_store import BatchStore, BatchValues
-from fxprune.calibration.calibration import Calibration, observers_off
+from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.failures import node_failure, remedy_for, stays_as_it_is
-from fxprune.calibration.lifetimes import last_uses, overwrite, reads_strides, spare_input
-from fxprune.calibration.observers import observer_of
+from fxprune.calibration.lifetimes import last_uses, overwrite, spare_input
+from fxprune.calibration.observers import observer_of, observers_off
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.calibration.reading import Slot, Source, read_into
 from fxprune.calibration.sampling import BatchPlace, PatchSample, sample_patches
@@ -35,12 +39,14 @@ from fxprune.geometry import LayerGeometry
 from fxprune.graph import arguments_of, device_of, input_of, module_of
 from fxprune.layers.install import install
 from fxprune.layers.problem import layer_of
+from fxprune.layers.shared import weight_calls
 from fxprune.layers.solve import SolvedLayer
+from fxprune.operations import any_reads_strides
 from fxprune.options import Options
 from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics, Pool
 
 Visit = Callable[[BatchPlace, BatchValues], None]  # Of a batch's place in the set, and the values at the cut.
-ERROR_SHARE = 0.25  # Of the patches: thousands, whatever the layer. Of held-out images all are taken.
+ERROR_SHARE = 0.25  # Of the patches, where no image is held out: still thousands. Of held-out images all are taken.
 
 
 @dataclass(frozen=True)
@@ -84,13 +90,15 @@ class StreamedLayer:
     def inputs(self) -> InputStatistics:
         """Moments of its patches."""
         self._check()
+        if self.node in self._stream.of_all_calls:
+            return self._stream.of_all_calls[self.node]
         with self._stream.stopwatch.measure("statistics"):
             return observer_of(self.node).statistics()
 
     @property
     def relu_aware(self) -> Callable[[SolvedLayer], CrossStatistics] | None:
         """The cross term of its target once its weights are known, where a rectifier follows; else None."""
-        if self._stream.target != "rectified" or self.cross is None or not consumers(self.node).rectifier:
+        if self._stream.target != "relu_aware" or self.cross is None or not consumers(self.node).rectifier:
             return None
         cross = self.cross
 
@@ -103,6 +111,7 @@ class StreamedLayer:
     def replace(self, layer: SolvedLayer) -> None:
         """Give the layer its new weights: the pruned model runs with them from here on."""
         self._check()
+        self._stream.keep_dense(self.node)
         install(self._stream.graph_module, self.node, layer)
         self.is_replaced = True
 
@@ -151,12 +160,16 @@ class CalibrationStream:
         self._spare = {node: spare_input(node) for node in self._nodes}
         self._diverged: set[Node] = set()  # Nodes whose values differ between the two models.
         # On a CPU, convolutions then need not reorder every activation before and after.
-        self._channels_last = self.device.type == "cpu" and not any(reads_strides(node) for node in self._nodes)
+        self._channels_last = self.device.type == "cpu" and not any_reads_strides(self._nodes)
         self._store = BatchStore(self.device, calibration.memory_limit)
         self._source: Source | None = None
         self._cut: Node | None = None
         self._replaced = False  # Whether the layer at the cut has new weights.
         self._errors: dict[Node, OutputError] = {}
+        self._calls = weight_calls(graph_module)
+        self._first_call: dict[Node, Node] = {}  # Of later calls of layers that have been replaced.
+        self._dense_modules: dict[Node, nn.Module] = {}  # What these call in the dense model.
+        self.of_all_calls: dict[Node, InputStatistics] = {}  # Of layers with several calls, by the first.
         self._outcome: Outcome | None = None
 
     @classmethod
@@ -207,13 +220,15 @@ class CalibrationStream:
         readers: dict[HessianObserver, list[Node]] = {}
         for node in nodes:
             readers.setdefault(observer_of(node), []).append(node)
+        shared = [node for node in nodes if len(self._calls[node]) > 1]
+        self.of_all_calls = self._dense_statistics(list(filter(gather, shared)))
         with observers_off(self.graph_module):
             for observer, of in readers.items():
-                observer.enabled = self._fit and any(map(gather, of))
+                observer.enabled = self._fit and any(gather(node) and node not in shared for node in of)
             for node in nodes:
                 self.current = layer = StreamedLayer(self, node, LayerGeometry.of(layer_of(node)))
-                if gather(node) and self._fit and self.target != "weights":
-                    skip = self.target in ("skip", "rectified")
+                if gather(node) and self._fit and self.target != "weights" and node not in shared:
+                    skip = self.target in ("skip", "relu_aware")
                     layer.cross = cross_statistics(self, node, layer.geometry, skip=skip)
                 else:
                     self.advance(node)
@@ -221,6 +236,7 @@ class CalibrationStream:
                 if not layer.is_replaced:
                     raise GraphError(f"layer {node.target!r} was not replaced before the stream was to go on")
                 self.current, self._replaced = None, True
+                self.of_all_calls.pop(node, None)
                 of = readers[observer_of(node)]
                 of.remove(node)
                 if not of:
@@ -240,15 +256,16 @@ class CalibrationStream:
 
     def advance(self, cut: Node, visit: Visit = lambda place, values: None) -> None:
         """Run all batches up to and including the dense output of `cut`; show those that are fitted to `visit`."""
-        source = self.source
+        source, outputs = self.source, dict[Node, Pool]()
         previous, self._cut, first = self._cut if self._replaced else None, cut, 0
         if previous is not None:
             first = self._position[previous] + 1
-            self._diverged.add(previous)
-            error = self._errors[previous] = OutputError(channel_dim(previous))
-            outputs = Pool(lambda _, dense, pruned: error.update(dense, pruned))
+            self._diverged.update(self._calls.get(previous, (previous,)))
+            self._errors[previous] = OutputError(channel_dim(previous))
+            outputs[previous] = self._errors[previous].pool()
         self._replaced = False
         between = self._nodes[first : self._position[cut]]
+        outputs |= {node: self._errors[self._first_call[node]].pool() for node in between if node in self._first_call}
         for node in between:
             if not self._diverged.isdisjoint(node.all_input_nodes):
                 self._diverged.add(node)
@@ -258,23 +275,26 @@ class CalibrationStream:
             with torch.inference_mode(), self.stopwatch.measure("stream"):
                 if previous is not None:
                     values.pruned_values[previous] = self._execute(previous, values.pruned, number)
-                    if slot.held_out or not source.held_out:
-                        self._compare(previous, values, slot, outputs)
+                    self._compare(previous, values, slot, outputs[previous])
                     values.forget(self._dying[previous])
                 for node in between:
                     self._run(node, values, slot)
+                    if node in outputs:
+                        self._compare(node, values, slot, outputs[node])
+                    values.forget(self._dying[node])
                 if cut.op != "output":
-                    values.dense_values[cut] = self._execute(cut, values.dense, number)
+                    values.dense_values[cut] = self._execute(cut, values.dense, number, dense=True)
             if slot.held_out == (cut.op == "output"):  # A score is of images that nothing was fitted to.
                 with torch.inference_mode(), self.stopwatch.measure("statistics"):
                     visit(place, values)
-            # Of the layer's inputs only the pruned one is still needed, to run the layer once it is replaced.
+            # Of the layer's inputs only the pruned one is still needed, to run the layer once it is replaced, unless
+            # statistics are taken from the dense one: `revisit` may then ask for it.
             for dead in self._dying[cut]:
-                if dead in values.pruned_values:
+                if dead in values.pruned_values and not self.observe_dense:
                     values.dense_values.pop(dead, None)
             self._store.put(slot.key, values)
-        if previous is not None:
-            self.gather(outputs)
+        for pool in outputs.values():
+            self.gather(pool)
 
     def revisit(self, visit: Visit) -> None:
         """Show every fitted batch's values at the cut again: its dense output, its pruned inputs, all that later nodes read."""
@@ -335,29 +355,49 @@ class CalibrationStream:
                         observer.observe(sample.input(x), sample.geometry)
             except (RuntimeError, IndexError, ValueError):
                 for layer in node.users:  # What the layer itself says about such an input is of more use.
-                    self._execute(layer, values.dense, slot.batch)
+                    self._execute(layer, values.dense, slot.batch, dense=True)
                 raise
         else:
-            values.dense_values[node] = self._execute(node, values.dense, slot.batch)
+            values.dense_values[node] = self._execute(node, values.dense, slot.batch, dense=True)
             if node in self._diverged:
                 values.pruned_values[node] = self._execute(node, values.pruned, slot.batch)
-        values.forget(self._dying[node])
 
     def _compare(self, cut: Node, values: BatchValues, slot: Slot, outputs: Pool) -> None:
         """Add to the error of a layer that has been replaced: all of a batch, or a share of the patches it was solved on."""
+        if self.source.held_out and not slot.held_out:
+            return
         geometry, of_both = observer_of(cut).geometry, (values.dense(cut), values.pruned(cut))
         if slot.place is not None:
             sample = self.sample(geometry, values.pruned(input_of(cut)), slot.place, share=ERROR_SHARE)
             geometry, of_both = sample.geometry, (sample.output(of_both[0]), sample.output(of_both[1]))
         outputs.put(geometry, *map(geometry.batched, of_both))
 
-    def _execute(self, node: Node, value_of: Callable[[Node], Any], number: int) -> Any:
+    def keep_dense(self, node: Node) -> None:
+        """Keep what later calls of a layer compute in the dense model, before it is replaced."""
+        for call in self._calls[node][1:]:
+            self._first_call[call] = node
+            self._dense_modules[call] = copy.deepcopy(module_of(call))  # type: ignore[assignment]
+
+    def _dense_statistics(self, nodes: Sequence[Node]) -> dict[Node, InputStatistics]:
+        """The moments of the inputs of layers, at all their calls in the dense model."""
+        if not nodes or not self._fit:
+            return {}
+        self._calibration.hold()
+        stream = CalibrationStream(
+            self.graph_module, self._calibration, patches=self.patches, least_images=self.least_images
+        )
+        with _gathered(stream, nodes) as statistics:
+            return statistics
+
+    def _execute(self, node: Node, value_of: Callable[[Node], Any], number: int, *, dense: bool = False) -> Any:
         """Run one node on the values of its inputs; a failure names the node, the batch and the shapes."""
         spare = self._spare[node]
         if spare is not None and (spare in self._diverged) == (node in self._diverged):  # Else both models read it.
             if (value := overwrite(node, spare, value_of)) is not None:
                 return value
         run = getattr(self._interpreter, node.op)
+        if dense and node in self._dense_modules:
+            run = self._run_dense_module(self._dense_modules[node])
         try:
             try:
                 return run(node.target, *arguments_of(node, value_of))
@@ -374,6 +414,11 @@ class CalibrationStream:
             images = [value for source, value in inputs.items() if _is_given(source)]
             remedy = remedy_for(self.graph_module, images, error)
             raise node_failure(error, node, inputs.values(), f"calibration batch {number}", remedy) from error
+
+    @staticmethod
+    def _run_dense_module(module: nn.Module) -> Callable[..., Any]:
+        """A module in the form in which the interpreter calls one."""
+        return lambda _, args, kwargs: module(*args, **kwargs)
 
 
 def _is_given(node: Node) -> bool:
@@ -396,10 +441,16 @@ def dense_statistics(
     if not nodes:
         yield {}
         return
-    stream = CalibrationStream.of(graph_module, calibration, options)
+    with _gathered(CalibrationStream.of(graph_module, calibration, options), nodes) as statistics:
+        yield statistics
+
+
+@contextmanager
+def _gathered(stream: CalibrationStream, nodes: Sequence[Node]) -> Iterator[dict[Node, InputStatistics]]:
+    """`dense_statistics` with a stream that has not run yet."""
     observers = {observer_of(node) for node in nodes}
     try:
-        with observers_off(graph_module):
+        with observers_off(stream.graph_module):
             for observer in observers:
                 observer.reset()
                 observer.enabled = True

@@ -1,6 +1,7 @@
-"""Cross terms of what a layer is to give: the dense model's output, with what a skip connection or a rectifier makes of it.
+"""Targets: what a layer's output should be, as the cross term of that output with the layer's input.
 
-Gathered by the stream while it stands at the layer.
+The target is the dense model's output; with the error added that a skip connection brings; or ReLU-aware, where a ReLU follows.
+The stream gathers the cross term while it stands at the layer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fxprune.statistics import CrossStatistics, Pool
 if TYPE_CHECKING:
     from fxprune.calibration.stream import CalibrationStream
 
-RELU_AWARE_SHARE = 0.25  # What is gathered is small, and so is its noise.
+RELU_AWARE_SHARE = 0.25  # Of the patches: only the change of the target is gathered; it is small, and so is its noise.
 
 
 def cross_statistics(stream: CalibrationStream, node: Node, geometry: LayerGeometry, *, skip: bool) -> CrossStatistics:
@@ -63,14 +64,14 @@ def cross_statistics(stream: CalibrationStream, node: Node, geometry: LayerGeome
 def relu_aware_statistics(
     stream: CalibrationStream, node: Node, geometry: LayerGeometry, cross: CrossStatistics, layer: SolvedLayer
 ) -> CrossStatistics:
-    """The cross term of the target of a layer before a rectifier, given what the layer puts out now.
+    """The cross term with the ReLU-aware target, given what the layer puts out now.
 
     Where the dense value y lies below the threshold, any z below it will do: the error that counts is max(z, 0)^2 there and
     (z - y)^2 elsewhere, which is convex in z and no less than (relu(z) - relu(y))^2. It is lowered by majorisation: where
     y < 0 the target is min(z, 0), with z what the layer gives now, and y elsewhere. After the non-linear
     reconstruction of Zhang et al. 2015, Accelerating Very Deep Convolutional Networks, section 3.2.
 
-    What is gathered is the change from y: it is small, and settles sooner than the cross term.
+    Only the change from y to this target is gathered: it is small, and needs fewer patches than the whole.
 
     Args:
         stream: at the layer.
@@ -87,7 +88,7 @@ def relu_aware_statistics(
 
     def update(seen: LayerGeometry, x: Tensor, dense: Tensor, *added: Tensor) -> None:
         z = sum(added, start=seen.apply(x, part.weight, part.bias))
-        change.update(seen, x, _rectified(dense, z, low, high))
+        change.update(seen, x, _relu_aware(dense, z, low, high))
 
     pool = Pool(update)
 
@@ -103,9 +104,8 @@ def relu_aware_statistics(
             else:
                 dense = dense + operand
                 added.append(output.new_tensor(operand))
-        if (
-            dense.shape == output.shape
-        ):  # Else the sum spreads the layer's output out: there is no single target for it.
+        # Otherwise the add broadcasts the layer's output, and each value of it has several targets.
+        if dense.shape == output.shape:
             of_layer = (sample.input(x), dense, *(value.expand_as(output) for value in added))
             pool.put(sample.geometry, *map(geometry.batched, of_layer))
 
@@ -125,7 +125,7 @@ def _compensated(values: BatchValues, node: Node, skips: Iterable[Node], sample:
     return y
 
 
-def _rectified(dense: Tensor, z: Tensor, low: float, high: float) -> Tensor:
-    """By how much the target of a layer that gives z now differs from the dense value, for a rectifier's bounds."""
+def _relu_aware(dense: Tensor, z: Tensor, low: float, high: float) -> Tensor:
+    """ReLU-aware target less dense value, for a layer that puts out z now and a rectifier that clamps to (low, high)."""
     change = torch.where(dense <= low, z.clamp_max(low) - dense, 0)
     return change if high == math.inf else torch.where(dense >= high, z.clamp_min(high) - dense, change)

@@ -10,8 +10,11 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from fxprune.annotations import annotate, annotation
 from fxprune.channels.layout import Channels, Classes, Layout, new_places
-from fxprune.channels.operations import MATRIX_MODULES, VECTOR_MODULES, VECTORS
+from fxprune.geometry import laid_out_like
 from fxprune.graph import input_of, module_of
+from fxprune.operations import operation_of
+
+VECTORS = ("weight", "bias", "running_mean", "running_var")  # Parameters and buffers of one value a channel.
 
 
 def channel_order(node: Node) -> tuple[Tensor | None, Tensor | None]:
@@ -29,14 +32,13 @@ def permute_channels(graph_module: GraphModule, channels: Channels, source: Clas
         source: (count,) a permutation of all classes that moves classes only within their atoms.
     """
     for node, layout in channels.layouts.items():
-        module = module_of(node)
-        if type(module) not in VECTOR_MODULES and type(module) not in MATRIX_MODULES:
+        module, operation = module_of(node), operation_of(node)
+        if module is None or operation is None or operation.channels not in ("normalisation", "matrix"):
             continue
-        assert module is not None
         inputs, outputs = _places(channels.layouts.get(input_of(node)), source), _places(layout, source)
         if inputs is None and outputs is None:
             continue  # Nothing moves; perhaps the analysis has not understood this layer.
-        if type(module) in VECTOR_MODULES:
+        if operation.channels == "normalisation":
             assert outputs is not None
             _permute_vectors(module, outputs)
         else:
@@ -71,7 +73,8 @@ def _permute_matrix(module: nn.Module, inputs: Classes | None, outputs: Classes 
     assert isinstance(weight, nn.Parameter)
     transposed = isinstance(module, _ConvTransposeNd)
     groups = int(getattr(module, "groups", 1))
-    weight.data = reordered(weight.data, inputs, outputs, groups=groups, transposed=transposed)
+    moved = reordered(weight.data, inputs, outputs, groups=groups, transposed=transposed)
+    weight.data = laid_out_like(weight, moved)
     if outputs is not None and isinstance(bias, Tensor):
         bias.data = bias.data[_index(outputs, bias)]
 

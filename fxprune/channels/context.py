@@ -10,8 +10,8 @@ from torch import Size
 from torch.fx import Node
 
 from fxprune.channels.layout import Layout, Relations
-from fxprune.channels.operations import describe
 from fxprune.graph import Shape
+from fxprune.operations import describe
 
 Value: TypeAlias = "Layout | tuple[Layout | None, ...] | None"
 

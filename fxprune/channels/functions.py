@@ -10,45 +10,51 @@ import numpy as np
 from torch import Size
 from torch.fx import Node
 
-from fxprune.channels import operations as ops
 from fxprune.channels.context import Context, Value
 from fxprune.channels.layout import Layout
-from fxprune.channels.operations import called_name, describe
+from fxprune.operations import Argument, describe, operation_of
 
 
 def function_rule(context: Context, node: Node) -> Value | str:
     """The layout of the output of a function or method, or the reason why its inputs must stay in place."""
-    name = called_name(node)
-    if name == "getitem":
+    operation = operation_of(node)
+    kind = "unknown" if operation is None else operation.channels
+    if kind == "item":
         return _getitem(context, node)
-    if name in ops.CONCATENATIONS:
+    if kind == "concatenate":
         return _concatenate(context, node)
-    if name in ops.BINARY and len(context.tensors(node)) == 2:
+    if kind == "binary" and len(context.tensors(node)) == 2:
         return _combine(context, node)
     source = context.only_input(node)
     if isinstance(source, str):
         return source
     layout, shape = source
-    if name in ops.ELEMENTWISE or name in ops.BINARY:
+    if kind in ("elementwise", "binary"):
         return context.kept(node, layout) if context.output_shape(node) == shape else _unlike(node)
-    if name in ops.SPATIAL_FUNCTIONS or name in ops.RESIZES:
-        return spatial(context, node, layout, shape, ops.SPATIAL_FUNCTIONS.get(name))
-    if name in ops.RESHAPES:
+    if kind == "spatial":
+        return spatial(context, node, layout, shape)
+    if kind == "reshape":
         return reshape(context, node, layout, shape)
-    if name in ops.REDUCTIONS:
+    if kind == "reduce":
         return _reduce(context, node, layout, shape)
-    if name in ops.SPLITS:
+    if kind == "split":
         return _split(context, node, layout)
-    if name == "pad":
+    if kind == "pad":
         return _pad(context, node, layout, shape)
     return f"{describe(node)} may mix or move channels"
 
 
-def spatial(context: Context, node: Node, layout: Layout, shape: Size, rank: int | None) -> Layout | str:
-    """What acts on each channel of (N, C, *spatial) alone; `rank` is the number of dimensions it wants."""
-    if layout.dim != 1 or len(shape) != (rank or len(shape)) or len(shape) < 3:
+def spatial(context: Context, node: Node, layout: Layout, shape: Size) -> Layout | str:
+    """What acts on each channel of (N, C, *spatial) alone."""
+    if layout.dim != 1 or len(shape) < 3 or not takes_dimensions(node, shape):
         return f"{describe(node)} reads a tensor of shape {tuple(shape)}, not (N, C, ...)"
     return context.kept(node, layout)
+
+
+def takes_dimensions(node: Node, shape: Size) -> bool:
+    """Whether an operation takes so many dimensions, with a batch dimension among them."""
+    operation = operation_of(node)
+    return operation is not None and (not operation.dims or len(shape) in operation.dims)
 
 
 def reshape(context: Context, node: Node, layout: Layout, shape: Size) -> Layout | str:
@@ -64,8 +70,8 @@ def reshape(context: Context, node: Node, layout: Layout, shape: Size) -> Layout
 
 
 def _concatenate(context: Context, node: Node) -> Layout | str:
-    sources = _argument(node, 0, "tensors")
-    dim = _argument(node, 1, "dim", _argument(node, 1, "axis", 0))
+    sources = Argument(0, "tensors").of(node)
+    dim = Argument(1, "dim axis", 0).of(node)
     layouts: list[Layout] = []
     for source in sources if isinstance(sources, (list, tuple)) else ():
         layout = context.values.get(source)
@@ -111,7 +117,7 @@ def _combine(context: Context, node: Node) -> Layout | str:
 
 
 def _reduce(context: Context, node: Node, layout: Layout, shape: Size) -> Value | str:
-    dims = _argument(node, 1, "dim", _argument(node, 1, "axis"))
+    dims = Argument(1, "dim axis").of(node)
     dims = (dims,) if isinstance(dims, int) else range(len(shape)) if dims is None else dims
     if not isinstance(dims, (tuple, list, range)) or not all(isinstance(d, int) for d in dims):
         return f"{describe(node)} reduces dimensions that are not written in the graph"
@@ -124,7 +130,7 @@ def _reduce(context: Context, node: Node, layout: Layout, shape: Size) -> Value 
 
 
 def _split(context: Context, node: Node, layout: Layout) -> Value | str:
-    dim, d = _argument(node, 2, "dim", 0), layout.dim
+    dim, d = Argument(2, "dim", 0).of(node), layout.dim
     shapes: list[Any] = list(context.shapes[node] or ())
     if not isinstance(dim, int) or not shapes or not all(isinstance(shape, Size) for shape in shapes):
         return f"{describe(node)} splits along a dimension that is not written in the graph"
@@ -164,7 +170,7 @@ def _getitem(context: Context, node: Node) -> Value | str:
 
 def _pad(context: Context, node: Node, layout: Layout, shape: Size) -> Layout | str:
     """F.pad; constant channels may be added before and after the others."""
-    pad, mode = _argument(node, 1, "pad"), _argument(node, 2, "mode", "constant")
+    pad, mode = Argument(1, "pad").of(node), Argument(2, "mode", "constant").of(node)
     if not isinstance(pad, (tuple, list)) or not all(isinstance(p, int) for p in pad):
         return f"{describe(node)} pads by amounts that are not written in the graph"
     sides = {len(shape) - 1 - i: (pad[2 * i], pad[2 * i + 1]) for i in range(len(pad) // 2)}
@@ -183,12 +189,6 @@ def _is_plain(step: object) -> bool:
     if isinstance(step, slice):
         return all(end is None or isinstance(end, int) for end in (step.start, step.stop, step.step))
     return isinstance(step, int)
-
-
-def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    if name in node.kwargs:
-        return node.kwargs[name]
-    return node.args[position] if len(node.args) > position else default
 
 
 def _unlike(node: Node) -> str:

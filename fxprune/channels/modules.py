@@ -6,11 +6,10 @@ import numpy as np
 from torch import Size, nn
 from torch.fx import Node
 
-from fxprune.channels import operations as ops
 from fxprune.channels.context import Context, Value
-from fxprune.channels.functions import reshape, spatial
+from fxprune.channels.functions import reshape, spatial, takes_dimensions
 from fxprune.channels.layout import Layout
-from fxprune.channels.operations import describe
+from fxprune.operations import describe, operation_of
 
 
 def module_rule(context: Context, node: Node, module: nn.Module) -> Value | str:
@@ -19,26 +18,25 @@ def module_rule(context: Context, node: Node, module: nn.Module) -> Value | str:
     if isinstance(source, str):
         return source
     layout, shape = source
-    kind = type(module)
-    if kind in ops.MATRIX_MODULES:
+    operation = operation_of(node)
+    kind = "unknown" if operation is None else operation.channels
+    if kind == "matrix":
         return _matrix(context, node, module, layout, shape)
-    if kind in ops.ELEMENTWISE_MODULES:
+    if kind == "elementwise":
         return context.kept(node, layout)
-    if kind in ops.SPATIAL_MODULES or kind in ops.RESIZE_MODULES:
-        return spatial(context, node, layout, shape, ops.SPATIAL_MODULES.get(kind))
-    if kind in ops.RESHAPE_MODULES:
+    if kind == "spatial":
+        return spatial(context, node, layout, shape)
+    if kind == "reshape":
         return reshape(context, node, layout, shape)
-    if kind in ops.VECTOR_MODULES:
-        return _vectors(context, node, module, layout, shape)
+    if kind == "normalisation":
+        return _parameters_of_channels(context, node, module, layout, shape)
     return f"{describe(node)} may mix or move channels"
 
 
 def _matrix(context: Context, node: Node, module: nn.Module, layout: Layout, shape: Size) -> Layout | str:
     """Convolutions and Linear: the output's channels are new ones."""
-    dim, rank = 1, ops.MATRIX_MODULES[type(module)] + 2
-    if isinstance(module, nn.Linear):
-        dim, rank = len(shape) - 1, len(shape)
-    if rank != len(shape) or dim == 0:
+    dim = len(shape) - 1 if isinstance(module, nn.Linear) else 1
+    if not takes_dimensions(node, shape) or dim == 0:
         return f"{describe(node)} reads a tensor of shape {tuple(shape)}, which has no batch dimension"
     groups = getattr(module, "groups", 1)
     C, R = len(layout.classes), context.output_shape(node)[dim]
@@ -58,12 +56,12 @@ def _matrix(context: Context, node: Node, module: nn.Module, layout: Layout, sha
     return Layout(dim, out)
 
 
-def _vectors(context: Context, node: Node, module: nn.Module, layout: Layout, shape: Size) -> Layout | str:
+def _parameters_of_channels(
+    context: Context, node: Node, module: nn.Module, layout: Layout, shape: Size
+) -> Layout | str:
     """Normalisation layers and PReLU, with one parameter a channel."""
-    fits = layout.dim == 1
-    if type(module) in ops.BATCH_NORMS:
-        fits = fits and len(shape) in ops.BATCH_NORMS[type(module)]
-    elif isinstance(module, nn.LayerNorm):
+    fits = layout.dim == 1 and takes_dimensions(node, shape)
+    if isinstance(module, nn.LayerNorm):
         fits = layout.dim == len(shape) - 1 and len(module.normalized_shape) == 1
     elif isinstance(module, nn.GroupNorm) and fits:
         context.relations.divide(*np.split(layout.classes, module.num_groups))

@@ -11,8 +11,8 @@ from fxprune.channels.context import Context, Value, holds_tensor
 from fxprune.channels.functions import function_rule
 from fxprune.channels.layout import Channels, Layout
 from fxprune.channels.modules import module_rule
-from fxprune.channels.operations import METADATA, called_name, describe
 from fxprune.graph import Shape, call_sites, has_hooks, module_of
+from fxprune.operations import describe, operation_of
 from fxprune.tracing import matches
 
 
@@ -60,8 +60,10 @@ def _rule(
         return f"{describe(node)} makes a tensor from no other"
     module = module_of(node)
     if module is None:
-        reads_metadata = called_name(node) in METADATA and not holds_tensor(context.shapes.get(node))
-        return None if reads_metadata else function_rule(context, node)
+        operation = operation_of(node)
+        if operation is not None and operation.is_metadata and not holds_tensor(context.shapes.get(node)):
+            return None
+        return function_rule(context, node)
     reason = _reason_to_fix(node, module, sites, shared, exclude)
     return reason or module_rule(context, node, module)
 

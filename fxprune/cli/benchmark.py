@@ -55,7 +55,7 @@ def _table(rows: Sequence[Row]) -> RenderableType:
     cells = [
         (
             row.name, row.pattern, row.method, str(row.seed), cell(row.dense_accuracy, ".2f"), cell(row.accuracy, ".2f"),
-            cell(row.agreement, ".2f"), cell(row.kl, ".4f"), cell(row.sparsity, ".1%"), cell(row.seconds, ".1f"),
+            cell(row.agreement, ".2%"), cell(row.kl, ".4f"), cell(row.sparsity, ".1%"), cell(row.seconds, ".1f"),
         )
         for row in rows
     ]  # fmt: skip

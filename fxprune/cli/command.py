@@ -29,7 +29,7 @@ from typer.models import OptionInfo
 from fxprune.errors import FxPruneError, OptionsError
 from fxprune.experiments.recipe_texts import recipe_from
 from fxprune.experiments.yaml_files import check_keys, parse_scalar, read_yaml, to_yaml
-from fxprune.interrupt import INTERRUPTED, raise_again
+from fxprune.runtime.interrupt import INTERRUPTED, raise_again
 from fxprune.tables import terminal_width
 
 ERROR = 1

@@ -65,9 +65,9 @@ def compress(
         overwrite: replace the run that the folder holds.
     """
     from fxprune.data import calibration_split, make_loader
-    from fxprune.devices import default_device
     from fxprune.experiments.evaluation import agreement, score
     from fxprune.experiments.runs import check_folder, start_run
+    from fxprune.runtime.devices import default_device
     from fxprune.saving import save
 
     if task.model is None or task.data is None:
@@ -163,7 +163,7 @@ def _finish(run: Run, results: dict[str, Any], exported: OnnxReport | None, wher
 
     name = "pruned" if run.command == "prune" else "low rank"
     rows = [("dense", percent("dense_accuracy"), "", "", "")] if "dense_accuracy" in results else []
-    figures = (percent("agreement"), f"{results['kl']:.4f}", f"{results['sparsity']:.1%}")
+    figures = (f"{results['agreement']:.2%}", f"{results['kl']:.4f}", f"{results['sparsity']:.1%}")
     rows.append((name, percent("accuracy"), *figures))
     if exported is not None:
         rows.append(("in onnxruntime", percent("onnx_accuracy"), "", "", f"{exported.sparsity:.1%}"))

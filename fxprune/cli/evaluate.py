@@ -40,9 +40,9 @@ def evaluate(
     What is not given is taken from the config.yaml beside the file, where fxprune train, prune or low-rank made it. The exit
     code is 1 where guessing would have done as well: most likely the data set is not the model's.
     """
-    from fxprune.devices import default_device
     from fxprune.experiments.evaluation import agreement, score
     from fxprune.files import atomic
+    from fxprune.runtime.devices import default_device
 
     place = default_device(device)
     task, made = filled(task, file)
@@ -66,7 +66,7 @@ def evaluate(
             part.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     stdout.print(f"{file}: {found.accuracy:.2f}% of {found.images} test images of {task.data}", soft_wrap=True)
     if against is not None:
-        stdout.print(f"agrees with {against} on {figures['agreement']:.2f}%, KL {figures['kl']:.4f}", soft_wrap=True)
+        stdout.print(f"agrees with {against} on {figures['agreement']:.2%}, KL {figures['kl']:.4f}", soft_wrap=True)
     if found.says_nothing:
         fail(
             f"{found.accuracy:.2f}% is no better than guessing ({found.guessing:.2f}%). Is {task.data} the data set that the "
@@ -130,7 +130,7 @@ def open_model(file: Path, task: Task, num_classes: int, place: torch.device) ->
         FxPruneError: the file cannot be read.
     """
     from fxprune.experiments.checkpoints import load_weights
-    from fxprune.onnx_module import OnnxModule
+    from fxprune.export.onnx_module import OnnxModule
     from fxprune.saving import is_saved, load
 
     if file.suffix == ".onnx":

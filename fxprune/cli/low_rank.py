@@ -45,10 +45,10 @@ def low_rank(
     rank: Annotated[
         str,
         typer.Option(
-            help="multiply_adds:0.7 (keep 70% of them), ratio:0.5 (of each layer), energy:0.95 (of each output's "
+            help="macs:0.7 (keep 70% of them), ratio:0.5 (of each layer), energy:0.95 (of each output's "
             "variance), or speedup:1.3 (measured in onnxruntime)."
         ),
-    ] = "multiply_adds:0.7",
+    ] = "macs:0.7",
     method: Annotated[
         Literal["data_aware", "svd"], typer.Option(help="data_aware (least output error), or svd of the weights.")
     ] = "data_aware",
@@ -76,7 +76,7 @@ def low_rank(
     The data may be a labelled data set, a folder of pictures, or an .npz or .npy file.
     """
     import fxprune
-    from fxprune.ranks.rule import RankRule
+    from fxprune.ranks.plan import RankRule
 
     limit = in_bytes(memory_limit)
     RankRule.parse(rank)  # a misspelt rule must not cost a dense evaluation first

@@ -15,7 +15,7 @@ from fxprune.cli.run_folder import dense_model
 from fxprune.errors import DataError, FxPruneError, OptionsError
 from fxprune.experiments.grid_rows import OK, read_rows
 from fxprune.experiments.tasks import module_classes
-from fxprune.geometry import is_matrix_layer
+from fxprune.geometry import is_matrix_layer, reduction_second
 from fxprune.passes import FoldBatchNorm, RemoveInplace
 from fxprune.pattern import NMPattern, Pattern
 from fxprune.report import LayerReport
@@ -72,9 +72,7 @@ def _group(layer: LayerReport) -> int:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
+    return reduction_second(module)
 
 
 def _dense_weights(folder: Path) -> tuple[Weights | None, tuple[type[nn.Module], ...]]:

@@ -24,8 +24,8 @@ from fxprune.cli.parameters import (
     model_name,
 )
 from fxprune.errors import OptionsError
-from fxprune.experiments.recipe import Recipe
 from fxprune.experiments.tasks import Task, import_user_code, scoring_loader
+from fxprune.experiments.training_recipe import TrainingRecipe
 
 if TYPE_CHECKING:  # imported when a command starts
     from fxprune.experiments.training import Epoch, Step
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # imported when a command starts
 
 def train(
     task: Annotated[Task, TASK],
-    recipe: Annotated[Recipe, Group("Recipe", everyday=("epochs",))],
+    recipe: Annotated[TrainingRecipe, Group("Recipe", everyday=("epochs",))],
     config: dict[str, Any],
     *,
     out: Out = None,
@@ -63,12 +63,12 @@ def train(
     import torch
 
     from fxprune.data import make_loader
-    from fxprune.devices import default_device
     from fxprune.experiments.checkpoints import load_weights
     from fxprune.experiments.evaluation import evaluate
     from fxprune.experiments.runs import WRITES, check_folder, start_run
     from fxprune.experiments.training import BEST, best_epoch
     from fxprune.experiments.training import train as run_training
+    from fxprune.runtime.devices import default_device
 
     place = default_device(device)
     import_user_code(register or ())

@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
-from fxprune.constraints.base import CONSTRAINTS, Chain, Constraint, Part, Rest, chain_text, parse_chain, register
+from fxprune.layers.constraint import (
+    CONSTRAINTS,
+    Chain,
+    Constraint,
+    Part,
+    Rest,
+    chain_text,
+    keep_possible,
+    parse_chain,
+    register,
+)
 
-__all__ = ["CONSTRAINTS", "Chain", "Constraint", "Part", "Rest", "chain_text", "parse_chain", "register"]
+__all__ = [
+    "CONSTRAINTS",
+    "Chain",
+    "Constraint",
+    "Part",
+    "Rest",
+    "chain_text",
+    "keep_possible",
+    "parse_chain",
+    "register",
+]

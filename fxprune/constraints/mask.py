@@ -10,15 +10,18 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.calibration import Calibration
-from fxprune.constraints.base import Chain, Constraint, Part, Rest, register
+from fxprune.constraints.sensitivity import sensitivities
 from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry
-from fxprune.layers.sensitivity import sensitivities
-from fxprune.method import Method
+from fxprune.layers.constraint import Chain, Constraint, Part, Rest, register
+from fxprune.options import Method
 from fxprune.pattern import MixedPattern, NMPattern, Pattern
 from fxprune.solvers.allocation import allocate
+from fxprune.solvers.magnitude import magnitude
 from fxprune.solvers.problem import LayerProblem
 from fxprune.solvers.refit import refit
+
+SECOND_REFIT = 2**20  # Multiply-adds of R x D x D up to which a second re-fit takes no time that anybody would notice.
 
 
 @register
@@ -50,12 +53,16 @@ class Mask(Constraint):
 
     def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:
         """The solver chooses the weights that stay; with `Options.refit` they are then fitted by least squares."""
-        if (
-            self.decline(part.geometry) is not None
-        ):  # A factor may be too narrow for a pattern that the layer could hold.
+        if self.decline(part.geometry) is not None:  # A factor may be too narrow for what the layer could hold.
             return rest(part)
-        matrix = sparse_matrix(part.problem, self.pattern, method)
-        return rest(replace(part, matrix=matrix, mask=matrix != 0, pattern=str(self.pattern)))
+        if isinstance(self.pattern, MixedPattern):
+            raise PatternError(f"pattern {self} is a choice over layers: a budget has to be allocated first")
+        problem = part.problem
+        if part.mask is not None:  # Choose among the weights that an earlier mask left, to put out what they put out.
+            target = part.matrix @ problem.hessian if problem.is_observed else problem.target
+            problem = replace(problem, weight=part.matrix, target=target)
+        matrix = torch.stack([sparse_matrix(group, self.pattern, method) for group in problem.groups()])
+        return rest(replace(part.masked(matrix != 0, method, start=matrix), pattern=str(self.pattern)))
 
     def is_shared(self, method: Method) -> bool:  # noqa: D102
         budget = method.options.global_budget and not isinstance(self.pattern, NMPattern)
@@ -85,13 +92,15 @@ class Mask(Constraint):
 
 
 def sparse_matrix(problem: LayerProblem, pattern: Pattern, method: Method) -> Tensor:
-    """What the solver makes of all groups of a layer, (G, R/G, D), re-fitted on its mask if the options say so."""
-    if isinstance(pattern, MixedPattern):
-        raise PatternError(f"pattern {pattern} is a choice over layers: a budget has to be allocated first")
-    matrix = torch.stack([method.solver(group, pattern) for group in problem.groups()])
-    return refitted(problem, matrix != 0, matrix) if method.options.refit else matrix
+    """What the solver makes of one group: (R, D) float64, which keeps the pattern.
 
-
-def refitted(problem: LayerProblem, mask: Tensor, start: Tensor) -> Tensor:
-    """Least squares on a mask (G, R/G, D), for every group."""
-    return torch.stack([refit(p, m, start=s) for p, m, s in zip(problem.groups(), mask, start, strict=True)])
+    No solver finds the best mask for certain. Where the largest weights alone leave a smaller error on the layer's own
+    statistics, which happens where these are few or alike, they are kept instead.
+    """
+    found, fits = method.solver(problem, pattern), bool(method.options.refit)
+    if not method.needs_statistics or (fits and found.numel() * found.shape[1] > SECOND_REFIT):
+        return found
+    largest = magnitude(problem, pattern)
+    if fits:
+        found, largest = (refit(problem, matrix != 0, start=matrix) for matrix in (found, largest))
+    return largest if bool(problem.loss(largest) < problem.loss(found)) else found

@@ -11,14 +11,13 @@ from torch.fx import GraphModule, Node
 
 from fxprune.calibration.batches import tensors_in
 from fxprune.calibration.calibration import Calibration
-from fxprune.constraints.base import Constraint, Part, Rest, register
 from fxprune.errors import OptionsError, PatternError
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import module_of
+from fxprune.layers.constraint import Constraint, Part, Rest, register
 from fxprune.layers.splits import SPLITS, Split, full_rank, geometries
-from fxprune.method import Method
-from fxprune.ranks.choices import Choice, RankPlan
-from fxprune.ranks.rule import RankRule
+from fxprune.options import Method
+from fxprune.ranks.plan import Choice, RankPlan, RankRule
 from fxprune.ranks.survey import survey
 from fxprune.solvers.low_rank import Factors, data_aware_factors, plain_factors, refit_second
 from fxprune.solvers.problem import LayerProblem
@@ -44,14 +43,14 @@ class Rank(Constraint):
         splits: those to consider, "channel" (k x k to r channels, then 1 x 1) and "spatial" (k x 1, then 1 x k).
         multiple: ranks are multiples of it; with 4 both factors can hold 2:4.
         choice: the split and rank of this layer, once allocated.
-        multiply_adds: of this layer for one sample, (before, after), once allocated.
+        macs: of this layer for one sample, (before, after), once allocated.
     """
 
     rule: RankRule | RankPlan
     splits: tuple[Split, ...] = SPLITS
     multiple: int = 4
     choice: Choice | None = None
-    multiply_adds: tuple[int, ...] = ()
+    macs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.multiple < 1:
@@ -64,7 +63,7 @@ class Rank(Constraint):
         if match is None:
             return None
         try:
-            return cls(RankRule.parse(f"{match[1] or 'multiply_adds'}:{match[2]}"))
+            return cls(RankRule.parse(f"{match[1] or 'macs'}:{match[2]}"))
         except OptionsError as error:
             raise PatternError(
                 f"cannot read {text!r}; write 'rank:0.7' (70% of the MACs stay), 'rank:energy=0.95', 'rank:ratio=0.5' "
@@ -76,12 +75,16 @@ class Rank(Constraint):
             return f"rank {self.choice.rank} ({self.choice.split})"
         if isinstance(self.rule, RankPlan):
             return self.rule.rule
-        kind = "" if self.rule.kind == "multiply_adds" else f"{self.rule.kind}="
+        kind = "" if self.rule.kind == "macs" else f"{self.rule.kind}="
         return f"rank:{kind}{self.rule.value:g}"
 
     def decline(self, geometry: LayerGeometry) -> str | None:  # noqa: D102 - documented on Constraint
         if geometry.groups > 1:
             return f"{geometry.groups} groups, each small already"
+        if geometry.transposed:
+            return "a transposed convolution is not split in two"
+        if geometry.blocks > 1:
+            return f"{geometry.blocks} blocks of columns, and factors need all columns together"
         if any(full_rank(geometry, split) > 1 for split in self.splits):
             return None
         if min(geometry.rows, geometry.columns) < 2:
@@ -115,8 +118,8 @@ class Rank(Constraint):
             elif module is not None and (module._forward_hooks or module._forward_pre_hooks):
                 found[node] = "its forward hooks would be lost"
             else:
-                macs = (plan.layers[name].multiply_adds, choice.multiply_adds)
-                found[node] = replace(self, rule=replace(plan, layers={}), choice=choice, multiply_adds=macs)
+                macs = (plan.layers[name].macs, choice.macs)
+                found[node] = replace(self, rule=replace(plan, layers={}), choice=choice, macs=macs)
         return found
 
     def _plan(
@@ -130,7 +133,7 @@ class Rank(Constraint):
         from fxprune.ranks.speedup import plan_for_speedup  # It exports files, for which the rest is not needed.
 
         calibration.on_layer("measuring", 0)
-        example = calibration.example(graph_module, images=1)
+        example = calibration.images(graph_module, 1)
         return plan_for_speedup(graph_module, found, self.rule.value, list(tensors_in(example)))
 
     def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:

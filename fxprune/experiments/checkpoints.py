@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from fxprune.errors import CheckpointError
-from fxprune.files import save_tensors
-from fxprune.torch_files import read_torch_file
+from fxprune.files import read_torch_file, save_tensors
 
 # Where the usual training scripts keep the weights, in the order in which they are looked for.
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model_state", "model")

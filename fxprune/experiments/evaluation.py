@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fxprune.calibration.batches import (
-    call,
+    call_by_name,
     check_values,
     describe,
     inputs_by_name,
@@ -24,10 +23,11 @@ from fxprune.calibration.batches import (
     tensors_in,
 )
 from fxprune.calibration.failures import remedy_for, said, stays_as_it_is
-from fxprune.devices import checked_device
+from fxprune.calibration.output_error import OutputAgreement
 from fxprune.errors import EvaluationError, EvaluationWarning
 from fxprune.fine_tuning.recorded_zeros import FilledZerosWarning, filled_zeros
-from fxprune.surroundings import undisturbed
+from fxprune.runtime.devices import checked_device
+from fxprune.runtime.surroundings import undisturbed
 
 FEW_OTHERS = 90.0  # percent: where one class has nearly all images, accuracy tells little either way
 
@@ -58,7 +58,7 @@ class Agreement(NamedTuple):
     """How close a second model comes to a first, over the same images.
 
     Attributes:
-        top1: images on which both give the same class, in percent.
+        top1: share of the images on which both give the same class.
         kl: mean over images of KL(softmax of the first || softmax of the second), in nats.
     """
 
@@ -136,37 +136,33 @@ def agreement(
         device: where to compute; None is where each model is.
 
     Returns:
-        (top1, kl): agreement in percent, and mean KL(a || b) in nats, in float64. An `EvaluationWarning` says so where the
-        agreement is no better than chance.
+        (top1, kl): the share of images on which both agree, and mean KL(a || b) in nats, in float64. An `EvaluationWarning`
+        says so where the agreement is no better than chance.
 
     Raises:
         EvaluationError: no batches, a model that fails on one, outputs that are no finite logits, or different class counts.
     """
-    same = total = classes = 0
-    divergence = 0.0
+    seen, classes = OutputAgreement(), 0
     with _ready(model_a, device) as place_a, _ready(model_b, device) as place_b:
         for number, batch in enumerate(loader):
-            logits_a = _logits(model_a, _inputs(model_a, batch, number), place_a, number).double()
-            logits_b = _logits(model_b, _inputs(model_b, batch, number), place_b, number).to(place_a).double()
+            logits_a = _logits(model_a, _inputs(model_a, batch, number), place_a, number)
+            logits_b = _logits(model_b, _inputs(model_b, batch, number), place_b, number).to(place_a)
             if logits_a.shape != logits_b.shape:
                 raise EvaluationError(
                     f"the models' outputs differ in shape: {tuple(logits_a.shape)}, {tuple(logits_b.shape)}"
                 )
-            log_a, log_b = F.log_softmax(logits_a, 1), F.log_softmax(logits_b, 1)
-            divergence += float(F.kl_div(log_b, log_a, reduction="sum", log_target=True))
-            same += int((logits_a.argmax(1) == logits_b.argmax(1)).sum())
-            total += len(logits_a)
+            seen.update(logits_a, logits_b)
             classes = logits_a.shape[1]
-    if total == 0:
+    if seen.share is None or seen.kl is None:
         raise EvaluationError("the loader gave no batches; there is nothing to compare the models on")
-    if classes > 1 and same * classes <= total:
+    if classes > 1 and seen.same * classes <= seen.count:
         warnings.warn(
-            f"the two models agree on {same} of {total} images, which guessing one of {classes} classes would do too: are "
-            "these images of the data set that they were trained on, and do both have its classes in one order?",
+            f"the two models agree on {seen.same} of {seen.count} images, which guessing one of {classes} classes would do "
+            "too: are these images of the data set that they were trained on, and do both have its classes in one order?",
             EvaluationWarning,
             stacklevel=3,
         )
-    return Agreement(100.0 * same / total, divergence / total)
+    return Agreement(seen.share, seen.kl)
 
 
 def _inputs(model: nn.Module, batch: Any, number: int) -> dict[str, Any]:
@@ -198,7 +194,7 @@ def _check_labels(labels: torch.Tensor, classes: int, number: int) -> None:
 def _logits(model: nn.Module, inputs: Mapping[str, Any], place: torch.device, number: int) -> torch.Tensor:
     placed = map_tensors(dict(inputs), lambda x: x.to(place))
     try:
-        output = call(model, placed)
+        output = call_by_name(model, placed)
     except Exception as error:
         if stays_as_it_is(error):
             raise

@@ -18,7 +18,6 @@ from torch import nn
 from fxprune import solvers
 from fxprune.compiler import compile
 from fxprune.data import DataSplits, calibration_loader
-from fxprune.devices import default_device
 from fxprune.errors import OptionsError
 from fxprune.experiments.evaluation import agreement, evaluate
 from fxprune.experiments.grid_rows import FAILED, OK, Row, read_rows, write_rows
@@ -28,6 +27,7 @@ from fxprune.experiments.tasks import Task, import_user_code, scoring_loader
 from fxprune.experiments.yaml_files import check_keys, read_yaml
 from fxprune.options import Options
 from fxprune.recipe import Recipe
+from fxprune.runtime.devices import default_device
 
 T = TypeVar("T")
 Record = TypeVar("Record", Task, Options)

@@ -7,16 +7,16 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fxprune.errors import DataError
+from fxprune.experiments import csv_rows
 
 OK, FAILED = "ok", "failed"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV: what was run, then what came out. Accuracies and agreement in percent.
+    """One line of the CSV: what was run, then what came out. Accuracies in percent, agreement as a share.
 
     Attributes:
         name: the model's label.
@@ -57,9 +57,6 @@ class Row:
 
 
 KEY = tuple(field.name for field in dataclasses.fields(Row))[:8]
-NUMBERS = {"seed": int, "calibration_images": int, "layers_pruned": int} | dict.fromkeys(
-    ("dense_accuracy", "accuracy", "agreement", "kl", "sparsity", "seconds"), float
-)
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -71,26 +68,14 @@ def read_rows(path: str | Path) -> list[Row]:
     fields = [field.name for field in dataclasses.fields(Row)]
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames is None or list(reader.fieldnames) != fields:
-                raise DataError(f"{path} is no CSV of fxprune benchmark; its header is {reader.fieldnames}")
-            return [Row(**{name: _value(name, text) for name, text in line.items()}) for line in reader]
+            header = next(csv.reader(file), None)
+        if header != fields:
+            raise DataError(f"{path} is no CSV of fxprune benchmark; its header is {header}")
+        return csv_rows.read_rows(path, Row)
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path} cannot be read as a CSV of fxprune benchmark: {error}") from error
 
 
-def _value(name: str, text: str) -> Any:
-    kind = NUMBERS.get(name)
-    if kind is None:
-        return text
-    return kind(text) if text else None
-
-
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     """Write rows to a CSV, whole or not at all."""
-    from fxprune.files import atomic  # brings torch, which `fxprune benchmark --help` does not need
-
-    with atomic(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Row)])
-        writer.writerows(dataclasses.astuple(row) for row in rows)
+    csv_rows.write_rows(path, Row, rows)

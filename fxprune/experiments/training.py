@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fxprune.errors import FxPruneError
 from fxprune.experiments.checkpoints import load_checkpoint, save_checkpoint
 from fxprune.experiments.evaluation import evaluate
-from fxprune.experiments.recipe import Recipe
+from fxprune.experiments.training_recipe import TrainingRecipe
 from fxprune.files import atomic
 from fxprune.graph import device_of
 
@@ -57,7 +57,7 @@ def train(
     model: nn.Module,
     train_loader: Iterable[Any],
     val_loader: Iterable[Any] | None,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     *,
     device: torch.device | str = "cpu",
     folder: str | Path | None = None,
@@ -118,13 +118,13 @@ class _Trainer:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    recipe: Recipe
+    recipe: TrainingRecipe
     place: torch.device
     half: torch.dtype | None
     scaler: torch.amp.GradScaler
 
     @classmethod
-    def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> _Trainer:
+    def of(cls, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: TrainingRecipe) -> _Trainer:
         place = device_of(model)
         half = None
         if recipe.amp and place.type == "cuda":
@@ -179,7 +179,7 @@ def _epoch(
     return float(loss_sum) / seen, 100 * float(right) / seen
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     if not weights:
@@ -190,7 +190,9 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=recipe.peak_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
 
-def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, log: list[Epoch]) -> None:
+def _save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: TrainingRecipe, log: list[Epoch]
+) -> None:
     latest = log[-1]
     best = best_epoch(log)
     # The log goes first: a resumed run drops the lines that last.pt knows nothing of.
@@ -230,7 +232,7 @@ def read_log(path: str | Path) -> list[Epoch]:
         raise TrainingError(f"{path} is no training log of fxprune's: {error}") from error
 
 
-def _resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> list[Epoch]:
+def _resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: TrainingRecipe) -> list[Epoch]:
     checkpoint = load_checkpoint(folder / LAST, model, optimizer)
     there = checkpoint.extra
     other = [

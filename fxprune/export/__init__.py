@@ -20,27 +20,27 @@ __all__ = [
 
 # The deployment rules need torch alone; what reads or writes a file brings onnx and onnxruntime, on first use.
 if TYPE_CHECKING:
-    from fxprune.export.deployment import Deployment, Rule, assess_deployment, tensorrt_2to4, torch_semi_structured
     from fxprune.export.inspection import Inspection, inspect_onnx
     from fxprune.export.onnx import export_onnx
     from fxprune.export.onnx_report import LayerCheck, OnnxReport
     from fxprune.export.validate import validate_onnx
+    from fxprune.layers.deployment import Deployment, Rule, assess_deployment, tensorrt_2to4, torch_semi_structured
 else:
-    from fxprune.first_use import on_first_use
+    from fxprune.runtime.first_use import on_first_use
 
     __getattr__, __dir__ = on_first_use(
         __name__,
         {
-            "Deployment": "fxprune.export.deployment",
+            "Deployment": "fxprune.layers.deployment",
             "Inspection": "fxprune.export.inspection",
             "LayerCheck": "fxprune.export.onnx_report",
             "OnnxReport": "fxprune.export.onnx_report",
-            "Rule": "fxprune.export.deployment",
-            "assess_deployment": "fxprune.export.deployment",
+            "Rule": "fxprune.layers.deployment",
+            "assess_deployment": "fxprune.layers.deployment",
             "export_onnx": "fxprune.export.onnx",
             "inspect_onnx": "fxprune.export.inspection",
-            "tensorrt_2to4": "fxprune.export.deployment",
-            "torch_semi_structured": "fxprune.export.deployment",
+            "tensorrt_2to4": "fxprune.layers.deployment",
+            "torch_semi_structured": "fxprune.layers.deployment",
             "validate_onnx": "fxprune.export.validate",
         },
     )

@@ -199,19 +199,26 @@ def attributes_with_defaults(node: NodeProto, opsets: Mapping[str, int]) -> dict
         node: of any domain; without a schema only what it states is there.
         opsets: from `opset_versions`.
     """
-    domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
-    found: dict[str, Any] = {}
-    try:
-        version = opsets.get(domain, 1)
-        newest = onnx.defs.onnx_opset_version()
-        schema = onnx.defs.get_schema(node.op_type, version if domain else min(version, newest), domain)
-        for name, attribute in schema.attributes.items():
-            if attribute.default_value.type != AttributeProto.UNDEFINED:
-                found[name] = helper.get_attribute_value(attribute.default_value)
-    except Exception:  # onnx.defs.SchemaError: no such operation, domain or version
-        found = {}
+    schema = schema_of(node, opsets)
+    found = {
+        name: helper.get_attribute_value(attribute.default_value)
+        for name, attribute in ({} if schema is None else schema.attributes).items()
+        if attribute.default_value.type != AttributeProto.UNDEFINED
+    }
     stated = {name: value for name, value in attributes(node).items() if not _holds_graphs(value)}
     return found | {name: value for name, value in stated.items() if not _is_implied(node.op_type, name, value)}
+
+
+def schema_of(node: NodeProto, opsets: Mapping[str, int]) -> onnx.defs.OpSchema | None:
+    """What onnx knows of a node's operation in its operator set; None if nothing."""
+    domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
+    version = opsets.get(domain, 1)
+    try:
+        return onnx.defs.get_schema(
+            node.op_type, version if domain else min(version, onnx.defs.onnx_opset_version()), domain
+        )
+    except onnx.defs.SchemaError:
+        return None
 
 
 def _is_implied(op: str, name: str, value: Any) -> bool:

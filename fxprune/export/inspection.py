@@ -13,10 +13,10 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-from fxprune.export.deployment import assess_deployment
 from fxprune.export.onnx_file import FileSize, measure_size, read_onnx
 from fxprune.export.onnx_report import axis_name, common_verdict, size_line, verdict_legend
 from fxprune.export.weight_uses import WeightUse, graph_weights
+from fxprune.layers.deployment import assess_deployment
 from fxprune.pattern import NMPattern
 from fxprune.tables import Column, as_text, table, terminal_width
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import ValidationError
-from fxprune.export.deployment import assess_deployment
 from fxprune.export.model_layers import ModelLayer
 from fxprune.export.onnx_report import LayerCheck
 from fxprune.export.weight_uses import WeightUse
+from fxprune.layers.deployment import assess_deployment
 from fxprune.pattern import NMPattern, Pattern
 
 TRANSPOSED = "_transposed"  # what the exporter's folded Linear weights are called: fc.weight_transposed

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.errors import ValidationError
-from fxprune.fine_tuning.recorded_zeros import LAYERS, current_report
+from fxprune.fine_tuning.recorded_zeros import current_report
+from fxprune.operations import LAYERS
 from fxprune.report import PruneReport
 
 UNCHECKED = "No sparsity pattern was checked"
@@ -133,7 +135,7 @@ def model_layers(model: nn.Module, called: set[nn.Module]) -> list[ModelLayer]:
         if not isinstance(module, LAYERS) or not wanted:
             continue
         listed.add(module)
-        weight = module.weight
+        weight: Any = module.weight
         layers.append(
             ModelLayer(
                 name=name,

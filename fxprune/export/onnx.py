@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import ExportError, ValidationError
-from fxprune.export.batches import Batch, example_tensors, other_batch
 from fxprune.export.file_metadata import file_metadata
+from fxprune.export.inputs_outputs import Batch, example_tensors, other_batch
 from fxprune.export.model_layers import prune_report
 from fxprune.export.onnx_file import OnnxFile, first_line, read_onnx
 from fxprune.export.onnx_report import OnnxReport
@@ -25,8 +25,8 @@ from fxprune.export.sparse_initializer import sparsify
 from fxprune.export.torch_export import to_onnx_program
 from fxprune.export.validate import check_file, validate_onnx, warn_of_notes
 from fxprune.fine_tuning.recorded_zeros import filled_zeros
-from fxprune.model_argument import not_a_model
-from fxprune.surroundings import undisturbed
+from fxprune.graph.model_argument import not_a_model
+from fxprune.runtime.surroundings import undisturbed
 
 # One protobuf message may hold 2 GiB; the graph itself needs some of that.
 EXTERNAL_DATA_BYTES = 2**31 - 2**26

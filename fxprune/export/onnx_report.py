@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from fxprune.export.deployment import CPU_NOTE, DENSE, LEGEND
 from fxprune.export.onnx_file import FileSize
 from fxprune.export.parity import Parity
+from fxprune.layers.deployment import CPU_NOTE, DENSE, LEGEND
 from fxprune.tables import Column, as_text, said_once, table, terminal_width
 
 COLUMNS = (
@@ -126,9 +126,7 @@ class OnnxReport:
             f"largest difference {parity.max_abs:.2e}, relative {parity.max_rel:.1e} ({parity.tolerance:g} allowed)."
         ]
         if parity.agreement is not None:
-            lines.append(
-                f"Top-1 agreement {parity.agreement:.2f}%; largest difference at sample {parity.worst_sample}."
-            )
+            lines.append(f"Top-1 agreement {parity.agreement:.2%}; largest difference at sample {parity.worst_sample}.")
         if parity.accuracy_model is not None and parity.accuracy_onnx is not None:
             lines.append(f"Accuracy: model {parity.accuracy_model:.2f}%, file {parity.accuracy_onnx:.2f}%.")
         if self.sparse_initializers:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import ValidationError
-from fxprune.export.batches import Batch, named_outputs
+from fxprune.export.inputs_outputs import Batch, named_outputs
 from fxprune.export.onnx_file import OnnxFile
 from fxprune.export.session import run_session
-from fxprune.graph import call
-from fxprune.precision import full_precision
+from fxprune.graph import call_quietly
+from fxprune.runtime.precision import full_precision
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -40,7 +40,7 @@ class Parity:
         max_rel: largest absolute difference of an output tensor over its largest absolute value in the batch; for
             integer outputs, the share of numbers that differ.
         tolerance: what `max_rel` may be at most.
-        agreement: percent of positions where the first output (N, classes, ...) has its maximum in the same class; None
+        agreement: share of positions where the first output (N, classes, ...) has its maximum in the same class; None
             if the first output has no class axis.
         accuracy_model: percent right of the model where labels are given, else None.
         accuracy_onnx: the same of the file.
@@ -88,7 +88,7 @@ def evaluating(model: nn.Module) -> Iterator[Callable[[tuple[Tensor, ...]], dict
     def run(inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         if first is not None:
             inputs = tuple(x.to(first.device, first.dtype if x.is_floating_point() else x.dtype) for x in inputs)
-        return {name: value.cpu() for name, value in named_outputs(call(model, *inputs)).items()}
+        return {name: value.cpu() for name, value in named_outputs(call_quietly(model, *inputs)).items()}
 
     try:
         model.eval()
@@ -155,7 +155,7 @@ def compare(
         max_abs=tally.max_abs,
         max_rel=tally.max_rel,
         tolerance=TOLERANCES.get(dtype, TOLERANCES["float32"]),
-        agreement=_percent(tally.same, tally.classified),
+        agreement=tally.same / tally.classified if tally.classified else None,
         accuracy_model=_percent(tally.right_model, tally.labelled),
         accuracy_onnx=_percent(tally.right_onnx, tally.labelled),
         worst_sample=tally.worst_sample,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fxprune.errors import ValidationError
-from fxprune.export.batches import Batch
 from fxprune.export.constant_folding import Array
+from fxprune.export.inputs_outputs import Batch
 from fxprune.export.onnx_file import OnnxFile
 
 if TYPE_CHECKING:

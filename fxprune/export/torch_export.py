@@ -16,8 +16,8 @@ from onnxscript.function_libs.torch_lib.ops.core import aten_as_strided
 from torch import Tensor, nn
 
 from fxprune.errors import ExportError
-from fxprune.export.batches import input_names, named_outputs
 from fxprune.export.half_precision import PREFIX, Float16Inside
+from fxprune.export.inputs_outputs import input_names, named_outputs
 from fxprune.export.layer_check import TRANSPOSED
 from fxprune.quiet import quiet
 

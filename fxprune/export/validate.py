@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import nn
 
 from fxprune.errors import ValidationError
-from fxprune.export.batches import Batch, input_names, read_batch
+from fxprune.export.inputs_outputs import Batch, input_names, read_batch
 from fxprune.export.layer_check import FOLDED, check_layers
 from fxprune.export.model_layers import (
     UNCHECKED,
@@ -33,7 +33,7 @@ from fxprune.export.parity import coarsest_dtype, compare, evaluating, require_p
 from fxprune.export.session import open_session
 from fxprune.export.weight_uses import WeightUse, graph_weights
 from fxprune.fine_tuning.recorded_zeros import filled_zeros
-from fxprune.surroundings import undisturbed
+from fxprune.runtime.surroundings import undisturbed
 
 PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 

@@ -7,8 +7,8 @@ from types import TracebackType
 from torch import nn
 
 from fxprune.errors import GraphError
-from fxprune.fine_tuning.keeper import Keeper, KeptLayer, attach, keepers, let_go
 from fxprune.fine_tuning.recorded_zeros import filled_zeros, layers_with_zeros, recorded_masks
+from fxprune.layers.zero_keeper import Keeper, KeptLayer, attach, keepers, let_go
 
 
 class KeptZeros:

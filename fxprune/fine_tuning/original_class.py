@@ -20,11 +20,11 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from fxprune.annotations import changes
 from fxprune.channels.apply import channel_order
 from fxprune.errors import CheckpointError, TraceError
 from fxprune.graph import module_of
-from fxprune.model_argument import not_a_model
-from fxprune.passes.base import changes
+from fxprune.graph.model_argument import not_a_model
 from fxprune.tracing import trace
 
 _NO_FACTOR = 1e-12  # A smaller factor of BatchNorm's is none to divide by.

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from fxprune.annotations import graph_annotation, report_of
 from fxprune.errors import GraphError
-from fxprune.fine_tuning.keeper import write_kept_zeros
-from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from fxprune.model_argument import not_a_model
+from fxprune.geometry import reduction_second
+from fxprune.graph.model_argument import not_a_model
+from fxprune.layers.zero_keeper import write_kept_zeros
+from fxprune.operations import LAYERS
 from fxprune.pattern import Pattern
 from fxprune.report import LayerReport, PruneReport
 from fxprune.tracing import matches
 
-LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
 # A layer that a compilation left alone counts as pruned before if so much of it is zero; fewer zeros may be an accident.
 _PRUNED_BEFORE = 0.5
 
@@ -146,7 +146,7 @@ def filled_zeros(model: nn.Module) -> FilledZeros:
         zeros = mask.zeros()
         recorded += int(zeros.sum())
         lost = int((weight[zeros] != 0).sum())
-        if lost and not _zeros_moved(weight, int(zeros.sum()), mask.pattern):
+        if lost and not _zeros_moved(module, int(zeros.sum()), mask.pattern):
             filled[name] = lost
     return FilledZeros(filled, recorded, replaced)
 
@@ -242,8 +242,9 @@ def _by_report(model: nn.Module) -> FilledZeros:
     return FilledZeros(filled, recorded, restorable=False)
 
 
-def _zeros_moved(weight: Tensor, zeros: int, pattern: str) -> bool:
+def _zeros_moved(module: Layer, zeros: int, pattern: str) -> bool:
     """Whether a weight has as many zeros as it had and its pattern holds: another mask, but a mask."""
+    weight = reduction_second(module).detach().cpu()
     enough = weight.numel() - int(torch.count_nonzero(weight)) >= zeros
     return enough and (not pattern or Pattern.parse(pattern).check(weight).ok)
 

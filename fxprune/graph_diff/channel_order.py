@@ -236,7 +236,10 @@ def _solve(spaces: Sequence[_Space]) -> None:
         moved = False
         for space in spaces:
             usual = torch.arange(space.size)
-            found = _best_order(*_evidence(space, guess=sweep == 0), doubting=sweep > 0)
+            evidence = _evidence(space, guess=sweep == 0)
+            if evidence is None:
+                continue
+            found = _best_order(*evidence, doubting=sweep > 0)
             previous = usual if space.order is None else space.order
             moved |= not torch.equal(found, previous)
             space.order = found
@@ -244,8 +247,8 @@ def _solve(spaces: Sequence[_Space]) -> None:
             return
 
 
-def _evidence(space: _Space, *, guess: bool) -> tuple[Tensor, Tensor]:
-    """What is known of each channel in both models, (n, features) each, every number with the same weight.
+def _evidence(space: _Space, *, guess: bool) -> tuple[Tensor, Tensor] | None:
+    """What is known of each channel in both models, (n, features) each, every number with the same weight; None if nothing is.
 
     Args:
         space: the channels.
@@ -267,7 +270,7 @@ def _evidence(space: _Space, *, guess: bool) -> tuple[Tensor, Tensor]:
         scale = math.sqrt(rows[0].numel()) / rows[0].norm().clamp(min=1e-30)
         old.append(rows[0] * scale)
         new.append(rows[1] * scale)
-    return torch.cat(old, dim=1), torch.cat(new, dim=1)
+    return (torch.cat(old, dim=1), torch.cat(new, dim=1)) if old else None
 
 
 def _best_order(before: Tensor, after: Tensor, *, doubting: bool) -> Tensor:

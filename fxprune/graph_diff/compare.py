@@ -12,13 +12,13 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxprune.errors import GraphError
+from fxprune.graph.model_argument import not_a_model
 from fxprune.graph_diff.matching import match_graphs
 from fxprune.graph_diff.model_graph import ModelGraph
 from fxprune.graph_diff.node_diff import Comparison
 from fxprune.graph_diff.read_fx import read_fx
 from fxprune.graph_diff.read_onnx import read_onnx_graph
 from fxprune.graph_diff.result import Costs, Edge, GraphDiff, NodeDiff, NodeState
-from fxprune.model_argument import not_a_model
 from fxprune.tracing import trace
 
 Model = nn.Module | str | PathLike[str]
@@ -36,7 +36,7 @@ def diff(before: Model, after: Model, *, example_inputs: Any = None) -> GraphDif
             or the path of an ONNX file.
         after: likewise; an ONNX file is compared with an ONNX file.
         example_inputs: a tensor, a tuple of the models' inputs, or a dict of them by name: both models are run on them
-            once for the sizes of activations, which multiply-adds need. ONNX files state sizes themselves.
+            once for the sizes of activations, which MACs need. ONNX files state sizes themselves.
 
     Returns:
         The difference: `print` it, or write it with `.to_html(path)` or `.to_json(path)`.
@@ -159,19 +159,19 @@ def _notes(comparison: Comparison, nodes: list[NodeDiff]) -> tuple[str, ...]:
 
 
 def graph_costs(graph: ModelGraph, states: Mapping[str, NodeState]) -> Costs:
-    """Count a graph's parameters and multiply-adds; `states` by node id."""
-    multiply_adds, nonzero = 0, 0
+    """Count a graph's parameters and MACs; `states` by node id."""
+    macs, nonzero = 0, 0
     for node in graph.nodes:
         state = states[node.id]
-        if state.multiply_adds is not None:
-            multiply_adds += state.multiply_adds
+        if state.macs is not None:
+            macs += state.macs
             weights = node.weights.weight.numel() if node.weights.weight is not None else 0
-            nonzero += round(state.multiply_adds * state.nonzeros / weights) if weights else state.multiply_adds
+            nonzero += round(state.macs * state.nonzeros / weights) if weights else state.macs
     known = graph.shapes_known
     return Costs(
         nodes=len(graph.nodes),
         parameters=sum(p.numel() for p in graph.parameters.values()),
         nonzeros=sum(int(torch.count_nonzero(p)) for p in graph.parameters.values()),
-        multiply_adds=multiply_adds if known else None,
-        nonzero_multiply_adds=nonzero if known else None,
+        macs=macs if known else None,
+        nonzero_macs=nonzero if known else None,
     )

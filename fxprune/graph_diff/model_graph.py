@@ -27,7 +27,7 @@ class GraphNode:
         order: (inputs, outputs): where its channels stood before a pass permuted them; None for those that stayed.
         inplace: whether it overwrites its input.
         output_shape: sizes of its (first) output, None where that is not known.
-        multiply_adds: multiplications with a weight or of two activations, for one sample; None if not known.
+        macs: multiplications with a weight or of two activations, for one sample; None if not known.
         status: "pruned", "reconstructed", "kept" or, of a layer that was not compiled, "".
         pattern: the sparsity pattern it was pruned to, or "".
         output_error: relative output error of the layer, if it was measured.
@@ -44,7 +44,7 @@ class GraphNode:
     order: tuple[Tensor | None, Tensor | None] = (None, None)
     inplace: bool = False
     output_shape: tuple[int | str, ...] | None = None
-    multiply_adds: int | None = None
+    macs: int | None = None
     status: str = ""
     pattern: str = ""
     output_error: float | None = None
@@ -66,8 +66,8 @@ class ModelGraph:
         parameters: every learnable tensor once, by name.
         changes: what passes wrote down about the graph.
         compressed: what was done to the model by us, such as "pruned to 2:4"; "" for a model that is as it was trained.
-        shapes_known: whether sizes of activations, and so multiply-adds, are known.
-        notes: what the reader should know, such as operations that multiply-adds leave out.
+        shapes_known: whether sizes of activations, and so MACs, are known.
+        notes: what the reader should know, such as operations that MACs leave out.
     """
 
     title: str

@@ -221,7 +221,7 @@ def node_state(node: GraphNode) -> NodeState:
         arguments=dict(node.arguments),
         output_shape=node.output_shape,
         parameters=sum(learnt),
-        multiply_adds=node.multiply_adds,
+        macs=node.macs,
     )
     if weight is None:
         return state

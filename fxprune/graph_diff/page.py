@@ -176,8 +176,8 @@ def _costs(diff: GraphDiff) -> list[tuple[str, str, str, str]]:
         ("Nodes", old.nodes, new.nodes),
         ("Parameters", old.parameters, new.parameters),
         ("Non-zero parameters", old.nonzeros, new.nonzeros),
-        ("Multiply-adds", old.multiply_adds, new.multiply_adds),
-        ("… with a non-zero weight", old.nonzero_multiply_adds, new.nonzero_multiply_adds),
+        ("MACs", old.macs, new.macs),
+        ("… with a non-zero weight", old.nonzero_macs, new.nonzero_macs),
     ]
     return [(name, _count(a), _count(b), relative(a, b)) for name, a, b in rows if a is not None or b is not None]
 

@@ -19,20 +19,19 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from fxprune.annotations import annotation, changes, report_of
 from fxprune.channels.apply import channel_order
 from fxprune.errors import GraphError
-from fxprune.export.batches import example_tensors
+from fxprune.export.inputs_outputs import example_tensors
 from fxprune.export.parity import evaluating
 from fxprune.fine_tuning.recorded_zeros import FilledZeros, filled_zeros
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.graph import module_of, value_shapes
 from fxprune.graph_diff.model_graph import GraphNode, ModelGraph
-from fxprune.graph_diff.weights import Weights, weight_multiply_adds
+from fxprune.graph_diff.weights import Weights, weight_macs
+from fxprune.operations import Argument, is_augmented, operation_of, writes_in_place
 from fxprune.passes.fold_batchnorm import scale_and_shift
 from fxprune.report import PruneReport
 
-PRODUCTS = ("matmul", "mm", "bmm")
 _COMMA = re.compile(r",\s*(?![^()\[\]{}]*[)\]}])")  # not inside brackets
 _LEFT_OUT = ("inplace", "bias", "in_features", "out_features")
-_WEIGHTED = re.compile(r"conv[123]d|conv_transpose[123]d|linear")
 
 
 def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph:
@@ -41,7 +40,7 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
     Args:
         graph_module: run once in eval mode if there are inputs; its training flags are put back.
         example_inputs: a tensor, a tuple of the model's inputs, or a dict of them by name; None leaves sizes of
-            activations and multiply-adds unknown.
+            activations and MACs unknown.
 
     Raises:
         ExportError: example_inputs does not fit the model's inputs.
@@ -64,7 +63,7 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
         own = _node_parameters(graph_module, node)
         for name, parameter in own:
             parameters.setdefault(id(parameter), (name, parameter))
-        if node.op == "call_module" and read.multiply_adds is None and any(p.dim() > 1 for _, p in own):
+        if node.op == "call_module" and read.macs is None and any(p.dim() > 1 for _, p in own):
             uncounted[read.op] += 1
     report = report_of(graph_module)
     return ModelGraph(
@@ -76,11 +75,7 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
         shapes_known=bool(shapes),
         notes=(
             *([f"{filled}."] if filled else []),
-            *(
-                f"Multiply-adds leave out what happens inside {op} ({calls} calls)."
-                for op, calls in uncounted.items()
-                if shapes
-            ),
+            *(f"MACs leave out what happens inside {op} ({calls} calls)." for op, calls in uncounted.items() if shapes),
         ),
     )
 
@@ -121,9 +116,9 @@ def _read_node(
         inputs=tuple(source.name for source in _read_nodes(node) if source.op != "get_attr"),
         weights=weights,
         order=_order(node),
-        inplace=_is_inplace(node),
+        inplace=writes_in_place(node),
         output_shape=shapes.get(node),
-        multiply_adds=_multiply_adds(node, weights, shapes),
+        macs=_macs(node, weights, shapes),
         status=report.status if report and not lost else "",
         pattern=report.pattern if report and not lost else "",
         output_error=report.relative_error if report else None,
@@ -166,20 +161,18 @@ def _order(node: Node) -> tuple[Tensor | None, Tensor | None]:
     )
 
 
-def _multiply_adds(node: Node, weights: Weights, shapes: Mapping[Node, tuple[int, ...]]) -> int | None:
-    """Multiply-adds for one sample: of a layer with a weight, or of a product of two activations."""
+def _macs(node: Node, weights: Weights, shapes: Mapping[Node, tuple[int, ...]]) -> int | None:
+    """MACs for one sample: of a layer with a weight, or of a product of two activations."""
     sources = [source for source in _read_nodes(node) if source.op != "get_attr"]
     if node not in shapes or not sources or sources[0] not in shapes:
         return None
     if weights.weight is not None:
-        return weight_multiply_adds(weights, shapes[sources[0]], shapes[node])
-    if node.op != "call_module" and _operation_name(node) in PRODUCTS:
-        return math.prod(shapes[node][1:]) * shapes[sources[0]][-1]
+        return weight_macs(weights, shapes[sources[0]], shapes[node])
+    operation = operation_of(node)
+    if operation is not None and operation.factors is not None:
+        first = _read_nodes(node)[operation.factors[0]]
+        return math.prod(shapes[node][1:]) * shapes[first][-1] if first in shapes else None
     return None
-
-
-_COMMA = re.compile(r",\s*(?![^()\[\]{}]*[)\]}])")  # not inside brackets
-_LEFT_OUT = ("inplace", "bias", "in_features", "out_features")
 
 
 def _operation_name(node: Node) -> str:
@@ -190,19 +183,7 @@ def _operation_name(node: Node) -> str:
     if node.op in ("placeholder", "output"):
         return "input" if node.op == "placeholder" else "output"
     name = _function_name(node)
-    return name[1:] if _is_augmented(name) else name
-
-
-def _is_inplace(node: Node) -> bool:
-    """Whether a node overwrites its input."""
-    module = module_of(node)
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = str(getattr(node.target, "__name__", node.target))
-    written = name.endswith("_") and not name.endswith("__")
-    return written or _is_augmented(_function_name(node)) or _function_arguments(node).get("inplace") == "True"
+    return name[1:] if is_augmented(node) else name
 
 
 def _operation_arguments(node: Node) -> dict[str, str]:
@@ -226,11 +207,6 @@ def _function_name(node: Node) -> str:
     target: Any = node.target
     packet = getattr(target, "overloadpacket", target)
     return str(getattr(packet, "__name__", packet)).strip("_")
-
-
-def _is_augmented(name: str) -> bool:
-    """Whether a name is iadd, isub, ...: += and its kin, stripped of underscores."""
-    return name[:1] == "i" and hasattr(torch.Tensor, f"__{name}__") and hasattr(torch.Tensor, f"__{name[1:]}__")
 
 
 def _function_arguments(node: Node) -> dict[str, str]:
@@ -274,10 +250,6 @@ def _module_arguments(module: nn.Module) -> dict[str, str]:
     return texts
 
 
-_WEIGHTED = re.compile(r"conv[123]d|conv_transpose[123]d|linear")
-PRODUCTS = ("matmul", "mm", "bmm")
-
-
 def _node_weights(graph_module: GraphModule, node: Node) -> Weights:
     """Tensors of the module behind a node, or those that a function reads from the model itself."""
     module = module_of(node)
@@ -304,23 +276,19 @@ def _module_weights(module: nn.Module) -> Weights:
 def _function_weights(graph_module: GraphModule, node: Node) -> Weights:
     """Tensors that a function reads from the model itself; a convolution's bias is called so, whatever its name."""
     stored = {source: tensor.detach().cpu() for source, tensor in _attributes(graph_module, node)}
-    operation = _operation_name(node)
-    second, third = (_argument(node, i, name) for i, name in ((1, "weight"), (2, "bias")))
-    is_layer = bool(_WEIGHTED.fullmatch(operation))
+    known = operation_of(node)
+    is_layer = known is not None and known.channels == "matrix"
+    second = None if known is None or known.weight is None else known.weight.of(node)
+    third = Argument(2, "bias").of(node)
     names = {source: "bias" if is_layer and source is third else str(source.target) for source in stored}
     others = {names[source]: tensor for source, tensor in stored.items() if source is not second}
     weight = stored.get(second) if isinstance(second, Node) else None
-    if weight is not None and is_layer:
-        transposed = "transpose" in operation
-        groups = _argument(node, 6, "groups")
-        return Weights(weight, others, groups if isinstance(groups, int) else 1, transposed)
-    if weight is not None and operation in PRODUCTS and weight.dim() == 2:
+    if known is not None and weight is not None and is_layer:
+        groups = Argument(6, "groups", 1).of(node)
+        return Weights(weight, others, groups if isinstance(groups, int) else 1, "transpose" in known.name)
+    if known is not None and weight is not None and known.factors is not None and weight.dim() == 2:
         return Weights(weight.T, others)
     return Weights(None, {names[source]: tensor for source, tensor in stored.items()})
-
-
-def _argument(node: Node, position: int, name: str) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
 def _without(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

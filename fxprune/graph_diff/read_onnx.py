@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, NodeProto, ValueInfoProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 from torch import Tensor
 
-from fxprune.export.onnx_file import Array, OnnxFile, initializer_arrays, read_onnx
+from fxprune.export.constant_folding import Array, constant_value, fold_constants, opset_versions, subgraphs
+from fxprune.export.file_metadata import ChannelOrder, channel_orders, layer_patterns
+from fxprune.export.onnx_file import OnnxFile, initializer_arrays, read_onnx
 from fxprune.export.weight_uses import WeightUse, graph_weights
 from fxprune.graph_diff.model_graph import GraphNode, ModelGraph
-from fxprune.graph_diff.onnx_constants import (
-    fold_constants,
-    has_subgraphs,
-    input_name,
-    node_arguments,
-    opset_of,
-    tensor_inputs,
-)
-from fxprune.graph_diff.weights import Weights, weight_multiply_adds
+from fxprune.graph_diff.onnx_arguments import input_name, node_arguments, tensor_inputs
+from fxprune.graph_diff.weights import Weights, weight_macs
 
 _MAX_MESSAGE = 2**31 - 2**20  # shape inference passes the model on as one message
 _HAS_BIAS = ("Conv", "ConvTranspose", "Gemm", "FusedConv", "FusedGemm")
@@ -40,15 +33,15 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
         ValidationError: the file is missing or not a complete ONNX file.
     """
     file = read_onnx(path)
-    graph, opset = file.model.graph, opset_of(file.model)
+    graph, opsets = file.model.graph, opset_versions(file.model)
     parameters = _parameters(file.model)
     constants, origins = fold_constants(file.model)
+    _name_nodes(graph)
     shapes = _shapes(file)
     uses: dict[str, WeightUse] = {}
     for found in graph_weights(file.model).uses:
         uses.setdefault(found.node, found)
-    layers = json.loads(file.metadata.get("fxprune.layers", "{}"))
-    orders = _channel_orders(file.metadata)
+    patterns, orders = layer_patterns(file.metadata), channel_orders(file.metadata)
     names = _layer_names(uses, origins)
     producer = {port.name: f"input {port.name}" for port in file.inputs}
     nodes = [
@@ -57,7 +50,7 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
     ]
     for node in graph.node:
         use, name = uses.get(node.name), names.get(node.name, "")
-        weights = _weights(node, use, opset, constants)
+        weights = _weights(node, use, opsets, constants)
         source, output = (shapes.get(some[0], ()) if some else () for some in (node.input, node.output))
         nodes.append(
             GraphNode(
@@ -65,13 +58,13 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
                 name=name or node.name,
                 key=f"weight:{name}" if name else "",
                 op=node.op_type,
-                arguments=node_arguments(node, opset, constants, () if use is None else tuple(use.weight.shape)),
+                arguments=node_arguments(node, opsets, constants, () if use is None else tuple(use.weight.shape)),
                 inputs=tuple(producer[name] for name in node.input if name in producer),
                 weights=weights,
                 output_shape=output or None,
-                multiply_adds=_multiply_adds(node, weights, source, output),
-                pattern=str(layers.get(name, {}).get("pattern", "")),
-                order=orders.get(name, (None, None)),
+                macs=_macs(node, weights, source, output),
+                pattern=patterns.get(name, ""),
+                order=_as_tensors(orders.get(name, ChannelOrder())),
             )
         )
         producer.update(dict.fromkeys(node.output, node.name))
@@ -82,25 +75,32 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
                 f"output {port.name}", port.name, f"output:{port.name}", "output", {}, inputs, output_shape=port.shape
             )
         )
-    nested = [node.name for node in graph.node if has_subgraphs(node)]
+    nested = [node.name for node in graph.node if any(subgraphs(node))]
     pattern = file.metadata.get("fxprune.pattern")
     return ModelGraph(
         title=Path(path).name + (f" (pruned to {pattern})" if pattern else ""),
         nodes=tuple(nodes),
         parameters=parameters,
         compressed=f"pruned to {pattern}" if pattern else "",
-        shapes_known=any(node.multiply_adds is not None for node in nodes),
+        shapes_known=any(node.macs is not None for node in nodes),
         notes=(f"What happens inside {', '.join(nested)} is not compared.",) if nested else (),
     )
 
 
-def _channel_orders(metadata: Mapping[str, str]) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-    """Where the channels of each layer's input and output stood before they were permuted, as our exporter writes it."""
-    stated: dict[str, Any] = json.loads(metadata.get("fxprune.channels", "{}"))
-    orders = [torch.tensor(order, dtype=torch.long) for order in stated.get("orders", ())]
-    layers: dict[str, list[int | None]] = stated.get("layers", {})
-    places = {name: [None if place is None else orders[place] for place in pair] for name, pair in layers.items()}
-    return {name: (inputs, outputs) for name, (inputs, outputs) in places.items()}
+def _name_nodes(graph: GraphProto) -> None:
+    """Give every node a name of its own."""
+    taken: set[str] = set()
+    for position, node in enumerate(graph.node):
+        if not node.name or node.name in taken:
+            node.name = f"{node.op_type}_{position}"
+        taken.add(node.name)
+
+
+def _as_tensors(order: ChannelOrder) -> tuple[Tensor | None, Tensor | None]:
+    inputs, outputs = (
+        None if places is None else torch.tensor(places, dtype=torch.long) for places in (order.inputs, order.outputs)
+    )
+    return inputs, outputs
 
 
 def _layer_names(uses: Mapping[str, WeightUse], origins: Mapping[str, str]) -> dict[str, str]:
@@ -110,12 +110,12 @@ def _layer_names(uses: Mapping[str, WeightUse], origins: Mapping[str, str]) -> d
     return {node: name.removesuffix(".weight") for node, name in stored.items() if readers[name] == 1 and "." in name}
 
 
-def _multiply_adds(
+def _macs(
     node: NodeProto, weights: Weights, source: tuple[int | str, ...], output: tuple[int | str, ...]
 ) -> int | None:
     """Of a layer with a stored weight, or of a product of two activations; None where a size is not known."""
     if weights.weight is not None and output:
-        return weight_multiply_adds(weights, source, output)
+        return weight_macs(weights, source, output)
     factors = [*output[1:], *source[-1:]]
     known = [size for size in factors if isinstance(size, int)]
     if node.op_type == "MatMul" and source and output and len(known) == len(factors):
@@ -137,8 +137,10 @@ def _sizes(value: ValueInfoProto) -> tuple[int | str, ...]:
     return tuple(int(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in dims)
 
 
-def _weights(node: NodeProto, use: WeightUse | None, opset: int, constants: Mapping[str, Array]) -> Weights:
-    stored = {name: _numbers(constants[source]) for name, source in tensor_inputs(node, opset, constants).items()}
+def _weights(
+    node: NodeProto, use: WeightUse | None, opsets: Mapping[str, int], constants: Mapping[str, Array]
+) -> Weights:
+    stored = {name: _numbers(constants[source]) for name, source in tensor_inputs(node, opsets, constants).items()}
     if node.op_type == "BatchNormalization" and all(name in constants for name in node.input[1:5]):
         gamma, beta, mean, var = (_numbers(constants[name]) for name in node.input[1:5])
         epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
@@ -147,13 +149,13 @@ def _weights(node: NodeProto, use: WeightUse | None, opset: int, constants: Mapp
         return Weights(None, named, scale=scale, shift=beta - mean * scale)
     if use is None:
         return Weights(None, stored)
-    tensors = tensor_inputs(node, opset, constants)
+    tensors = tensor_inputs(node, opsets, constants)
     weight = next((i for i, name in enumerate(node.input) if name == use.initializer), None)
-    names = {input_name(node, 2, opset): "bias"} if node.op_type in _HAS_BIAS else {}
+    names = {input_name(node, 2, opsets): "bias"} if node.op_type in _HAS_BIAS else {}
     others = {
         names.get(name, name): stored[name]
         for name in tensors
-        if weight is None or name != input_name(node, weight, opset)
+        if weight is None or name != input_name(node, weight, opsets)
     }
     return Weights(use.weight, others, use.groups, transposed=use.op == "ConvTranspose")
 
@@ -171,8 +173,8 @@ def _parameters(model: ModelProto) -> dict[str, Tensor]:
     }
     stored = initializer_arrays(graph)
     for node in graph.node:
-        if node.op_type == "Constant":
-            stored.update((node.output[0], numpy_helper.to_array(a.t)) for a in node.attribute if a.name == "value")
+        if node.op_type == "Constant" and (value := constant_value(node)) is not None:
+            stored[node.output[0]] = value
     return {
         name: _numbers(array)
         for name, array in stored.items()

@@ -31,7 +31,7 @@ class NodeState:
         nonzeros: how many of its weight's numbers are not zero.
         sparsity: share of zeros in its weight.
         pattern: the pattern that it was pruned to, or else the strictest N:M patterns that its weight satisfies.
-        multiply_adds: for one sample; None where they are not known or there are none.
+        macs: for one sample; None where they are not known or there are none.
     """
 
     node: str
@@ -44,7 +44,7 @@ class NodeState:
     nonzeros: int = 0
     sparsity: float = 0.0
     pattern: str = ""
-    multiply_adds: int | None = None
+    macs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,15 @@ class Costs:
         nodes: operations, inputs and outputs.
         parameters: learnable numbers that the graph reads, each counted once.
         nonzeros: how many of them are not zero.
-        multiply_adds: of convolutions and matrix products, for one sample; None where sizes are not known.
-        nonzero_multiply_adds: those with a non-zero weight. No engine saves all the others: see the deployment verdicts.
+        macs: of convolutions and matrix products, for one sample; None where sizes are not known.
+        nonzero_macs: those with a non-zero weight. No engine saves all the others: see the deployment verdicts.
     """
 
     nodes: int
     parameters: int
     nonzeros: int
-    multiply_adds: int | None = None
-    nonzero_multiply_adds: int | None = None
+    macs: int | None = None
+    nonzero_macs: int | None = None
 
 
 @dataclass(frozen=True)

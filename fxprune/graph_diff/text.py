@@ -88,8 +88,8 @@ def _costs(diff: GraphDiff) -> Table:
     table.add_row("parameters", f"{old.parameters:,}", f"{new.parameters:,}", relative(old.parameters, new.parameters))
     table.add_row("  not zero", f"{old.nonzeros:,}", f"{new.nonzeros:,}", relative(old.nonzeros, new.nonzeros))
     for heading, a, b in (
-        ("multiply-adds", old.multiply_adds, new.multiply_adds),
-        ("  with a non-zero weight", old.nonzero_multiply_adds, new.nonzero_multiply_adds),
+        ("MACs", old.macs, new.macs),
+        ("  with a non-zero weight", old.nonzero_macs, new.nonzero_macs),
     ):
         if a is not None or b is not None:
             table.add_row(heading, count_si(a), count_si(b), relative(a, b))

@@ -154,12 +154,12 @@ def composed(first: Tensor, second: Tensor) -> Tensor | None:
     return merged.to(first.dtype)
 
 
-def weight_multiply_adds(
+def weight_macs(
     weights: Weights,
     input_shape: tuple[int | str, ...],
     output_shape: tuple[int | str, ...],
 ) -> int | None:
-    """Multiply-adds of a convolution or matrix product with a stored weight, for one sample.
+    """MACs of a convolution or matrix product with a stored weight, for one sample.
 
     Every weight is used once at each output position, of a transposed convolution at each input position.
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxprune.calibration.batches import call, count, inputs_of, map_tensors, tensors_in
+from fxprune.calibration.batches import call_by_name, count, inputs_of, map_tensors, tensors_in
 from fxprune.calibration.failures import stays_as_it_is
 from fxprune.graph import device_of
-from fxprune.surroundings import same_random_numbers
+from fxprune.runtime.surroundings import same_random_numbers
 from fxprune.trace_check import TOLERANCE, _distance
 
 GROWTH = 64  # Pixels; networks that want multiples of something mostly want one of these.
@@ -78,7 +78,7 @@ def _outcome(module: nn.Module, graph_module: GraphModule, batch: Any) -> Any:
     values = {str(n.target).lstrip("*"): map_tensors(x, torch.clone) for n, x in inputs.items()}
     with torch.no_grad(), same_random_numbers():
         try:
-            return call(module, values)
+            return call_by_name(module, values)
         except Exception as error:
             if stays_as_it_is(error):
                 raise

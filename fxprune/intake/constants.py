@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxprune.graph import module_of
+from fxprune.operations import called_name, writes_in_place
 
 _RANDOM = (
     "rand", "normal", "bernoulli", "multinomial", "poisson", "uniform", "exponential", "cauchy", "geometric", "empty",
@@ -99,16 +100,8 @@ def _is_pure(node: Node) -> bool:
 
 
 def _writes(node: Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
-        return True
-    inplace = name.endswith("_") and not name.endswith("__")
-    return inplace or name in ("setitem", "__setitem__") or (len(name) > 2 and name in _INPLACE_OPERATORS)
-
-
-_INPLACE_OPERATORS = frozenset(
-    f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()
-)
+    assigns = called_name(node) in ("setitem", "__setitem__")
+    return assigns or node.kwargs.get("out") is not None or writes_in_place(node)
 
 
 def _is_written_to(value: Node) -> bool:

@@ -20,8 +20,8 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from fxprune.calibration.batches import inputs_of
-from fxprune.code_names import allow_any_name
 from fxprune.errors import TraceError
+from fxprune.graph.code_names import allow_any_name
 from fxprune.quiet import quiet
 
 if TYPE_CHECKING:

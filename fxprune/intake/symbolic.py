@@ -13,14 +13,13 @@ import torch
 from torch import nn
 from torch.fx import Node, Proxy, Tracer
 
+from fxprune.operations import AUGMENTED
+
 # torch's own modules that only call others; with torch's fused path for transformers switched off they can be traced.
 TRANSFORMERS = (
     nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
 )  # fmt: skip
-_INPLACE = (
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
-    operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
-)  # fmt: skip
+_INPLACE = tuple(function for function in AUGMENTED if function is not operator.imatmul)
 _HERE = Path(__file__).parent
 # With the separator: torchvision lies beside torch.
 _NOT_THE_USERS_CODE = (f"{Path(torch.__file__).parent}{os.sep}", f"{_HERE}{os.sep}", str(_HERE.parent / "tracing.py"))

@@ -13,12 +13,12 @@ import torch
 from torch.fx import GraphModule
 
 from fxprune.annotations import annotation
-from fxprune.constraints.base import chain_text
 from fxprune.errors import OptionsError
 from fxprune.files import save_tensors
 from fxprune.geometry import LayerGeometry
+from fxprune.layers.constraint import chain_text
 from fxprune.layers.solve import SolvedLayer, SolvedPart
-from fxprune.method import Method
+from fxprune.options import Method
 
 
 class LayerCheckpoint:
@@ -42,7 +42,9 @@ class LayerCheckpoint:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         chains = {
-            str(n.target): chain_text(annotation(n).chain) for n in graph_module.graph.nodes if annotation(n).role
+            str(n.target): chain_text(annotation(n).chain)
+            for n in graph_module.graph.nodes
+            if annotation(n).role not in ("", "repeat")
         }
         run = {
             "model": _fingerprint(graph_module),

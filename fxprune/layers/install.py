@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxprune.geometry import laid_out_like
 from fxprune.layers.problem import layer_of
+from fxprune.layers.shared import modules_called, weight_calls
 from fxprune.layers.solve import SolvedLayer
 from fxprune.layers.splits import Split, two_layers
 
@@ -21,15 +24,20 @@ def install(graph_module: GraphModule, node: Node, layer: SolvedLayer) -> None:
     trained = module.weight.requires_grad
     if len(layer.parts) == 1:
         (part,) = layer.parts
-        module.weight.data = part.weight
+        module.weight.data = laid_out_like(module.weight, part.weight)
         if part.bias is not None:
-            module.bias = nn.Parameter(part.bias, requires_grad=trained)
+            bias = nn.Parameter(part.bias, requires_grad=trained)
+            for reader in modules_called(weight_calls(graph_module)[node]):
+                reader.bias = bias
         return
     first, second = layer.parts
     split: Split = "channel" if math.prod(second.geometry.kernel_size) == 1 else "spatial"
     pair = two_layers(module, split, first.geometry.out_channels, bias=second.bias is not None)
+    if module.weight.dim() == 4 and not module.weight.is_contiguous():
+        pair = pair.to(memory_format=torch.channels_last)
     for new, part in zip(pair, layer.parts, strict=True):
-        new.weight = nn.Parameter(part.weight, requires_grad=trained)
+        assert isinstance(new.weight, Tensor)
+        new.weight = nn.Parameter(laid_out_like(new.weight, part.weight), requires_grad=trained)
         if part.bias is not None:
             new.bias = nn.Parameter(part.bias, requires_grad=trained)
     graph_module.set_submodule(str(node.target), pair.train(module.training))

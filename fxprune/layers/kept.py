@@ -1,17 +1,17 @@
-"""The reports of layers that are not touched: those that a pass declined, and those inside modules called as a whole."""
+"""Report rows of layers that are not touched: those that a pass declined, and those inside modules called as a whole."""
 
 from __future__ import annotations
 
 from operator import attrgetter
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Node
 
-from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.graph import module_of
+from fxprune.operations import LAYERS, called_name
 from fxprune.report import LayerReport
 
-LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
 # Modules of torch.nn whose own parameters are matrices; the tracer never looks inside them.
 WITH_MATRICES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
@@ -20,7 +20,7 @@ def kept_layer(node: Node, reason: str) -> LayerReport:
     """The report of a Conv or Linear call that was left as it is."""
     module = module_of(node)
     if module is None:
-        op = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+        op = called_name(node) or str(node.target)
         return _kept(node.name, op, next(iter(matrices_read(node)), None), reason)
     weight = getattr(module, "weight", None)
     return _kept(str(node.target), type(module).__name__, weight if isinstance(weight, Tensor) else None, reason)
@@ -36,7 +36,8 @@ def layers_inside(node: Node) -> tuple[LayerReport, ...]:
     for path, inner in module.named_modules():
         name = f"{node.target}.{path}" if path else str(node.target)
         if isinstance(inner, LAYERS):
-            reports.append(_kept(name, type(inner).__name__, inner.weight, reason))
+            weight: Any = inner.weight
+            reports.append(_kept(name, type(inner).__name__, weight, reason))
         elif isinstance(inner, WITH_MATRICES):
             matrices = [(key, p) for key, p in inner.named_parameters(recurse=False) if p.dim() >= 2]
             reports += [_kept(f"{name}.{key}", type(inner).__name__, p, reason) for key, p in matrices]

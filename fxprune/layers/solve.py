@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fxprune.constraints.base import Chain, Part
 from fxprune.errors import SolverError
 from fxprune.geometry import LayerGeometry, MatrixLayer
+from fxprune.layers.constraint import Chain, Part
 from fxprune.layers.problem import dead_inputs, fitted_bias, pose_problem, weights_alone
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.solvers.refit import refit
 from fxprune.statistics import CrossStatistics, InputStatistics
 
@@ -97,8 +97,8 @@ def solve_layer(
         )
 
     layer = solved(parts, cross)
-    if relu_aware is None or len(parts) > 1 or inputs is None:
-        return layer
+    if relu_aware is None or len(parts) > 1 or inputs is None or (chain and parts[0].mask is None):
+        return layer  # Only values on a known mask can be fitted again without breaking the constraints.
     cross = relu_aware(layer)
     (part,) = parts
     target = cross.target(inputs, module.bias, centred=bool(options.bias_correction))

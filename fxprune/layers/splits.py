@@ -39,7 +39,7 @@ def splits_of(split: Split | Literal["auto"]) -> tuple[Split, ...]:
 
 def full_rank(geometry: LayerGeometry, split: Split) -> int:
     """Largest rank of a split; 0 if the layer has no such split."""
-    if geometry.groups > 1:
+    if geometry.groups > 1 or geometry.transposed:
         return 0
     if split == "channel":
         return min(geometry.rows, geometry.columns)
@@ -49,13 +49,13 @@ def full_rank(geometry: LayerGeometry, split: Split) -> int:
     return min(ky * geometry.in_channels, kx * geometry.out_channels)
 
 
-def dense_multiply_adds(geometry: LayerGeometry, input_shape: Sequence[int]) -> int:
-    """Multiply-adds of a layer for one sample; `input_shape` with the batch dimension."""
+def dense_macs(geometry: LayerGeometry, input_shape: Sequence[int]) -> int:
+    """MACs of a layer for one sample; `input_shape` with the batch dimension."""
     return _positions(geometry, input_shape) * geometry.out_channels * geometry.columns
 
 
-def multiply_adds(geometry: LayerGeometry, input_shape: Sequence[int], split: Split, rank: int) -> int:
-    """Multiply-adds of the two layers for one sample; `input_shape` with the batch dimension."""
+def factored_macs(geometry: LayerGeometry, input_shape: Sequence[int], split: Split, rank: int) -> int:
+    """MACs of the two layers for one sample; `input_shape` with the batch dimension."""
     positions = _positions(geometry, input_shape)
     if split == "channel":
         return positions * rank * (geometry.columns + geometry.out_channels)

@@ -7,15 +7,16 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.annotations import annotate, annotation
 from fxprune.calibration.calibration import Calibration
-from fxprune.constraints import Chain, Constraint
-from fxprune.method import Method
+from fxprune.constraints import Chain, Constraint, keep_possible
+from fxprune.layers.shared import weight_calls
+from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
 
 
 class Allocate(CalibratedPass):
-    """Puts a constraint of the layer's own in the place of every shared one; to be run after InsertObservers.
+    """Replaces a constraint that layers share ("mixed:0.6") by one for each layer ("1:4"); to be run after InsertObservers.
 
-    Layers with equal shared constraints share one budget. A layer to which it gives nothing stays dense and is re-fitted.
+    Layers with equal shared constraints share one budget. A layer of which the budget asks nothing stays dense.
 
     Args:
         method: solver and options.
@@ -39,12 +40,18 @@ class Allocate(CalibratedPass):
         if not isinstance(own, str):
             annotate(node, chain=tuple(own if constraint == shared else constraint for constraint in chain))
             return
-        others = tuple(constraint for constraint in chain if constraint != shared)
+        geometry = annotation(node).geometry
+        assert geometry is not None
+        # What follows a rank was to be kept by two factors; the layer itself may not be able to.
+        others, declined = keep_possible([constraint for constraint in chain if constraint != shared], geometry)
+        reason = f"{own}; {declined}" if declined else own
         if others:
             annotate(node, chain=others)
         else:
-            annotate(node, chain=(), role="reconstruct" if self.method.options.reconstruct else "keep", reason=own)
-        self.record(graph_module, "kept", node, reason=own)
+            # Of a layer of several calls the target is its own output: its weights are the best fit.
+            refitted = self.method.options.reconstruct and len(weight_calls(graph_module)[node]) == 1
+            annotate(node, chain=(), role="reconstruct" if refitted else "keep", reason=reason)
+        self.record(graph_module, "kept", node, reason=reason)
 
 
 def _first_shared(graph_module: GraphModule, method: Method) -> tuple[Constraint, list[Node]] | None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
@@ -21,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from fxprune.annotations import annotation
 from fxprune.graph import call_sites, has_hooks, input_of, is_tied, module_of
+from fxprune.operations import Argument, operation_of
 from fxprune.passes.base import Pass
 from fxprune.tracing import matches
 
@@ -34,17 +34,6 @@ _NORM_OF: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose2d: nn.BatchNorm2d,
     nn.ConvTranspose3d: nn.BatchNorm3d,
 }
-_FUNCTIONAL = (F.batch_norm, torch.batch_norm)
-# Modules, and names of functions and methods, whose output has as many dimensions as their one tensor input.
-_KEEPS_RANK = (
-    nn.Linear, nn.BatchNorm1d, nn.LayerNorm, nn.Identity, nn.Dropout, nn.AlphaDropout, nn.ReLU, nn.ReLU6,
-    nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid,
-    nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus,
-)  # fmt: skip
-_KEEPS_RANK_NAMES = frozenset(
-    "dropout relu relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh "
-    "softplus clamp contiguous detach float double half to".split()
-)
 
 
 class FoldBatchNorm(Pass):
@@ -83,7 +72,8 @@ class FoldBatchNorm(Pass):
         removed: dict[Node, str] = {}
         for node in list(graph_module.graph.nodes):
             norm = module_of(node) if node not in removed else None
-            if node.op == "call_function" and node.target in _FUNCTIONAL:
+            operation = operation_of(node)
+            if operation is not None and operation.name == "batch_norm":
                 self.record(graph_module, "kept", node, reason="a functional call; only modules are folded")
             if not isinstance(norm, _BatchNorm):
                 continue
@@ -226,9 +216,9 @@ def _rank(node: Node) -> int | None:
             return len(shape)
         if _gives_two_dimensions(node):
             return 2
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        keeps_rank = isinstance(module_of(node), _KEEPS_RANK) or (
-            node.op in ("call_function", "call_method") and name in _KEEPS_RANK_NAMES
+        operation = operation_of(node)
+        keeps_rank = operation is not None and (
+            operation.channels in ("elementwise", "binary", "normalisation") or operation.name == "linear"
         )
         if not keeps_rank or len(node.all_input_nodes) != 1:
             return None
@@ -237,15 +227,14 @@ def _rank(node: Node) -> int | None:
 
 def _gives_two_dimensions(node: Node) -> bool:
     """Whether a node is flatten(x, 1), or a view or reshape to two sizes."""
-    module = module_of(node)
-    if module is not None:
-        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
-    sizes: Any = node.args[1:]
-    if node.target in ("flatten", torch.flatten):
-        start = node.kwargs.get("start_dim", sizes[0] if sizes else 0)
-        end = node.kwargs.get("end_dim", sizes[1] if len(sizes) > 1 else -1)
-        return (start, end) == (1, -1)
-    if node.target in ("view", "reshape", torch.reshape):
+    operation = operation_of(node)
+    name = "" if operation is None else operation.name
+    if name == "flatten":
+        is_module = module_of(node) is not None  # Its start_dim is 1 by default, the function's 0.
+        start, end = Argument(1, "start_dim", 1 if is_module else 0), Argument(2, "end_dim", -1)
+        return (start.of(node), end.of(node)) == (1, -1)
+    if name in ("view", "reshape"):
+        sizes: Any = node.args[1:] or [node.kwargs.get("shape", node.kwargs.get("size", ()))]
         if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
             sizes = sizes[0]
         return len(sizes) == 2

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.utils.parametrize import is_parametrized
 
 from fxprune.annotations import Annotation, annotate, annotation
-from fxprune.constraints import Chain, Constraint
+from fxprune.calibration.observers import OBSERVERS
+from fxprune.constraints import keep_possible
 from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
-from fxprune.graph import call_sites, input_of, is_tied, module_of
-from fxprune.layers.kept import LAYERS, layers_inside, matrices_read
+from fxprune.graph import input_of, is_tied, module_of
+from fxprune.layers.kept import layers_inside, matrices_read
+from fxprune.layers.shared import Calls, not_one_problem, weight_calls
+from fxprune.operations import LAYERS, operation_of
 from fxprune.passes.base import Pass
 from fxprune.recipe import Recipe
 from fxprune.statistics import HessianObserver
 from fxprune.tracing import matches
 
-OBSERVERS = "fxprune_observers"
 MAX_COLUMNS = 16_384  # A float64 Hessian of 2 GiB, of which solving needs several copies.
-WEIGHT_FUNCTIONS = (
-    F.linear, F.conv1d, F.conv2d, F.conv3d, F.bilinear, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
-)  # fmt: skip
-PRODUCTS = (operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum)
-PRODUCT_METHODS = ("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class InsertObservers(Pass):
     """Annotates Conv and Linear calls with role and constraints, and inserts `HessianObserver` modules.
 
-    Layers that read the same value in the same geometry share one observer, and so one Hessian.
+    Layers that read the same value in the same geometry share one observer, and so one Hessian. Calls that read the same weight
+    have an observer of their own, one for all of them, and are one layer: the first has its role.
 
     Args:
         recipe: under which constraints each layer is solved.
@@ -59,7 +54,7 @@ class InsertObservers(Pass):
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
         layers = [node for node in graph_module.graph.nodes if reads_weights(node)]
         self.recipe.check([str(node.target) for node in layers if module_of(node) is not None])
-        sites = call_sites(graph_module)
+        calls = weight_calls(graph_module)
         observers: dict[tuple[Node, LayerGeometry], Node] = {}
         modified = False
         for node in list(graph_module.graph.nodes):
@@ -67,88 +62,109 @@ class InsertObservers(Pass):
                 self.record(graph_module, "kept", node, reason=f"{layer.name}: {layer.reason}")
             if annotation(node).role or not reads_weights(node):
                 continue
-            decided = self._decide(graph_module, node, sites)
+            decided = self._decide(graph_module, node, calls)
             annotate(node, role=decided.role, reason=decided.reason, geometry=decided.geometry, chain=decided.chain)
-            if decided.reason:
+            if decided.reason and decided.role != "repeat":
                 self.record(graph_module, "kept", node, reason=decided.reason)
-            if decided.geometry is not None:
+            if decided.geometry is not None and decided.role == "repeat":
                 source = input_of(node)
-                key = (source, replace(decided.geometry, out_channels=decided.geometry.groups))
+                with graph_module.graph.inserting_before(node):
+                    same = graph_module.graph.call_module(str(input_of(calls[node][0]).target), (source,))
+                node.replace_input_with(source, same)
+            elif decided.geometry is not None and len(calls[node]) > 1:
+                source = input_of(node)
+                node.replace_input_with(source, _insert_observer(graph_module, node, source, _seen(decided.geometry)))
+            elif decided.geometry is not None:
+                source = input_of(node)
+                key = (source, _seen(decided.geometry))
                 if key not in observers:
                     observers[key] = _insert_observer(graph_module, node, source, key[1])
                 node.replace_input_with(source, observers[key])
             modified = True
         return PassResult(graph_module, modified)
 
-    def _decide(self, graph_module: GraphModule, node: Node, sites: dict[nn.Module, list[Node]]) -> Annotation:
-        reason = self._reason_to_keep(graph_module, node, sites)
+    def _decide(self, graph_module: GraphModule, node: Node, calls: Calls) -> Annotation:
+        together = calls.get(node, (node,))
+        first = annotation(together[0])
+        if first.role and module_of(node) is module_of(together[0]):
+            return Annotation("repeat", first.reason, first.geometry)
+        if first.role and first.geometry is not None:  # Another module with that weight.
+            return Annotation("repeat", f"its weight is that of {str(together[0].target)!r}", first.geometry)
+        reason = self._reason_to_keep(graph_module, node, together)
         if reason is not None:
             return Annotation("keep", reason)
         module = module_of(node)
         assert module is not None
         geometry = LayerGeometry.of(module)
         wanted = self.recipe.chain(str(node.target))
-        chain, declined = _kept_constraints(wanted or (), geometry)
+        chain, declined = keep_possible(wanted or (), geometry, len(together))
         if chain:
             return Annotation("compress", "", geometry, chain)
         if not declined:
             declined = "dense in the recipe" if wanted is not None else "named by no entry of the recipe"
-        return Annotation("reconstruct", declined, geometry) if self.reconstruct else Annotation("keep", declined)
+        # A layer of several calls has its own output for a target: its weights are the best fit.
+        refitted = self.reconstruct and len(together) == 1
+        return Annotation("reconstruct", declined, geometry) if refitted else Annotation("keep", declined)
 
-    def _reason_to_keep(self, graph_module: GraphModule, node: Node, sites: dict[nn.Module, list[Node]]) -> str | None:
+    def _reason_to_keep(self, graph_module: GraphModule, node: Node, together: tuple[Node, ...]) -> str | None:
         """Why a layer's weights must not be touched at all, or None."""
         module = module_of(node)
         if module is None:
             return f"a functional call in {_place(node)}: its weight belongs to no nn.Conv2d or nn.Linear module"
         if matches(str(node.target), self.exclude):
             return "excluded"
-        if isinstance(module, TRANSPOSED_CONVOLUTIONS):
-            return "transposed convolutions are not pruned"
         if is_parametrized(module):
             return "parametrized: its weight is computed; call torch.nn.utils.parametrize.remove_parametrizations first"
         if not is_matrix_layer(module):
-            return f"{type(module).__name__} is not exactly a Conv1d, Conv2d, Conv3d or Linear"
+            return f"{type(module).__name__} is not exactly a Conv1d, Conv2d, Conv3d, their transposed kind or Linear"
+        if isinstance(module, TRANSPOSED_CONVOLUTIONS) and (len(node.args) > 1 or "output_size" in node.kwargs):
+            return "a transposed convolution that is called with an output_size; give it an output_padding instead"
         computed = next((name for name in ("weight", "bias") if name not in module._parameters), None)
         if computed is not None:
             remedy = "call torch.nn.utils.remove_weight_norm, prune.remove or the like first"
             return f"its {computed} is computed by a hook; {remedy}"
         if changed := annotation(node).changed:
             return changed
-        if len(sites[module]) > 1:
-            return f"shared: called at {len(sites[module])} places with different inputs"
-        if is_tied(graph_module, module.weight):
-            return "its weight is shared with another part of the model"
-        if module.weight.dtype not in (torch.float32, torch.float64):
-            return f"its weight is {module.weight.dtype}; statistics need float32 or float64"
+        if (len(together) > 1 or is_tied(graph_module, module.weight)) and (
+            shared := self._reason_to_keep_shared(graph_module, node, together)
+        ):
+            return shared
+        if module.weight.dtype not in DTYPES:
+            return f"its weight is {module.weight.dtype}; float16, bfloat16, float32 and float64 can be solved"
         columns = LayerGeometry.of(module).columns
         if columns > MAX_COLUMNS and self.observe:
             return f"{columns:,} inputs to an output: the Hessian alone would take {8 * columns**2 / 2**30:.1f} GiB"
         return None
 
+    def _reason_to_keep_shared(self, graph_module: GraphModule, node: Node, together: tuple[Node, ...]) -> str | None:
+        """Why a weight that several calls read, or that has several names, must not be touched, or None."""
+        if (reason := not_one_problem(graph_module, together)) is not None:
+            return reason
+        wanted = self.recipe.chain(str(node.target))
+        for other in together:
+            name = str(other.target)
+            if matches(name, self.exclude):
+                return f"its weight is shared with {name!r}, which is excluded"
+            if annotation(other).changed:
+                return f"its weight is shared with {name!r}: {annotation(other).changed}"
+            if self.recipe.chain(name) != wanted:
+                return f"its weight is shared with {name!r}, for which the recipe has another entry"
+        return None
 
-def _kept_constraints(chain: Chain, geometry: LayerGeometry) -> tuple[Chain, str]:
-    """The constraints that a layer can keep, and why it cannot keep the others.
 
-    What follows a constraint that changes the layer's geometry is asked again when the layer is solved.
-    """
-    kept: list[Constraint] = []
-    reasons = []
-    for constraint in chain:
-        reason = None if any(accepted.changes_geometry for accepted in kept) else constraint.decline(geometry)
-        if reason is None:
-            kept.append(constraint)
-        else:
-            reasons.append(reason)
-    return tuple(kept), "; ".join(reasons)
+def _seen(geometry: LayerGeometry) -> LayerGeometry:
+    """What an observer has to know of a layer: layers that differ in their outputs alone share one."""
+    return replace(geometry, out_channels=geometry.groups)
 
 
 def reads_weights(node: Node) -> bool:
     """Whether a node is a call of a Conv or Linear module, or a function or product with a parameter in its place."""
-    if node.op == "call_function" and node.target in WEIGHT_FUNCTIONS:
-        return True
-    if node.target in (PRODUCTS if node.op == "call_function" else PRODUCT_METHODS):
-        return bool(matrices_read(node))
-    return isinstance(module_of(node), LAYERS)
+    if module_of(node) is not None:
+        return isinstance(module_of(node), LAYERS)
+    operation = operation_of(node)
+    if operation is None or operation.weight is None:
+        return False
+    return operation.channels == "matrix" or operation.name in ("bilinear", "convolution") or bool(matrices_read(node))
 
 
 def _place(node: Node) -> str:

@@ -19,12 +19,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.annotations import annotation, changed_modules
-from fxprune.calibration.batches import inputs_of, map_tensors, take, tensors_in
-from fxprune.calibration.calibration import Calibration, observers_off
+from fxprune.calibration.batches import map_tensors, tensors_in
+from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.failures import said, stays_as_it_is
-from fxprune.calibration.observers import observer_of
+from fxprune.calibration.observers import observer_of, observers_off
 from fxprune.calibration.stream import CalibrationStream
-from fxprune.channels import Channels, analyse_channels, permute_channels, value_shapes
+from fxprune.channels import Channels, analyse_channels, permute_channels
 from fxprune.channels.grouping import Reader, search_grouping
 from fxprune.channels.layout import Classes
 from fxprune.constraints.mask import Mask
@@ -35,12 +35,13 @@ from fxprune.layers.problem import layer_of
 from fxprune.passes.base import CalibratedPass
 from fxprune.passes.insert_observers import InsertObservers
 from fxprune.pattern import MixedPattern, NMPattern, Pattern
-from fxprune.precision import full_precision
 from fxprune.recipe import Recipe
+from fxprune.runtime.precision import full_precision
+from fxprune.runtime.surroundings import same_random_numbers
 from fxprune.solvers import LayerProblem
-from fxprune.surroundings import same_random_numbers
 
 TOLERANCE = 1e-4
+ROUNDING_STEPS = 32  # In half precision; a wrong order changes the output by about its size.
 IMAGES = 64
 PATCHES = 32  # For each column: an order of channels needs fewer than the weights do.
 EXAMPLE_IMAGES = 4
@@ -135,7 +136,8 @@ class PermuteChannels(CalibratedPass):
             after = _run(graph_module, inputs)
         for old, new in zip(before, after, strict=True):
             difference, scale = float((old - new).abs().max()), float(old.abs().max())
-            if not difference <= TOLERANCE * scale:
+            steps = ROUNDING_STEPS * torch.finfo(old.dtype).eps if old.is_floating_point() else 0.0
+            if not difference <= max(TOLERANCE, steps) * scale:
                 raise GraphError(
                     f"permuting channels has changed the network's output by {difference:.3g}, where the largest value is "
                     f"{scale:.3g}; the channel analysis is wrong for this model: compile without permutation, and report it"
@@ -146,12 +148,10 @@ class PermuteChannels(CalibratedPass):
     ) -> tuple[Channels, dict[Node, list[Reader]], NMPattern | None]:
         """Analyse the channels, and score the weights of every layer whose input channels can be permuted."""
         device = device_of(graph_module)
-        placeholders = graph_module.graph.find_nodes(op="placeholder")
-        inputs = list(inputs_of(calibration.first, placeholders, device=device).values())
-        self._example = _example(graph_module, inputs)
+        example, output = calibration.run_example(graph_module)
+        self._example = example.inputs, list(tensors_in(output))
         fixed = (*self.exclude, *changed_modules(graph_module))
-        shapes = value_shapes(graph_module, *map_tensors(self._example[0], torch.clone))
-        channels = analyse_channels(graph_module, shapes, exclude=fixed)
+        channels = analyse_channels(graph_module, example.shapes, exclude=fixed)
         observed = copy.deepcopy(graph_module)  # The observers go into a copy.
         twins = dict(zip(graph_module.graph.nodes, list(observed.graph.nodes), strict=True))
         InsertObservers(self.recipe, exclude=fixed, reconstruct=False)(observed)
@@ -169,8 +169,10 @@ class PermuteChannels(CalibratedPass):
                 self.record(graph_module, "kept", node, reason=reason)
         if not layers or pattern is None:
             return channels, {}, None
-        few = calibration.fitted_head(self.images) if self._example[0] is not inputs else list(calibration)
-        images = Calibration(few, device=device, holdout=0.0, stopwatch=calibration.stopwatch)
+        few = calibration.fitted_head(self.images) if example.takes_few else list(calibration)
+        images = Calibration(
+            few, device=device, holdout=0.0, stopwatch=calibration.stopwatch, shapes=calibration.shapes
+        )
         wanted = {observer_of(twin) for twin in layers.values()}
         with observers_off(observed):
             for observer in wanted:
@@ -204,15 +206,6 @@ def _most_held(patterns: Mapping[Node, NMPattern]) -> NMPattern | None:
     for node, pattern in patterns.items():
         weights[pattern] = weights.get(pattern, 0) + layer_of(node).weight.numel()
     return max(weights, key=lambda pattern: weights[pattern], default=None)
-
-
-def _example(graph_module: GraphModule, inputs: list[Any]) -> tuple[list[Any], list[Tensor]]:
-    """A few images of a batch, and the output on them; all of them if the graph takes no other number."""
-    few = map_tensors(take(inputs, slice(EXAMPLE_IMAGES)), torch.clone)
-    try:
-        return few, _run(graph_module, few)
-    except CalibrationError:
-        return inputs, _run(graph_module, inputs)
 
 
 def _run(graph_module: GraphModule, inputs: Sequence[Any]) -> list[Tensor]:

@@ -1,9 +1,9 @@
 """Polish: a few label-free epochs in which the pruned model learns the dense model's activations, its masks held fixed.
 
-Layer-wise least squares is blind to what the layers after it make of an error; gradient steps on all layers together are
-not. What is matched is every activation that a layer feeds, as far as its rectifier lets it through, each relative to its
-variance: feature distillation (Romero et al. 2015, FitNets; block by block in Lucas & Mazumder 2025, SNOWS). A few hundred
-images overfit far less on activations than on logits, of which they have only a handful each.
+Least squares layer by layer does not see what later layers make of an error; gradient steps on all layers together do.
+The loss compares every activation that follows a layer, after its ReLU if it has one, each relative to its variance:
+feature distillation (Romero et al. 2015, FitNets; block by block in Lucas & Mazumder 2025, SNOWS). Matching activations
+overfits a few hundred images far less than matching logits, since an image has thousands of activations and only a few logits.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fxprune.consumers import consumers
 from fxprune.errors import GraphError, OptionsError
 from fxprune.graph import Runner, device_of
 from fxprune.layers.problem import layer_of
+from fxprune.layers.shared import weight_calls
 from fxprune.passes.base import CalibratedPass
 
 LEARNING_RATE = 5e-4
@@ -206,14 +207,15 @@ def _update_report(
     dense: GraphModule, graph_module: GraphModule, layers: list[Node], steps: list[Inputs], *, is_score: bool
 ) -> None:
     """Measure every layer's error, and the agreement at the output, again: the weights are others now."""
-    names = {node.name for node in layers}
-    errors = {node.name: OutputError(channel_dim(node)) for node in layers}
+    calls = weight_calls(graph_module)
+    errors = {node: OutputError(channel_dim(node)) for node in layers}
+    of_call = {call.name: errors[node] for node in layers for call in calls[node]}
     agreement = OutputAgreement()
     for inputs in steps:
-        wanted, found = _Recorder(dense, names), _Recorder(graph_module, names)
+        wanted, found = _Recorder(dense, {*of_call}), _Recorder(graph_module, {*of_call})
         wanted.outputs(inputs)
         found.outputs(inputs)
-        for name, error in errors.items():
+        for name, error in of_call.items():
             error.update(wanted.kept[name], found.kept[name])
         if is_score:
             agreement.update(wanted.result, found.result)
@@ -221,7 +223,7 @@ def _update_report(
     for node in layers:
         row = annotation(node).report
         assert row is not None
-        measured[row.name] = replace(row, relative_error=errors[node.name].relative)
+        measured[row.name] = replace(row, relative_error=errors[node].relative)
         annotate(node, report=measured[row.name])
     report = report_of(graph_module)
     assert report is not None

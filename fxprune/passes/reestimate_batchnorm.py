@@ -16,7 +16,7 @@ from fxprune.calibration.failures import run_graph
 from fxprune.errors import CalibrationError
 from fxprune.graph import Runner, module_of
 from fxprune.passes.base import Pass
-from fxprune.surroundings import undisturbed
+from fxprune.runtime.surroundings import undisturbed
 
 REMEDY = "BatchNorm needs more than one value per channel"
 _FUNCTIONAL = (torch.nn.functional.batch_norm, torch.batch_norm)

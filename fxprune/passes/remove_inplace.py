@@ -7,9 +7,7 @@ is x itself (dropout in eval mode) is treated like x; a later read through a vie
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,30 +20,18 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.annotations import annotation
 from fxprune.errors import GraphError
 from fxprune.graph import module_of
-from fxprune.passes.base import Pass
-from fxprune.passes.shared_memory import REMEDY, SPLITS, SharedMemory, called_name, is_number
-
-_OPERATORS: dict[Any, Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.imatmul: operator.matmul,
-    operator.itruediv: operator.truediv,
-    operator.ifloordiv: operator.floordiv,
-    operator.imod: operator.mod,
-    operator.ipow: operator.pow,
-    operator.iand: operator.and_,
-    operator.ior: operator.or_,
-    operator.ixor: operator.xor,
-    operator.ilshift: operator.lshift,
-    operator.irshift: operator.rshift,
-}
-_DUNDERS = {f"__{i.__name__}__": f"__{i.__name__[1:]}__" for i in _OPERATORS if i is not operator.imatmul}
-# In place these keep the tensor's dtype or change its size; their namesakes without the underscore do not.
-_NO_COUNTERPART = frozenset(
-    "eq_ ne_ lt_ le_ gt_ ge_ less_ less_equal_ greater_ greater_equal_ not_equal_ logical_and_ logical_or_ "
-    "logical_xor_ logical_not_ resize_ resize_as_".split()
+from fxprune.operations import (
+    AUGMENTED,
+    AUGMENTED_METHODS,
+    called_name,
+    has_in_place_name,
+    inplace_argument,
+    is_augmented,
+    memory_of,
+    operation_of,
 )
+from fxprune.passes.base import Pass
+from fxprune.passes.shared_memory import REMEDY, SharedMemory, is_number
 
 
 class RemoveInplace(Pass):
@@ -116,28 +102,19 @@ def _overwritten(node: Node) -> Node | None:
     if not node.all_input_nodes or node.target is operator.imatmul:  # Tensors have no in-place matmul.
         return None
     first = node.args[0] if node.args else node.all_input_nodes[0]
-    if not isinstance(first, Node) or is_number(first) or called_name(first) in SPLITS:
+    if not isinstance(first, Node) or is_number(first) or memory_of(first) == "views":
         return None  # `+=` leaves numbers and tuples alone and gives new ones.
     return first
 
 
 def _set_inplace_false(node: Node) -> bool:
     """Turn a function's inplace=True, given by keyword or by position, to False."""
-    if node.op != "call_function":
-        return False
-    if node.kwargs.get("inplace") is True:
-        node.update_kwarg("inplace", False)
-        return True
-    if not any(argument is True for argument in node.args):
-        return False
-    try:
-        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
-    except ValueError:
-        return False  # A builtin; none of those has an `inplace`.
-    if "inplace" in names[: len(node.args)] and node.args[names.index("inplace")] is True:
-        node.update_arg(names.index("inplace"), False)
-        return True
-    return False
+    given = inplace_argument(node)
+    if isinstance(given, str):
+        node.update_kwarg(given, False)
+    elif given is not None:
+        node.update_arg(given, False)
+    return given is not None
 
 
 def _replace_target(node: Node) -> bool:
@@ -151,19 +128,18 @@ def _replace_target(node: Node) -> bool:
     if is_item_assignment or is_mutable or node.kwargs.get("out") is not None:
         what = "assigns to an item of" if is_item_assignment else "writes into"
         raise GraphError(f"node {node.name!r} ({name}) {what} an existing tensor. {REMEDY}")
-    if target in _OPERATORS or target in _DUNDERS:
-        node.target = _OPERATORS[target] if target in _OPERATORS else _DUNDERS[target]
+    if is_augmented(node):
+        node.target = AUGMENTED_METHODS[target] if node.op == "call_method" else AUGMENTED[target]
         return True
-    if not name.endswith("_") or name.startswith("_") or name.endswith("__"):
-        return False
-    if name == "requires_grad_" or getattr(operator, name, None) is target:  # operator.and_ and or_ are pure.
+    if not has_in_place_name(node):
         return False
     if node.op == "call_method":
         home: Any = torch.Tensor
     else:
         home = next((home for home in (torch, F) if getattr(home, name, None) == target), None)
     namesake = getattr(home, name[:-1], None)
-    if name in _NO_COUNTERPART or not callable(namesake):
+    operation = operation_of(node)
+    if not callable(namesake) or (operation is not None and not operation.out_of_place):
         raise GraphError(f"node {node.name!r} ({name}) works in place, with no out-of-place form. {REMEDY}")
     node.target = name[:-1] if node.op == "call_method" else namesake
     return True

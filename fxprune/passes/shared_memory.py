@@ -8,25 +8,12 @@ from __future__ import annotations
 
 import operator
 
-from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxprune.consumers import is_identity
 from fxprune.errors import GraphError
-from fxprune.graph import module_of
+from fxprune.operations import memory_of, operation_of
 
 REMEDY = "Rewrite this line without the side effect, or keep the module that holds it as a leaf (exclude)."
-# Tensor methods and torch functions that give a tuple of views of their first input.
-SPLITS = frozenset("chunk split split_with_sizes tensor_split hsplit vsplit dsplit unbind".split())
-# Those that give, or may give, a view of it.
-_VIEWS = SPLITS | frozenset(
-    "getitem view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose t permute "
-    "swapaxes swapdims movedim moveaxis adjoint expand expand_as broadcast_to broadcast_tensors narrow "
-    "select diagonal as_strided contiguous detach to type type_as float double half bfloat16 cpu cuda real "
-    "imag conj positive".split()
-)
-_VIEW_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
-_METADATA = frozenset("size dim ndimension numel nelement stride element_size __len__".split())
 
 
 class SharedMemory:
@@ -43,7 +30,7 @@ class SharedMemory:
         parent = _viewed(node)
         self._path[node] = (node,) if parent is None else (*self._path[parent], node)
         self._tree.setdefault(self._path[node][0], []).append(node)
-        self._same[node] = node if parent is None or not _is_same_tensor(node) else self._same[parent]
+        self._same[node] = node if parent is None or memory_of(node) != "same" else self._same[parent]
 
     def redirect_later_reads(self, overwritten: Node, result: Node) -> list[str]:
         """Let all that reads `overwritten` after `result` read `result`, and give the names of those nodes.
@@ -74,11 +61,6 @@ class SharedMemory:
         return list(readers)
 
 
-def called_name(node: Node) -> str:
-    """The name of the method or function that a node calls; "" for other nodes and for nameless functions."""
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-
-
 def is_number(node: Node) -> bool:
     """Whether a node's value is a Python number, or a tuple of numbers such as a shape."""
     if _is_metadata(node) or (node.op == "call_method" and node.target in ("item", "tolist")):
@@ -89,20 +71,7 @@ def is_number(node: Node) -> bool:
 
 def _viewed(node: Node) -> Node | None:
     """The node whose memory a node's value may share, or None if its value is new."""
-    is_view = (
-        called_name(node) in _VIEWS
-        or (node.op == "call_method" and node.target == "unfold")  # The function F.unfold copies.
-        or (node.target is getattr and node.args[1] in _VIEW_ATTRIBUTES)
-        or isinstance(module_of(node), (nn.Flatten, nn.Unflatten))
-        or _is_same_tensor(node)
-    )
-    return node.all_input_nodes[0] if is_view and node.all_input_nodes else None
-
-
-def _is_same_tensor(node: Node) -> bool:
-    """Whether a node returns its input itself."""
-    # `contiguous` returns either its input or a copy.
-    return isinstance(module_of(node), nn.Identity) or (is_identity(node) and node.target != "contiguous")
+    return node.all_input_nodes[0] if memory_of(node) != "new" and node.all_input_nodes else None
 
 
 def _are_apart(path: tuple[Node, ...], other: tuple[Node, ...]) -> bool:
@@ -116,6 +85,5 @@ def _are_apart(path: tuple[Node, ...], other: tuple[Node, ...]) -> bool:
 
 def _is_metadata(node: Node) -> bool:
     """Whether a node reads a tensor's shape, dtype or device, and none of its values."""
-    if node.target is getattr:
-        return node.args[1] not in _VIEW_ATTRIBUTES
-    return node.op == "call_method" and node.target in _METADATA
+    operation = operation_of(node)
+    return operation is not None and operation.is_metadata

@@ -17,25 +17,28 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.annotations import Annotation, annotate, annotate_graph, annotation, report_of
 from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.macs import macs_per_sample
 from fxprune.calibration.stream import CalibrationStream, Outcome, StreamedLayer
+from fxprune.constraints import keep_possible
 from fxprune.constraints.rank import Rank
 from fxprune.consumers import skip_operands
 from fxprune.errors import FxPruneError, GraphError, SolverError
-from fxprune.geometry import LayerGeometry
+from fxprune.geometry import LayerGeometry, is_matrix_layer
 from fxprune.graph import module_of
 from fxprune.intake.totals import little, uncovered
 from fxprune.layers.checkpoint import LayerCheckpoint
 from fxprune.layers.kept import kept_layer, layers_inside, zeros
-from fxprune.layers.macs import macs_per_sample
 from fxprune.layers.problem import layer_of
+from fxprune.layers.shared import weight_calls
 from fxprune.layers.solve import SolvedLayer, SolvedPart, solve_layer
 from fxprune.layers.splits import split_call
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
-from fxprune.precision import full_precision
-from fxprune.ranks.choices import RankPlan
+from fxprune.pattern import Pattern
+from fxprune.ranks.plan import RankPlan
 from fxprune.recipe import Recipe
 from fxprune.report import LayerReport, PruneReport
+from fxprune.runtime.precision import full_precision
 
 
 class SolveLayers(CalibratedPass):
@@ -55,7 +58,11 @@ class SolveLayers(CalibratedPass):
         self.method = method
 
     def calibrate(self, graph_module: GraphModule, calibration: Calibration) -> PassResult:  # noqa: D102
-        roles = {n: a for n in graph_module.graph.nodes if (a := annotation(n)).role and a.report is None}
+        roles = {
+            n: a
+            for n in graph_module.graph.nodes
+            if (a := annotation(n)).role not in ("", "repeat") and a.report is None
+        }
         if not roles and report_of(graph_module) is not None:
             return PassResult(graph_module, False)
         if roles:
@@ -85,7 +92,7 @@ class SolveLayers(CalibratedPass):
             peak_memory=outcome.peak_bytes,
             agreement=outcome.agreement,
             kl=outcome.kl,
-            multiply_adds=(before, _macs(graph_module, calibration)) if before else (),
+            macs=(before, _macs(graph_module, calibration)) if before else (),
         )
         annotate_graph(graph_module, report=report)
         return PassResult(graph_module, any(layer.status != "kept" for layer in layers))
@@ -98,9 +105,21 @@ class SolveLayers(CalibratedPass):
             return
         told = "; ".join(f"{reason} ({count} layers)" for reason, count in reasons.most_common(3))
         raise GraphError(
-            f"nothing can be compressed to {self.recipe}: of {len(roles)} layers none can take it. Why: {told}. Choose another "
-            "pattern, such as '0.5', which any layer with 4 input channels or more can hold"
+            f"nothing can be compressed to {self.recipe}: of {len(roles)} layers none can take it. Why: {told}. "
+            f"{self._remedy(roles)}"
         )
+
+    def _remedy(self, roles: Mapping[Node, Annotation]) -> str:
+        """What to do where no layer can take the recipe."""
+        modules = {node: module for node in roles if is_matrix_layer(module := module_of(node))}
+        for node, module in modules.items():
+            geometry, chain = LayerGeometry.of(module), self.recipe.chain(str(node.target)) or ()
+            by_recipe = roles[node].reason == keep_possible(chain, geometry)[1]
+            if by_recipe and Pattern.parse("0.5").decline(geometry) is None:
+                return "Choose another pattern, such as '0.5', which any layer with 4 input channels or more can hold"
+        if any(module.weight.dtype in (torch.float16, torch.bfloat16) for module in modules.values()):
+            return "Compile model.float(), and call .half() on the result"
+        return "No other pattern would help: choose other layers, or leave this model dense"
 
     def _tell_of_little(self, graph_module: GraphModule, rows: Sequence[LayerReport], calibration: Calibration) -> None:
         """Warn if less than half of the weights were compressed, though the recipe is one for all layers."""
@@ -155,7 +174,9 @@ class SolveLayers(CalibratedPass):
         pattern = next((part.pattern for part in parts if part.pattern), "")
         factored = len(parts) > 1
         status = "factored" if factored else "pruned" if decided.role == "compress" else "reconstructed"
-        reason = decided.reason
+        reason, calls = decided.reason, len(weight_calls(graph_module)[node])
+        if calls > 1:
+            reason = f"one weight at {calls} places"
         if rank is not None and rank.choice is not None and factored:
             reason = f"{rank.choice.split} split"
         else:
@@ -173,7 +194,7 @@ class SolveLayers(CalibratedPass):
             dead_inputs=layer.dead_inputs,
             seconds=layer.seconds,
             rank=rank.choice.rank if rank is not None and rank.choice is not None and factored else 0,
-            multiply_adds=rank.multiply_adds if rank is not None and factored else (),
+            macs=rank.macs if rank is not None and factored else (),
         )
 
     def _asked_for(self, roles: Mapping[Node, Annotation]) -> str:
@@ -210,7 +231,7 @@ class SolveLayers(CalibratedPass):
                 sparsity=zeros(module.weight),
                 relative_error=layer.relative_error if whole else None,
                 seconds=layer.seconds if whole else 0.0,
-                multiply_adds=layer.multiply_adds if whole else (),
+                macs=layer.macs if whole else (),
             )
             annotate(call, report=row)
 
@@ -218,7 +239,7 @@ class SolveLayers(CalibratedPass):
 def unaffected(graph_module: GraphModule, roles: Mapping[Node, Annotation]) -> list[Node]:
     """The layers to be re-fitted that keep their weights: nothing compressed feeds them, or what they are added to."""
     changed: set[Node] = set()
-    found = []
+    found, calls = [], weight_calls(graph_module)
     for node in graph_module.graph.nodes:
         decided = roles.get(node)
         sources = {*node.all_input_nodes}
@@ -227,7 +248,9 @@ def unaffected(graph_module: GraphModule, roles: Mapping[Node, Annotation]) -> l
                 found.append(node)
             else:
                 changed.add(node)
-        elif not changed.isdisjoint(sources) or (decided is not None and decided.role == "compress"):
+        elif decided is not None and decided.role == "compress":
+            changed.update(calls[node])
+        elif not changed.isdisjoint(sources):
             changed.add(node)
     return found
 
@@ -244,4 +267,4 @@ def _has_ranks(roles: Mapping[Node, Annotation]) -> bool:
 
 def _macs(graph_module: GraphModule, calibration: Calibration) -> int:
     """Of all Conv and Linear modules for one sample."""
-    return sum(macs_per_sample(graph_module, calibration.example(graph_module)).values())
+    return sum(macs_per_sample(calibration.example(graph_module)).values())

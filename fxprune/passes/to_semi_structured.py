@@ -14,9 +14,9 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.sparse import to_sparse_semi_structured
 
 from fxprune.errors import GraphError
-from fxprune.export.deployment import torch_semi_structured
 from fxprune.geometry import LayerGeometry, is_matrix_layer
 from fxprune.graph import call_sites, module_of
+from fxprune.layers.deployment import torch_semi_structured
 from fxprune.passes.base import Pass
 
 
@@ -88,6 +88,8 @@ class ToSemiStructured(Pass):
 def reason_to_keep(module: nn.Module) -> str | None:
     """Why a Conv or Linear cannot run on torch's 2:4 kernels, or None."""
     geometry = LayerGeometry.of(module)
+    if geometry.transposed:
+        return "a transposed convolution is not one matrix product"
     if geometry.groups > 1:
         return "a grouped convolution is not one matrix product"
     if not geometry.is_pointwise or any(stride > 1 for stride in geometry.stride):

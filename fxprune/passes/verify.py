@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 
 from fxprune.annotations import annotation
 from fxprune.errors import GraphError
+from fxprune.geometry import reduction_second
 from fxprune.graph import module_of
 from fxprune.pattern import Pattern
 
@@ -26,10 +27,10 @@ def verify(graph_module: GraphModule) -> None:
         report = annotation(node).report
         if report is None or not report.pattern:
             continue
-        weight = getattr(module_of(node), "weight", None)
-        if not isinstance(weight, Tensor):
+        module = module_of(node)
+        if module is None or not isinstance(getattr(module, "weight", None), Tensor):
             raise GraphError(f"layer {report.name!r} is reported as pruned but has no weight")
-        check = Pattern.parse(report.pattern).check(weight)
+        check = Pattern.parse(report.pattern).check(reduction_second(module))
         if not check.ok:
             raise GraphError(
                 f"layer {report.name!r} is reported as {report.pattern}, but {check.violations} of {check.units} groups "

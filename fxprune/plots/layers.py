@@ -65,7 +65,7 @@ def layer_sparsity_and_error(report: PruneReport, name: str = "") -> Figure:
 
 def _macs_left(layer: LayerReport) -> float:
     """Percent of a layer's MACs that its two factors take; 100 for a layer that was not factored."""
-    before, after = layer.multiply_adds if len(layer.multiply_adds) == 2 else (0, 0)
+    before, after = layer.macs if len(layer.macs) == 2 else (0, 0)
     return 100 * after / before if before else 100.0
 
 

@@ -7,22 +7,23 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 from torch.fx import GraphModule
 
 from fxprune.annotations import annotation
+from fxprune.calibration.observers import remove_observers
 from fxprune.errors import OptionsError
-from fxprune.export.latency import Latency, measure_latency
-from fxprune.export.torch_export import to_onnx_program
 from fxprune.layers.problem import layer_of
 from fxprune.layers.splits import split_call, two_layers
-from fxprune.passes.remove_observers import RemoveObservers
-from fxprune.ranks.choices import RankPlan, Survey
-from fxprune.ranks.rule import within_budget
+from fxprune.ranks.plan import RankPlan, Survey, within_budget
+
+if TYPE_CHECKING:
+    from fxprune.export.latency import Latency
 
 TRIALS = 5
-Measure = Callable[[Sequence[Path], Sequence[Tensor]], Sequence[Latency]]
+Measure: TypeAlias = "Callable[[Sequence[Path], Sequence[Tensor]], Sequence[Latency]]"
 
 
 def plan_for_speedup(
@@ -31,9 +32,9 @@ def plan_for_speedup(
     factor: float,
     inputs: Sequence[Tensor],
     *,
-    measure: Measure = measure_latency,
+    measure: Measure | None = None,
 ) -> RankPlan:
-    """The plan with the most multiply-adds found that runs `factor` times faster than dense, by bisection over budgets.
+    """The plan with the most MACs found that runs `factor` times faster than dense, by bisection over budgets.
 
     Only sizes matter to speed, so the candidates that are timed have weights that mean nothing.
 
@@ -42,11 +43,15 @@ def plan_for_speedup(
         survey: of that graph.
         factor: wanted ratio of the medians, dense / factored.
         inputs: the model's arguments for one image.
-        measure: how to time files.
+        measure: how to time files; None: `fxprune.export.latency.measure_latency`.
 
     Raises:
-        OptionsError: not reached even with the fewest multiply-adds.
+        OptionsError: not reached even with the fewest MACs.
     """
+    # The engine imports the export here only, where files are what is measured.
+    from fxprune.export.latency import measure_latency
+
+    measure = measure or measure_latency
     inputs = [x.cpu() for x in inputs]
     with tempfile.TemporaryDirectory() as folder:
         dense, candidate = Path(folder) / "dense.onnx", Path(folder) / "candidate.onnx"
@@ -61,7 +66,7 @@ def plan_for_speedup(
 
 
 def search(survey: Survey, factor: float, speed: Callable[[RankPlan], float]) -> RankPlan:
-    """Bisection over budgets of multiply-adds.
+    """Bisection over budgets of MACs.
 
     Args:
         survey: of the network.
@@ -69,14 +74,14 @@ def search(survey: Survey, factor: float, speed: Callable[[RankPlan], float]) ->
         speed: measures the speed-up of a plan.
 
     Raises:
-        OptionsError: not reached even with the fewest multiply-adds.
+        OptionsError: not reached even with the fewest MACs.
     """
 
     def plan_of(budget: int) -> RankPlan:
         return RankPlan.of(f"rank speedup:{factor:g}", survey, within_budget(survey, budget))
 
     best: tuple[RankPlan, float] | None = None
-    low, high = survey.least_multiply_adds, survey.multiply_adds
+    low, high = survey.least_macs, survey.macs
     budget = max(low, int(0.9 * high / factor))
     for _ in range(TRIALS):
         plan = plan_of(budget)
@@ -92,14 +97,16 @@ def search(survey: Survey, factor: float, speed: Callable[[RankPlan], float]) ->
     plan, reached = best
     if reached < factor:
         raise OptionsError(
-            f"a speed-up of {factor:g} is out of reach: it was {reached:.2f} with the fewest multiply-adds that low rank "
-            f"can give here, {plan.multiply_adds[1] / 1e6:.1f} M of {plan.multiply_adds[0] / 1e6:.1f} M"
+            f"a speed-up of {factor:g} is out of reach: it was {reached:.2f} with the fewest MACs that low rank "
+            f"can give here, {plan.macs[1] / 1e6:.1f} M of {plan.macs[0] / 1e6:.1f} M"
         )
     return replace(plan, rule=f"{plan.rule}, measured {reached:.2f}")
 
 
 def write_shape(graph_module: GraphModule, plan: RankPlan | None, inputs: Sequence[Tensor], path: Path) -> None:
     """Write the dense graph, or one of the shape that the plan would give it."""
+    from fxprune.export.torch_export import to_onnx_program
+
     graph_module = copy.deepcopy(graph_module).cpu()
     for node in list(graph_module.graph.nodes):
         choice = plan.choice(str(node.target)) if plan is not None and annotation(node).role else None
@@ -109,6 +116,7 @@ def write_shape(graph_module: GraphModule, plan: RankPlan | None, inputs: Sequen
             graph_module.set_submodule(str(node.target), pair)
             split_call(node)
             graph_module.graph.erase_node(node)
-    RemoveObservers()(graph_module)
+    remove_observers(graph_module)
+    graph_module.recompile()
     program = to_onnx_program(graph_module.eval(), tuple(inputs), opset=None, dynamic_batch=False, precision="fp32")
     program.save(str(path))

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Size
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.macs import layer_shapes, macs_per_sample
 from fxprune.calibration.stream import dense_statistics
 from fxprune.geometry import LayerGeometry
-from fxprune.layers.macs import layer_shapes, macs_per_sample
 from fxprune.layers.problem import layer_of, pose_problem
-from fxprune.layers.splits import Split, dense_multiply_adds, full_rank, multiply_adds
-from fxprune.precision import full_precision
-from fxprune.ranks.choices import Choice, LayerRanks, Survey, pareto
+from fxprune.layers.splits import Split, dense_macs, factored_macs, full_rank
+from fxprune.options import Method
+from fxprune.ranks.plan import Choice, LayerRanks, Survey, pareto
+from fxprune.runtime.precision import full_precision
 from fxprune.solvers.low_rank import tail_energy, whitened_target
 from fxprune.solvers.problem import LayerProblem
 from fxprune.solvers.spatial_split import arranged, spatial_errors, whitened_arrangement
 from fxprune.statistics import InputStatistics
-
-if TYPE_CHECKING:
-    from fxprune.method import Method
 
 RANKS_TRIED = 48  # of each split, spread evenly where there are more
 
@@ -51,7 +49,7 @@ def survey(
     if data_aware:
         calibration.hold()
     example = calibration.example(graph_module)
-    shapes = {node: read for node, (read, _) in layer_shapes(graph_module, example).items()}
+    shapes = {node: read for node, (read, _) in layer_shapes(example).items()}
     seen = layers if data_aware else ()
     found = {}
     with (
@@ -62,7 +60,7 @@ def survey(
         for node in layers:
             problem = _problem(node, statistics[node], method) if data_aware else None
             found[str(node.target)] = _layer_ranks(node, shapes[node], problem, splits, multiple)
-    return Survey(found, sum(macs_per_sample(graph_module, example).values()))
+    return Survey(found, sum(macs_per_sample(example).values()))
 
 
 def _problem(node: Node, inputs: InputStatistics, method: Method) -> LayerProblem:
@@ -80,7 +78,7 @@ def _layer_ranks(
 ) -> LayerRanks:
     geometry = LayerGeometry.of(layer_of(node))
     weight = geometry.to_matrix(layer_of(node).weight.detach()).double()[0]
-    whole = dense_multiply_adds(geometry, shape)
+    whole = dense_macs(geometry, shape)
     choices: list[Choice] = []
     spectra: dict[Split, tuple[float, ...]] = {}
     for split in splits:
@@ -94,7 +92,7 @@ def _layer_ranks(
             matrix = arranged(weight, kernel) if problem is None else whitened_arrangement(problem, kernel)
             spectrum = torch.linalg.svdvals(matrix)
         spectra[split] = tuple((spectrum / spectrum[0].clamp_min(torch.finfo(spectrum.dtype).tiny)).tolist())
-        costs = {rank: multiply_adds(geometry, shape, split, rank) for rank in range(multiple, highest + 1, multiple)}
+        costs = {rank: factored_macs(geometry, shape, split, rank) for rank in range(multiple, highest + 1, multiple)}
         ranks = [rank for rank, cost in costs.items() if cost < whole]
         ranks = ranks[:: -(-len(ranks) // RANKS_TRIED) or 1]
         if not ranks:

@@ -15,14 +15,13 @@ from torch.fx import GraphModule
 
 from fxprune.compiled import CompiledModule
 from fxprune.errors import CheckpointError
-from fxprune.files import save_tensors
+from fxprune.files import read_torch_file, save_tensors
 from fxprune.fine_tuning.recorded_zeros import filled_zeros
-from fxprune.model_argument import not_a_model
+from fxprune.graph.model_argument import not_a_model
 from fxprune.saving.graphs import decode_graph, encode_graph, encode_meta
 from fxprune.saving.modules import ModuleReader, ModuleWriter
 from fxprune.saving.names import Allowed, is_identifier
 from fxprune.saving.values import Reader, Writer
-from fxprune.torch_files import read_torch_file
 
 FORMAT = "fxprune graph"
 VERSION = 1
@@ -46,6 +45,11 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
     """
     if not isinstance(compiled, nn.Module):
         raise CheckpointError(not_a_model(compiled))
+    if not isinstance(compiled, GraphModule):
+        raise CheckpointError(
+            f"save takes what fxprune.compile returned, or another GraphModule, not a {type(compiled).__name__}; of a "
+            "plain module keep the state_dict, of a compiled or wrapped one the module inside"
+        )
     if filled := filled_zeros(compiled):
         raise CheckpointError(
             f"{path} would not hold a pruned model: {filled}. To keep the weights as they are, "
@@ -53,11 +57,6 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
         )
     writer = Writer(tuple(allow))
     modules = ModuleWriter(writer)
-    if not isinstance(compiled, GraphModule):
-        raise CheckpointError(
-            f"save takes what fxprune.compile returned, or another GraphModule, not a {type(compiled).__name__}; of a "
-            "plain module keep the state_dict, of a compiled or wrapped one the module inside"
-        )
     try:
         content = {
             "class_name": _class_name(compiled),

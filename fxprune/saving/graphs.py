@@ -6,15 +6,16 @@ makes the same check, so that a file that was written can be read.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
-from fxprune.annotations import KEY
-from fxprune.code_names import AnyNameCodeGen, allow_any_name
+from fxprune.annotations import KEY, annotation
 from fxprune.errors import CheckpointError
+from fxprune.graph.code_names import AnyNameCodeGen, allow_any_name
 from fxprune.saving.names import find_function, function_name, is_identifier, is_method, is_module_path
 from fxprune.saving.values import Reader, Writer
 
@@ -48,10 +49,11 @@ def _encode_node(node: Node, writer: Writer) -> dict[str, Any]:
     data["args"] = [writer.encode(argument) for argument in node.args]
     if node.kwargs:
         data["kwargs"] = {name: writer.encode(value) for name, value in node.kwargs.items()}
-    if known := [name for name, annotation in _ANNOTATIONS.items() if node.type == annotation]:
+    if known := [name for name, kind in _ANNOTATIONS.items() if node.type == kind]:
         data["type"] = known[0]
-    if meta := encode_meta(node.meta, writer):
-        data["meta"] = meta
+    if KEY in node.meta:
+        # Not the constraints: the layer has been solved, and they may be of a class that the reader does not know.
+        data["meta"] = encode_meta({KEY: replace(annotation(node), chain=())}, writer)
     return data
 
 

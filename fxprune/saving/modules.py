@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fxprune.errors import CheckpointError
-from fxprune.fine_tuning.keeper import keeper_of
+from fxprune.layers.zero_keeper import keeper_of
 from fxprune.saving.names import class_name, find_class, is_identifier, is_part_name
 from fxprune.saving.values import Reader, Writer
 

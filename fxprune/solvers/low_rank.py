@@ -51,7 +51,7 @@ def plain_factors(weight: Tensor, rank: int) -> Factors:
 
 
 def data_aware_factors(problem: LayerProblem, rank: int) -> Factors:
-    """Best approximation of the wanted output.
+    """Best approximation of the target.
 
     Args:
         problem: damped problem of one group, (D, D) and (R, D).

@@ -2,8 +2,8 @@
 
 minimise over sparse W (R x D)    tr(W H W^T) - 2 tr(T W^T)
 
-With H = X X^T and T = W_dense X X^T this is ||W_dense X - W X||^2 (Frantar & Alistarh 2023, eq. 1). With another wanted
-output Y, T = Y X^T, it is ||Y - W X||^2, whose dense optimum W* = T H^-1 need not be W_dense.
+With H = X X^T and T = W_dense X X^T this is ||W_dense X - W X||^2 (Frantar & Alistarh 2023, eq. 1). With another target Y,
+T = Y X^T, it is ||Y - W X||^2, whose dense optimum W* = T H^-1 need not be W_dense.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SMALLEST_DAMPING = 1e-6
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """One layer's least-squares problem; a leading dimension G, if there is one, holds the groups of a grouped conv.
+    """One layer's least-squares problem; a leading dimension G, if there is one, counts the groups of a grouped convolution.
 
     Attributes:
         hessian: (..., D, D) H, symmetric; positive definite after `damped`.
-        target: (..., R, D) T, the cross term of the wanted output with the input.
+        target: (..., R, D) T, the cross term of the target with the input.
         weight: (..., R, D) the dense weights, towards which damping pulls.
         damping: the largest damping in `hessian`, relative to the mean of its diagonal.
         pull: (..., R, D) what damping has added to the target, or None.
@@ -44,9 +44,9 @@ class LayerProblem:
 
     @classmethod
     def of_weights(cls, weight: Tensor) -> LayerProblem:
-        """The problem of a layer that nothing was observed of, for solvers that read its weight (..., R, D) alone.
+        """The problem of a layer of which nothing was observed, for solvers that read its weight (..., R, D) alone.
 
-        H and T are NaN, which takes no memory: a solver that reads them after all fails, and gives no wrong answer.
+        H and T are views of a single NaN: they take no memory, and a solver that reads them by mistake gives NaN.
         """
         unknown = weight.new_tensor(torch.nan)
         hessian = unknown.expand(*weight.shape[:-2], weight.shape[-1], weight.shape[-1])

@@ -16,7 +16,7 @@ from fxprune.solvers.problem import LayerProblem
 CHUNK_BYTES = 256 * 2**20
 CG_TOLERANCE = 3e-3  # Leaves less than 1e-3 of the layer error: 5e-6 of the output's energy, of which 1e-2 is lost.
 CG_ITERATIONS = 100
-CG_COST = 20  # Iterations that it is reckoned with: it starts near the solution.
+CG_COST = 20  # Iterations that conjugate gradients are expected to take: they start near the solution.
 
 
 def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -> Tensor:
@@ -30,10 +30,10 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
     support = int(mask.sum(1).max())
     if support == 0:
         return torch.zeros_like(problem.target)
-    # Cholesky: S^3 / 3 multiply-adds a row, at a lower rate than a large product; conjugate gradients: D^2 an iteration.
+    # Cholesky: S^3 / 3 MACs a row, at a lower rate than a large product; conjugate gradients: D^2 an iteration.
     if support**3 / 3 > CG_COST * mask.shape[1] ** 2:
-        # In float32: what rounding leaves is below what the tolerance leaves, in half the time.
-        # A power of two changes no digit, and keeps H within float32's range whatever the size of the activations.
+        # float32 takes half the time, and its rounding errors are below the tolerance. Scaling by a power of two is exact, and
+        # keeps H within float32's range whatever the size of the activations.
         scale = torch.exp2(-problem.hessian.diagonal().max().log2().round())
         hessian, target = (problem.hessian * scale).float(), (problem.target * scale).float()
         single = replace(problem, hessian=hessian, target=target, factors={})

@@ -142,7 +142,7 @@ def _second_given(problem: LayerProblem, columns: Tensor, first: Tensor, kernel:
 def _normal_equations(
     problem: LayerProblem, columns: Tensor, first: Tensor, kernel: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Products of the features with each other, (kx, r, kx, r), and with the wanted output, (kx, r, R)."""
+    """Products of the features with each other, (kx, r, kx, r), and with the target, (kx, r, R)."""
     flat = first.flatten(1)
     seen = (flat @ columns).unflatten(2, (*kernel, -1))  # U H: at (x, r), with every column
     system = torch.einsum("xryzc,syc->xrzs", seen, first)

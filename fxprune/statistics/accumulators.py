@@ -6,6 +6,7 @@ up in float64, so that many batches neither overflow nor drift and a large mean 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -276,8 +277,4 @@ def patch_count(geometry: LayerGeometry, x: Tensor) -> int:
     """P, patches in a batch: images times output positions, or vectors for Linear."""
     if not geometry.kernel_size:
         return x.numel() // geometry.in_channels
-    padded = tuple(size + sum(p) for size, p in zip(x.shape[2:], geometry.padding, strict=True))
-    count = x.shape[0]
-    for size in geometry.output_size(padded):
-        count *= size
-    return count
+    return x.shape[0] * math.prod(geometry.output_shape(x.shape[2:]))

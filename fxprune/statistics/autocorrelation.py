@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def positions(self) -> int:
-        """Positions over all products in one image: C^2 multiply-adds each."""
+        """Positions over all products in one image: C^2 MACs each."""
         return sum(box.positions for box in self.blocks)
 
 
@@ -61,7 +61,8 @@ def applies(geometry: LayerGeometry) -> bool:
         len(geometry.kernel_size) == 2
         and geometry.kernel_size != (1, 1)
         and geometry.stride == (1, 1)
-        and geometry.groups == 1
+        and geometry.matrices == 1
+        and not geometry.transposed
     )
 
 

@@ -107,7 +107,7 @@ def inside_moments(geometry: LayerGeometry, x: Tensor, patches: Tensor, offset: 
     """
     inside = inside_of(geometry, x)
     return InsideMoments(
-        offset.double().reshape(geometry.groups, -1),
+        offset.double().reshape(geometry.matrices, -1),
         patches.mT @ inside,
         len(x) * inside.sum(0),
         len(x) * inside.mT @ inside,
@@ -117,7 +117,7 @@ def inside_moments(geometry: LayerGeometry, x: Tensor, patches: Tensor, offset: 
 def inside_of(geometry: LayerGeometry, x: Tensor) -> Tensor:
     """M^T of one image of a batch (N, C, *spatial) or (..., C), (P, K) float64; the padding of other modes holds values too."""
     shape = tuple(x.shape[2:]) if geometry.kernel_size else tuple(x.shape[1:-1])
-    return _inside(replace(geometry, in_channels=1, out_channels=1, groups=1), shape).to(x.device)
+    return _inside(replace(geometry, in_channels=1, out_channels=1, groups=1, blocks=1), shape).to(x.device)
 
 
 @lru_cache(maxsize=64)

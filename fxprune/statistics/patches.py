@@ -22,7 +22,9 @@ BLOCKS = 8  # At most.
 def images_per_chunk(geometry: LayerGeometry, x: Tensor) -> int:
     """How many images' patches fit the chunk size."""
     positions = math.prod(x.shape[2:]) if geometry.kernel_size else math.prod(x.shape[1:-1])
-    return max(1, CHUNK_ELEMENTS // max(1, positions * geometry.columns * geometry.groups))
+    if geometry.transposed:
+        positions = math.prod(geometry.output_shape(x.shape[2:]))
+    return max(1, CHUNK_ELEMENTS // max(1, positions * geometry.columns * geometry.matrices))
 
 
 def patch_gram(geometry: LayerGeometry, x: Tensor, total: Tensor | None = None) -> Tensor:
@@ -32,7 +34,7 @@ def patch_gram(geometry: LayerGeometry, x: Tensor, total: Tensor | None = None) 
     """
     columns = geometry.columns
     if total is None:
-        total = x.new_zeros(geometry.groups, columns, columns)
+        total = x.new_zeros(geometry.matrices, columns, columns)
     size = math.ceil(columns / min(max(1, columns // BLOCK_ROWS), BLOCKS))
     for part in x.split(images_per_chunk(geometry, x)):
         patches = geometry.patches(part)

@@ -40,7 +40,7 @@ class GramAccumulator:
             box_products(geometry, x, boxes.buffer(shape, x))
             boxes.added(x.numel() // geometry.in_channels)
         else:
-            shape = (geometry.groups, geometry.columns, geometry.columns)
+            shape = (geometry.matrices, geometry.columns, geometry.columns)
             patch_gram(geometry, x, self._gram.buffer(shape, x))
             self._gram.added(x.numel() // geometry.in_channels)
 
@@ -77,12 +77,17 @@ def cross_product(geometry: LayerGeometry, x: Tensor, y: Tensor) -> Tensor:
     large = min(geometry.in_channels, geometry.out_channels) >= LARGE_PRODUCT_CHANNELS
     if large and applies(geometry) and not x.is_cuda:
         return cross_correlation(geometry, x, y)
-    x, padding = geometry.padded(x)
-    dims = len(geometry.kernel_size)
-    shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel_size)
+    dims, groups = len(geometry.kernel_size), geometry.groups
+    if geometry.transposed:
+        shape: tuple[int, ...] = (geometry.in_channels, geometry.out_channels // groups, *geometry.kernel_size)
+        padding, more = tuple(before for before, _ in geometry.padding), list(geometry.output_padding)
+    else:
+        shape = (geometry.out_channels, geometry.in_channels // groups, *geometry.kernel_size)
+        x, padding = geometry.padded(x)
+        more = [0] * dims
     weight = x.new_empty(1).expand(shape)  # Only its shape is read.
     _, gradient, _ = torch.ops.aten.convolution_backward(
-        y, x, weight, None, geometry.stride, padding, geometry.dilation, False, [0] * dims,
-        geometry.groups, (False, True, False),
+        y, x, weight, None, geometry.stride, padding, geometry.dilation, geometry.transposed, more,
+        groups, (False, True, False),
     )  # fmt: skip
     return geometry.to_matrix(gradient)

@@ -10,8 +10,9 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw pictures")
 from benchmarks import seed_table
 from benchmarks.seed_table import Task, run
 from benchmarks.seed_table_output import write_markdown, write_plot
-from benchmarks.seed_table_rows import read_rows
-from fxprune.experiments.recipe import Recipe
+from benchmarks.seed_table_rows import Row
+from fxprune.experiments.csv_rows import read_rows
+from fxprune.experiments.training_recipe import TrainingRecipe
 
 
 @pytest.fixture
@@ -26,7 +27,9 @@ def task(tmp_path: Path) -> Task:
             image[4 + label // 5 * 12 : 12 + label // 5 * 12, label % 5 * 5 : label % 5 * 5 + 5] = 255
         arrays |= {f"{split}_images": images, f"{split}_labels": labels}
     np.savez(tmp_path / "squares.npz", **arrays)
-    return Task("squares", "simple_cnn", "squares.npz", Recipe(2, learning_rate=0.02), width=8, allowed_drop=50.0)
+    return Task(
+        "squares", "simple_cnn", "squares.npz", TrainingRecipe(2, learning_rate=0.02), width=8, allowed_drop=50.0
+    )
 
 
 def test_the_table_is_made_once_and_then_read(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +41,7 @@ def test_the_table_is_made_once_and_then_read(task: Task, tmp_path: Path, monkey
     assert rows[1].layers_pruned == 3
     assert rows[1].onnx_accuracy == pytest.approx(rows[1].accuracy)
     assert (tmp_path / "weights" / "simple_cnn_sparsegpt_2-4.onnx").is_file()
-    assert read_rows(table) == rows
+    assert read_rows(table, Row) == rows
 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("trained again")

@@ -13,9 +13,10 @@ from benchmarks.speed.__main__ import main
 from benchmarks.speed.layer_statistics import OURS, UNFOLD, counts
 from benchmarks.speed.layer_statistics import measure as measure_layer
 from benchmarks.speed.output import bars
-from benchmarks.speed.rows import Row, merge, read_rows, write_rows
+from benchmarks.speed.rows import Row, merge
 from benchmarks.speed.unfold import channels_innermost, unfold_gram, unfold_gram_lean
 from fxprune import Options, compile
+from fxprune.experiments.csv_rows import read_rows, write_rows
 from fxprune.geometry import LayerGeometry
 from fxprune.pattern import Pattern
 
@@ -87,8 +88,8 @@ def test_rows_survive_the_csv_and_new_sections_replace_old_ones(tmp_path: Path) 
         Row.of("statistics", "a", OURS, measure.Times((1.0, 2.0, 4.0)), images=3),
         Row.of("compile", "b", "admm", measure.Times((5.0,)), solve=2.5),
     ]
-    write_rows(tmp_path / "rows.csv", old)
-    assert read_rows(tmp_path / "rows.csv") == old
+    write_rows(tmp_path / "rows.csv", Row, old)
+    assert read_rows(tmp_path / "rows.csv", Row) == old
     new = [Row.of("statistics", "c", OURS, measure.Times((1.0,)))]
     assert [row.case for row in merge(old, new)] == ["b", "c"]
 
@@ -108,7 +109,7 @@ def test_the_small_run_writes_every_file(tmp_path: Path) -> None:
     stem = tmp_path / "speed"
     given = ["--small", "--repeats", "1", "--threads", "1", "--sections", "statistics"]
     main([*given, "--output", str(stem), "--data", str(tmp_path)])
-    assert {row.method for row in read_rows(stem.with_suffix(".csv"))} >= {OURS, UNFOLD}
+    assert {row.method for row in read_rows(stem.with_suffix(".csv"), Row)} >= {OURS, UNFOLD}
     text = stem.with_suffix(".md").read_text()
     assert "Machine (statistics): " in text
     assert "an open figure" in text

@@ -169,7 +169,7 @@ def test_the_report_says_so():
     assert "; 64 images, " in whole.summary
 
 
-def test_multiply_adds_of_a_sample_do_not_depend_on_it():
+def test_macs_of_a_sample_do_not_depend_on_it():
     counts = [
         fxprune.low_rank(
             Net(), batches_of(), "ratio:0.7", progress=False, options=Options(patches=patches, holdout=0.0)
@@ -177,7 +177,7 @@ def test_multiply_adds_of_a_sample_do_not_depend_on_it():
         for patches in (8, 0)
     ]
     assert [report.images for report in counts] == [16, 64]
-    assert counts[0].multiply_adds[0] == counts[1].multiply_adds[0] == 12 * 12 * 8 * 36 + 6 * 6 * 8 * 72 + 64
+    assert counts[0].macs[0] == counts[1].macs[0] == 12 * 12 * 8 * 36 + 6 * 6 * 8 * 72 + 64
 
 
 def test_a_resumed_run_keeps_the_same_images(tmp_path):

@@ -16,7 +16,7 @@ import fxprune
 from fxprune.cli import app as fxprune_app
 from fxprune.cli.command import Group, attribute_texts, command
 from fxprune.errors import FxPruneError, OptionsError
-from fxprune.experiments.recipe import Recipe
+from fxprune.experiments.training_recipe import TrainingRecipe
 from fxprune.experiments.yaml_files import read_yaml
 
 runner = CliRunner()
@@ -180,7 +180,7 @@ def test_help_says_what_the_dataclass_says() -> None:
     assert "Draw." in output
 
 
-@pytest.mark.parametrize("record", [Shape, Recipe])
+@pytest.mark.parametrize("record", [Shape, TrainingRecipe])
 def test_every_field_has_a_text(record: type) -> None:
     assert set(attribute_texts(record)) == set(inspect.signature(record).parameters)
 

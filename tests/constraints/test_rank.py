@@ -16,11 +16,10 @@ from fxprune.constraints.rank import Rank
 from fxprune.errors import CalibrationError, GraphError, OptionsError
 from fxprune.export import export_onnx
 from fxprune.layers.splits import full_rank, splits_of
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.passes import Allocate, FoldBatchNorm, InsertObservers, RemoveObservers, SolveLayers, changes, verify
 from fxprune.rank_reduction import low_rank, low_rank_options
-from fxprune.ranks.choices import Choice, PlannedLayer, RankPlan
-from fxprune.ranks.rule import RankRule
+from fxprune.ranks.plan import Choice, PlannedLayer, RankPlan, RankRule
 from fxprune.recipe import Recipe
 from fxprune.saving import load, save
 from fxprune.solvers import ADMM, Magnitude
@@ -92,7 +91,7 @@ def run(graph_module: GraphModule, batches: Any, method: Any = "data_aware", **k
     return graph_module
 
 
-def count_multiply_adds(model: nn.Module, x: Tensor) -> int:
+def count_macs(model: nn.Module, x: Tensor) -> int:
     total = 0
 
     def add(module: Any, inputs: Any, output: Tensor) -> None:
@@ -194,12 +193,12 @@ def test_a_single_layer_reaches_the_least_squares_error(split: Any) -> None:
 
 def test_network_meets_its_budget_and_data_aware_is_nearer_to_dense() -> None:
     model, x = net(), smooth()
-    dense = count_multiply_adds(model, x)
+    dense = count_macs(model, x)
     kl = {}
     for method in ("svd", "data_aware"):
-        compiled = low_rank(model, x.split(32), "multiply_adds:0.6", method=method, device="cpu", progress=False)
-        before, after = compiled.report.multiply_adds
-        assert (before, after) == (dense, count_multiply_adds(compiled, x))
+        compiled = low_rank(model, x.split(32), "macs:0.6", method=method, device="cpu", progress=False)
+        before, after = compiled.report.macs
+        assert (before, after) == (dense, count_macs(compiled, x))
         assert 0.55 * dense < after <= 0.6 * dense
         kl[method] = compiled.report.kl
     assert kl["data_aware"] < 0.2 * kl["svd"]
@@ -208,7 +207,7 @@ def test_network_meets_its_budget_and_data_aware_is_nearer_to_dense() -> None:
 def test_report_changes_and_names() -> None:
     model, x = net(), smooth()
     before = copy.deepcopy(model.state_dict())
-    compiled = low_rank(model, x.split(32), "multiply_adds:0.6", device="cpu", progress=False)
+    compiled = low_rank(model, x.split(32), "macs:0.6", device="cpu", progress=False)
     assert isinstance(compiled, fxprune.CompiledModule)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     report = compiled.report
@@ -222,7 +221,7 @@ def test_report_changes_and_names() -> None:
     nodes = {node.name: node for node in compiled.graph.nodes}
     for layer in factored:
         assert layer.rank % 4 == 0
-        assert layer.multiply_adds[1] < layer.multiply_adds[0]
+        assert layer.macs[1] < layer.macs[0]
         assert layer.shape == (16, 16, 3, 3)
         second = nodes[replaced[layer.name].into]
         assert str(second.target) == f"{layer.name}.1"
@@ -258,7 +257,7 @@ def test_rules_hold_in_every_layer(rank: str, split: Any) -> None:
     assert factored
     for layer in factored:
         if rank == "ratio:0.5":
-            assert layer.multiply_adds[1] <= 0.5 * layer.multiply_adds[0]
+            assert layer.macs[1] <= 0.5 * layer.macs[0]
         assert split == "auto" or layer.reason == f"{split} split"
     first = factored[0]  # Its input is still the dense model's.
     assert first.relative_error is not None
@@ -269,7 +268,7 @@ def test_split_auto_is_no_worse_than_either() -> None:
     model, x = net(), smooth()
     kl = {}
     for split in ("channel", "spatial", "auto"):
-        compiled = low_rank(model, x.split(32), "multiply_adds:0.55", split=split, device="cpu", progress=False)
+        compiled = low_rank(model, x.split(32), "macs:0.55", split=split, device="cpu", progress=False)
         kl[split] = compiled.report.kl
     assert kl["auto"] <= 1.05 * min(kl["channel"], kl["spatial"])
 
@@ -348,7 +347,7 @@ def test_refitting_the_second_factor_of_plain_svd_helps() -> None:
 
 def test_factored_layers_can_be_pruned() -> None:
     model, x = net(), smooth()
-    small = low_rank(model, x.split(32), "multiply_adds:0.7", split="spatial", device="cpu", progress=False)
+    small = low_rank(model, x.split(32), "macs:0.7", split="spatial", device="cpu", progress=False)
     sparse = fxprune.compile(small, x.split(32), "2:4", device="cpu", progress=False)
     pruned = {layer.name for layer in sparse.report.layers if layer.status == "pruned"}
     factored = [layer.name for layer in small.report.layers if layer.status == "factored"]
@@ -358,7 +357,7 @@ def test_factored_layers_can_be_pruned() -> None:
 
 def test_save_load_and_export(tmp_path: Any) -> None:
     model, x = net(), smooth()
-    compiled = low_rank(model, x.split(32), "multiply_adds:0.7", device="cpu", progress=False)
+    compiled = low_rank(model, x.split(32), "macs:0.7", device="cpu", progress=False)
     save(compiled, tmp_path / "small.pt")
     again = load(tmp_path / "small.pt")
     assert torch.equal(again(x), compiled(x))
@@ -392,7 +391,7 @@ def test_bad_requests_are_refused_before_any_work() -> None:
     with pytest.raises(OptionsError, match="permute"):
         low_rank(model, [x], options=fxprune.Options(permute=True), progress=False)
     with pytest.raises(OptionsError, match="out of reach"):
-        low_rank(model, [x], "multiply_adds:0.05", device="cpu", progress=False)
+        low_rank(model, [x], "macs:0.05", device="cpu", progress=False)
     with pytest.raises(CalibrationError, match="no batches"):
         low_rank(model, [], device="cpu", progress=False)
     with pytest.raises(CalibrationError, match="NaN"):
@@ -434,10 +433,10 @@ def test_a_layer_that_is_not_in_the_plan_is_left_whole() -> None:
 def test_a_mask_on_both_factors_in_the_same_stream(mask: str, split: Any) -> None:
     """Nearer to the dense model than the same two steps one after the other, the second of which takes the first for it."""
     model, x = net(), smooth(256)
-    small = low_rank(model, x.split(32), "multiply_adds:0.8", split=split, device="cpu", progress=False)
+    small = low_rank(model, x.split(32), "macs:0.8", split=split, device="cpu", progress=False)
     options = fxprune.Options(permute=False)
     two_runs = fxprune.compile(small, x.split(32), mask, device="cpu", progress=False, options=options)
-    recipe = Recipe((("*", (Rank(RankRule.parse("multiply_adds:0.8"), splits_of(split)), *parse_chain(mask))),))
+    recipe = Recipe((("*", (Rank(RankRule.parse("macs:0.8"), splits_of(split)), *parse_chain(mask))),))
     one_run = fxprune.compile(model, x.split(32), recipe, device="cpu", progress=False, options=options)
     rows = {layer.name: layer for layer in one_run.report.layers}
     factored = [layer.name for layer in small.report.layers if layer.status == "factored"]
@@ -450,7 +449,7 @@ def test_a_mask_on_both_factors_in_the_same_stream(mask: str, split: Any) -> Non
             assert (row.status, row.pattern) == ("pruned", mask)
             assert row.sparsity == float((module.weight == 0).double().mean()) >= 0.49
             assert f"factor of {name!r}" in row.reason
-    assert one_run.report.multiply_adds[1] < one_run.report.multiply_adds[0]
+    assert one_run.report.macs[1] < one_run.report.macs[0]
     held_out = smooth(64, seed=3)
     y = model(held_out)
     errors = [float((m(held_out) - y).detach().square().mean()) for m in (one_run, two_runs)]
@@ -460,7 +459,7 @@ def test_a_mask_on_both_factors_in_the_same_stream(mask: str, split: Any) -> Non
 def test_rank_in_a_recipe_is_low_rank() -> None:
     model, x = net(), smooth()
     by_recipe = fxprune.compile(model, x.split(32), "rank:0.7", device="cpu", progress=False)
-    by_name = low_rank(model, x.split(32), "multiply_adds:0.7", device="cpu", progress=False)
+    by_name = low_rank(model, x.split(32), "macs:0.7", device="cpu", progress=False)
     for (key, one), (other, two) in zip(by_recipe.state_dict().items(), by_name.state_dict().items(), strict=True):
         assert key == other
         torch.testing.assert_close(one, two)
@@ -474,6 +473,13 @@ def test_a_loader_that_can_be_read_once_is_enough(recipe: str, method: str) -> N
     options = {"method": method, "progress": False}
     once = fxprune.compile(model, (batch for batch in images.split(32)), recipe, **options)
     listed = fxprune.compile(model, images.split(32), recipe, **options)
-    assert once.report.multiply_adds == listed.report.multiply_adds
+    assert once.report.macs == listed.report.macs
     for name, value in listed.state_dict().items():
         assert torch.equal(once.state_dict()[name], value)
+
+
+def test_a_layer_that_stays_whole_is_asked_again_what_it_can_hold() -> None:
+    """Its factors could have held 2:4; the stem itself, with 3 channels, cannot."""
+    stem = fxprune.compile(net(), smooth().split(32), "rank:0.9+2:4", progress=False).report["stem"]
+    assert stem.status == "reconstructed"
+    assert stem.reason == "left whole by rank macs:0.9; 3 input channels are not a multiple of 4"

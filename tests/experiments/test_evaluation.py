@@ -62,7 +62,7 @@ def test_agreement_matches_the_definition():
             divergence += sum(float(pi * math.log(pi / qi)) for pi, qi in zip(p, q, strict=True))
     found = agreement(a, b, data)
     assert 0 < same < 25
-    assert found.top1 == 100 * same / 25
+    assert found.top1 == same / 25
     assert found.kl == pytest.approx(divergence / 25, rel=1e-6)
     # The divergence has a direction.
     assert agreement(b, a, data).kl != pytest.approx(found.kl, rel=1e-3)
@@ -70,9 +70,9 @@ def test_agreement_matches_the_definition():
 
 @pytest.mark.parametrize("form", [lambda x: x, lambda x: (x,), lambda x: [x, None], lambda x: {"image": x}])
 def test_agreement_needs_no_labels(form):
-    assert agreement(Logits(), Logits(), [form(x) for x, _ in batches()]) == Agreement(100.0, 0.0)
+    assert agreement(Logits(), Logits(), [form(x) for x, _ in batches()]) == Agreement(1.0, 0.0)
     top1, kl = agreement(Logits(), Logits(0.5), [form(x) for x, _ in batches()])
-    assert top1 < 100
+    assert top1 < 1
     assert kl > 0
 
 
@@ -89,7 +89,7 @@ def test_eval_mode_during_and_old_flags_after():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     seen = []
     model[1].register_forward_hook(lambda m, _i, _o: seen.append((m.training, torch.is_inference_mode_enabled())))
-    assert agreement(model, model, batches()) == Agreement(100.0, 0.0)
+    assert agreement(model, model, batches()) == Agreement(1.0, 0.0)
     evaluate(model, batches())
     assert set(seen) == {(False, True)}
     assert [m.training for m in model.modules()] == flags
@@ -157,7 +157,7 @@ def test_what_guessing_would_give_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert evaluate(Logits(), [(logits, half)]) > 50
-        assert agreement(Logits(), Logits(0.5), [logits]).top1 == 100
+        assert agreement(Logits(), Logits(0.5), [logits]).top1 == 1
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_device_is_used_and_left():
     model.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].device.type))
     expected = evaluate(model, batches())
     assert evaluate(model, batches(), device="cuda") == expected
-    assert agreement(model, Logits(), batches(), device="cuda:0").top1 == 100
+    assert agreement(model, Logits(), batches(), device="cuda:0").top1 == 1
     assert seen == ["cpu"] * 4 + ["cuda"] * 8
     assert model.offset.device.type == "cpu"
 

@@ -35,7 +35,7 @@ def test_report(exported: Exported, net: GraphModule) -> None:
     assert report.path == str(path)
     assert report.parity.batch_sizes == (3, 6)
     assert report.parity.max_rel < 1e-5
-    assert report.parity.agreement == 100
+    assert report.parity.agreement == 1
     assert report.pattern == "2:4"
     assert {layer.name: layer.ok for layer in report.layers} == {
         "stem": None, "grouped": True, "square": True, "pointwise": True, "depthwise": None, "up": None, "tokens": True,

@@ -14,7 +14,7 @@ from torch.optim import swa_utils
 
 import fxprune
 from fxprune.errors import GraphError
-from fxprune.fine_tuning.keeper import _watching
+from fxprune.layers.zero_keeper import _watching
 from tests.fine_tuning.small_net import IMAGES, Net, Train, filled, zero_masks
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

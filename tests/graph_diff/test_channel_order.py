@@ -12,6 +12,7 @@ from fxprune.export import export_onnx
 from fxprune.graph_diff import diff
 from fxprune.graph_diff.channel_order import _assign
 from fxprune.pattern import Pattern
+from fxprune.rank_reduction import low_rank
 
 
 class Residual(nn.Module):
@@ -125,3 +126,26 @@ def test_every_row_gets_a_column_of_its_own() -> None:
     order = _assign(torch.tensor([[3.0, 2.0, 0.0], [2.5, 1.0, 0.0], [0.0, 0.0, 0.0]]))
     assert order.tolist() == [0, 1, 2]
     assert sorted(_assign(torch.zeros(5, 5)).tolist()) == list(range(5))
+
+
+class SideBranch(nn.Module):
+    """A depthwise convolution whose value nobody reads, beside the model's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 2, bias=False)
+        self.side = nn.Conv2d(8, 8, 3, groups=8)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.norm(self.side(x))
+        return x.amax((2, 3))
+
+
+def test_channels_of_which_nothing_is_known_are_left_in_their_order() -> None:
+    model = SideBranch().eval()
+    factored = low_rank(model, [torch.randn(4, 8, 7, 7)], "energy:0.6", device="cpu", progress=False)
+    difference = diff(model, factored)
+    assert "conv" in str(difference)
+    assert "order of" not in str(difference)

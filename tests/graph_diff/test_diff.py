@@ -126,17 +126,17 @@ def test_costs_are_those_of_a_count_by_hand(net: SmallNet, compiled: CompiledMod
     pixels = 6 * 6
     assert before.parameters == sum(p.numel() for p in net.parameters())
     assert before.nonzeros == sum(int((p != 0).sum()) for p in net.parameters())
-    assert before.multiply_adds == (8 * 3 * 9 + 8 * 8 * 9 + 4 * 8) * pixels + 4 * 5
-    assert after.multiply_adds == before.multiply_adds
-    assert after.nonzero_multiply_adds == (8 * 3 * 9 + 4 * 8 * 9 + 4 * 4) * pixels + 10
+    assert before.macs == (8 * 3 * 9 + 8 * 8 * 9 + 4 * 8) * pixels + 4 * 5
+    assert after.macs == before.macs
+    assert after.nonzero_macs == (8 * 3 * 9 + 4 * 8 * 9 + 4 * 4) * pixels + 10
     assert after.parameters == sum(p.numel() for p in compiled.parameters())
     assert (before.nodes, after.nodes) == (12, 10)  # parameters are no nodes
 
 
-def test_without_inputs_multiply_adds_are_not_known(net: SmallNet, compiled: CompiledModule) -> None:
+def test_without_inputs_macs_are_not_known(net: SmallNet, compiled: CompiledModule) -> None:
     result = diff(net, compiled)
-    assert result.costs_before.multiply_adds is None
-    assert "multiply-adds" not in str(result)
+    assert result.costs_before.macs is None
+    assert "MACs" not in str(result)
 
 
 def test_nothing_is_modified(net: SmallNet, compiled: CompiledModule, images: Tensor) -> None:

@@ -16,7 +16,7 @@ def nodes_of(model: nn.Module, inputs: object = None) -> dict[str, GraphNode]:
     return {node.name: node for node in read_fx(trace(model), inputs).nodes}
 
 
-def test_multiply_adds_of_every_kind_of_layer() -> None:
+def test_macs_of_every_kind_of_layer() -> None:
     class Layers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -35,18 +35,18 @@ def test_multiply_adds_of_every_kind_of_layer() -> None:
     wide_out = (6, 6)  # (11 + 2 - 3) // 2 + 1, (13 + 2 - 5) // 2 + 1
     positions = 4 * wide_out[0] * wide_out[1] - 2
     assert nodes["wide"].output_shape == (3, 8, *wide_out)
-    assert nodes["wide"].multiply_adds == 8 * 2 * 15 * 36
-    assert nodes["up"].multiply_adds == 8 * 3 * 4 * 36  # once for every input position
-    assert nodes["line"].multiply_adds == 3 * 6 * 3 * positions
-    assert nodes["dense"].multiply_adds == 7 * 3 * positions
-    assert nodes["kernel"].multiply_adds == 5 * 7 * positions
-    assert nodes["matmul"].multiply_adds == positions * positions * 5
-    assert nodes["flatten"].multiply_adds is None
+    assert nodes["wide"].macs == 8 * 2 * 15 * 36
+    assert nodes["up"].macs == 8 * 3 * 4 * 36  # once for every input position
+    assert nodes["line"].macs == 3 * 6 * 3 * positions
+    assert nodes["dense"].macs == 7 * 3 * positions
+    assert nodes["kernel"].macs == 5 * 7 * positions
+    assert nodes["matmul"].macs == positions * positions * 5
+    assert nodes["flatten"].macs is None
 
 
-def test_multiply_adds_do_not_depend_on_the_batch_size() -> None:
+def test_macs_do_not_depend_on_the_batch_size() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 5))
-    counts = [[node.multiply_adds for node in nodes_of(model, torch.randn(n, 3, 6, 6)).values()] for n in (1, 4)]
+    counts = [[node.macs for node in nodes_of(model, torch.randn(n, 3, 6, 6)).values()] for n in (1, 4)]
     assert counts[0] == counts[1]
     assert counts[0][1] == 8 * 27 * 16
 
@@ -92,7 +92,7 @@ def test_in_place_forms_have_the_name_of_the_plain_ones() -> None:
     assert read[-2].arguments == {}
 
 
-def test_what_is_left_out_of_multiply_adds_is_noted() -> None:
+def test_what_is_left_out_of_macs_is_noted() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -102,4 +102,4 @@ def test_what_is_left_out_of_multiply_adds_is_noted() -> None:
             return self.attention(x, x, x)[0]
 
     graph = read_fx(symbolic_trace(Attention()), torch.randn(2, 5, 8))
-    assert graph.notes == ("Multiply-adds leave out what happens inside MultiheadAttention (1 calls).",)
+    assert graph.notes == ("MACs leave out what happens inside MultiheadAttention (1 calls).",)

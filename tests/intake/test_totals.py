@@ -86,6 +86,16 @@ def test_a_compilation_that_can_compress_nothing_is_an_error():
     assert fxprune.compile(model, [X], "0.5", progress=False).report.sparsity == 0.5  # The remedy.
 
 
+def test_where_no_pattern_would_help_none_is_proposed():
+    model = nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).half()
+    with pytest.raises(GraphError, match=r"float16.*Compile model.float\(\), and call .half\(\) on the result$"):
+        fxprune.compile(model, [X.half()], "2:4", progress=False)
+    compiled = fxprune.compile(model.float(), [X], "0.5", progress=False).half()  # The remedy.
+    assert float((compiled.get_submodule("2").weight == 0).double().mean()) == 0.5
+    with pytest.raises(GraphError, match="No other pattern would help"):
+        fxprune.compile(nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.ReLU()), [X], "2:4", progress=False)
+
+
 @pytest.mark.parametrize("kinds", [{"exclude": ("*",)}, {"pattern": "dense"}])
 def test_unless_that_is_what_was_asked_for(kinds):
     model = nn.Sequential(nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3)).eval()

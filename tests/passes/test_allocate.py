@@ -104,3 +104,14 @@ def test_a_budget_needs_an_output_to_measure(batches):
 
     with pytest.raises(FxPruneError, match="no floating point tensor"):
         fxprune.compile(Labels(), batches, "mixed:0.5", progress=False)
+
+
+@pytest.mark.parametrize(("method", "status"), [("admm", "reconstructed"), ("magnitude", "kept")])
+def test_a_layer_that_is_not_factored_and_cannot_be_masked_is_not_called_pruned(batches, method, status):
+    """Two factors of the stem could hold 2:4; the stem itself, with its 3 channels, cannot."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    compiled = fxprune.compile(model, batches, "rank:ratio=0.5+2:4", method=method, progress=False)
+    stem = compiled.report["0"]
+    assert (stem.status, stem.pattern, stem.sparsity) == (status, "", 0)
+    assert "3 input channels are not a multiple of 4" in stem.reason
+    assert compiled.report["2"].pattern == "2:4"

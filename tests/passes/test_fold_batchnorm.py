@@ -474,3 +474,30 @@ def test_an_excluded_layer_stays_as_it_is(exclude):
     assert [c.reason for c in changes(graph_module) if c.action == "kept"] == [
         "excluded, or the layer in front of it is"
     ]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.norm(m.linear(F.relu6(x.flatten(1)))),
+        lambda m, x: m.norm(m.linear(torch.flatten(input=x, start_dim=1).clamp(0, 6))),
+        lambda m, x: m.norm(m.linear(F.hardtanh_(x.reshape((2, -1))) * 2.0)),
+        lambda m, x: m.norm(m.linear(torch.reshape(x, shape=(2, -1)).relu_())),
+    ],
+)
+def test_ranks_are_known_through_every_elementwise_operation(forward):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(12, 5), nn.BatchNorm1d(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self, x)
+
+    model = Net().eval()
+    nn.init.uniform_(model.norm.running_var, 0.5, 2.0)
+    x = torch.randn(2, 3, 4)
+    graph_module = torch.fx.symbolic_trace(model)
+    expected = model(x.clone())
+    assert FoldBatchNorm()(graph_module).modified
+    torch.testing.assert_close(graph_module(x.clone()), expected)

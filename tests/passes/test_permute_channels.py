@@ -364,7 +364,7 @@ def test_labels_in_the_batches_are_ignored() -> None:
     ("batches", "message"),
     [
         ([], "no batches"),
-        ([torch.randn(2, 4, 8, 8)], "failed on calibration batch 0, shapes"),
+        ([torch.randn(2, 4, 8, 8)], "failed on calibration batch 0 at node 'stem'"),
         ([torch.full((2, 3, 8, 8), torch.nan)], "NaN"),
         (["image"], "expected a tensor"),
     ],

@@ -166,7 +166,7 @@ def one_sided(y: Tensor, z: Tensor, low: float, high: float) -> float:
 @pytest.mark.parametrize("pattern", ["2:4", "1:4"])
 @pytest.mark.parametrize(("name", "bounds"), [("a", (0.0, math.inf)), ("b", (0.0, 0.5))])
 def test_what_lies_beyond_a_rectifier_need_only_stay_there(pattern, name, bounds):
-    """The rectified error of the layer is lower than under the "skip" target, with the same inputs and the same zeros."""
+    """The error after the ReLU of the layer is lower than under the "skip" target, with the same inputs and the same zeros."""
     torch.manual_seed(2)
 
     class Net(nn.Module):
@@ -181,7 +181,7 @@ def test_what_lies_beyond_a_rectifier_need_only_stay_there(pattern, name, bounds
     model = Net().double()
     data = [torch.randn(n, 4, 8, 8, dtype=torch.float64) for n in (9, 4, 7)]
     errors, weights = {}, {}
-    for target in ("skip", "rectified"):
+    for target in ("skip", "relu_aware"):
         exclude = ("b",) if name == "a" else ("a",)
         graph_module = solve(model, data, "admm", pattern, exclude=exclude, damping=1e-9, target=target)
         new = weights[target] = graph_module.get_submodule(name)
@@ -190,17 +190,17 @@ def test_what_lies_beyond_a_rectifier_need_only_stay_there(pattern, name, bounds
             a = F.relu(model.a(x))
             y, z = (model.a(x), new(x)) if name == "a" else (model.b(a) + a + 0.25, new(a) + a + 0.25)
             errors[target] += one_sided(y, z, *bounds)
-    assert torch.equal(weights["skip"].weight == 0, weights["rectified"].weight == 0)
-    assert errors["rectified"] < 0.98 * errors["skip"]
+    assert torch.equal(weights["skip"].weight == 0, weights["relu_aware"].weight == 0)
+    assert errors["relu_aware"] < 0.98 * errors["skip"]
 
 
-def test_a_rectified_layer_is_least_squares_on_the_wanted_output():
+def test_a_relu_aware_layer_is_least_squares_on_the_wanted_output():
     """A naive reference: a row at a time, lstsq on the patches, the wanted output from the weights before."""
     torch.manual_seed(4)
     model = nn.Sequential(conv(4, 6), nn.ReLU()).double()
     data = [torch.randn(n, 4, 8, 8, dtype=torch.float64) for n in (9, 7)]
     found = {}
-    for target in ("skip", "rectified"):
+    for target in ("skip", "relu_aware"):
         graph_module = prune(model, data, damping=0.0, target=target)
         found[target] = graph_module.get_submodule("0")
     geometry = LayerGeometry.of(model[0])
@@ -217,17 +217,17 @@ def test_a_rectified_layer_is_least_squares_on_the_wanted_output():
         solution[support] = torch.linalg.lstsq(with_one[:, support], wanted.double()[:, None]).solution[:, 0]
         expected = solution[:-1]
         torch.testing.assert_close(
-            geometry.to_matrix(found["rectified"].weight)[0, row], expected, rtol=1e-5, atol=1e-6
+            geometry.to_matrix(found["relu_aware"].weight)[0, row], expected, rtol=1e-5, atol=1e-6
         )
-        torch.testing.assert_close(found["rectified"].bias[row], solution[-1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found["relu_aware"].bias[row], solution[-1], rtol=1e-5, atol=1e-6)
 
 
 def test_without_a_rectifier_the_targets_are_the_same():
     model = nn.Sequential(conv(4, 8), nn.SiLU(), conv(8, 8)).double()
     data = [torch.randn(8, 4, 8, 8, dtype=torch.float64)]
-    skip, rectified = (prune(model, data, target=target) for target in ("skip", "rectified"))
+    skip, relu_aware = (prune(model, data, target=target) for target in ("skip", "relu_aware"))
     for key, value in skip.state_dict().items():
-        assert torch.equal(value, rectified.state_dict()[key])
+        assert torch.equal(value, relu_aware.state_dict()[key])
 
 
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "exact_obs"])
@@ -393,7 +393,7 @@ class Single(nn.Module):
         return torch.relu(self.linear(torch.relu(self.conv(x)).mean((-2, -1))))
 
 
-@pytest.mark.parametrize("target", ["dense", "rectified"])
+@pytest.mark.parametrize("target", ["dense", "relu_aware"])
 def test_images_without_a_batch_dimension_count_like_a_batch_of_them(target):
     torch.manual_seed(0)
     model, images = Single().double(), torch.randn(40, 4, 5, 5, dtype=torch.float64)
@@ -485,3 +485,18 @@ def test_layers_that_share_an_input_share_one_factorisation(method, factorisatio
         torch.testing.assert_close(
             graph_module.get_submodule(name).weight, alone.get_submodule(name).weight, rtol=1e-10, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("target", ["rectified", "dense"])
+def test_from_dense_inputs_each_layer_is_solved_as_if_it_were_alone(target):
+    """Dense inputs that nothing else reads are still there when the rectifier's target is gathered."""
+    torch.manual_seed(8)
+    layers = [layer for _ in range(3) for layer in (nn.Conv2d(4, 4, 3), nn.ReLU())]
+    model, images = nn.Sequential(*layers).double(), list(torch.randn(32, 4, 9, 9, dtype=torch.float64).split(8))
+    together = solve(model, images, "admm", "1:4", inputs="dense", target=target)
+    for name in ("0", "2", "4"):
+        alone = solve(
+            model, images, "admm", "1:4", exclude=tuple({"0", "2", "4"} - {name}), inputs="dense", target=target
+        )
+        weights = (made.get_submodule(name).weight for made in (together, alone))
+        torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)

@@ -184,7 +184,7 @@ def test_masks_leave_zeros_white() -> None:
 
 def test_a_factored_report_shows_macs_left_and_words_for_what_is_no_number() -> None:
     layers = tuple(
-        LayerReport(name, "Conv2d", (4, 4, 3, 3), status="factored", relative_error=error, multiply_adds=(200, 50))
+        LayerReport(name, "Conv2d", (4, 4, 3, 3), status="factored", relative_error=error, macs=(200, 50))
         for name, error in (("a", 0.01), ("b", float("nan")), ("c", None), ("d", 0.0))
     )
     picture = plots.layer_sparsity_and_error(PruneReport(layers, "svd", "rank ratio:0.25"), "net")

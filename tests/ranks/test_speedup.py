@@ -13,12 +13,11 @@ from fxprune.annotations import annotation
 from fxprune.errors import OptionsError, ValidationError
 from fxprune.export.latency import measure_latency
 from fxprune.export.torch_export import to_onnx_program
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.passes import InsertObservers
 from fxprune.rank_reduction import low_rank, low_rank_options
 from fxprune.ranks import speedup
-from fxprune.ranks.choices import RankPlan, Survey
-from fxprune.ranks.rule import RankRule
+from fxprune.ranks.plan import RankPlan, RankRule, Survey
 from fxprune.ranks.survey import survey
 from fxprune.recipe import Recipe
 from fxprune.solvers import Magnitude
@@ -46,22 +45,22 @@ def test_search_ends_near_the_wanted_speedup() -> None:
     seen: list[float] = []
 
     def speed(plan: RankPlan) -> float:
-        seen.append(plan.multiply_adds[0] / plan.multiply_adds[1])
+        seen.append(plan.macs[0] / plan.macs[1])
         return seen[-1]
 
     plan = speedup.search(found, 1.5, speed)
-    reached = plan.multiply_adds[0] / plan.multiply_adds[1]
+    reached = plan.macs[0] / plan.macs[1]
     assert 1.5 <= reached < 1.6
     assert len(seen) == speedup.TRIALS
     assert reached == min(ratio for ratio in seen if ratio >= 1.5)
     assert plan.rule == f"rank speedup:1.5, measured {reached:.2f}"
 
 
-def test_time_that_does_not_shrink_with_the_multiply_adds_needs_lower_ranks() -> None:
+def test_time_that_does_not_shrink_with_the_macs_needs_lower_ranks() -> None:
     _, found, _ = surveyed()
-    dense = found.multiply_adds
-    plan = speedup.search(found, 1.4, lambda plan: 2 * dense / (plan.multiply_adds[1] + dense))
-    assert 2 * dense / (plan.multiply_adds[1] + dense) >= 1.4
+    dense = found.macs
+    plan = speedup.search(found, 1.4, lambda plan: 2 * dense / (plan.macs[1] + dense))
+    assert 2 * dense / (plan.macs[1] + dense) >= 1.4
 
 
 def test_a_speedup_out_of_reach_names_the_best_one() -> None:
@@ -73,14 +72,14 @@ def test_a_speedup_out_of_reach_names_the_best_one() -> None:
 def test_files_have_the_shape_of_the_plan(tmp_path: Path) -> None:
     graph_module, found, image = surveyed()
     text = str(graph_module.graph)
-    plan = RankRule.parse("multiply_adds:0.6").plan(found)
+    plan = RankRule.parse("macs:0.6").plan(found)
     speedup.write_shape(graph_module, plan, [image], tmp_path / "candidate.onnx")
     assert str(graph_module.graph) == text  # the candidate is a copy
     graph = onnx.load(str(tmp_path / "candidate.onnx")).graph
     sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     weights = [(node.op_type, torch.Size(sizes[node.input[1]]).numel()) for node in graph.node if len(node.input) > 1]
     count = sum(size * {"Conv": 36, "Gemm": 1}.get(op, 0) for op, size in weights)
-    assert count == plan.multiply_adds[1] < found.multiply_adds
+    assert count == plan.macs[1] < found.macs
 
 
 @pytest.mark.slow
@@ -90,7 +89,7 @@ def test_low_rank_for_a_measured_speedup() -> None:
     wide = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), *convs, nn.Flatten(), nn.Linear(64 * 24**2, 10))
     x = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(2))
     compiled = low_rank(wide, [x], "speedup:1.2", method="svd", device="cpu", progress=False)
-    before, after = compiled.report.multiply_adds
+    before, after = compiled.report.macs
     assert before / after > 1.1
     assert compiled.report.pattern.startswith("rank speedup:1.2, measured 1.")
     assert all(layer.rank % 16 == 0 for layer in compiled.report.layers)

@@ -153,3 +153,23 @@ def test_a_report_that_is_not_there_is_an_error_with_the_reason() -> None:
         bare.report  # noqa: B018
     assert issubclass(GraphError, FxPruneError)
     assert isinstance(copy.deepcopy(bare), GraphModule)
+
+
+class Pools(nn.Module):
+    """Functions that torch makes inside other functions, where pickle does not look for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(self.conv(x), 2)
+        return F.adaptive_max_pool2d(x, 1) + F.adaptive_avg_pool2d(x, 1)
+
+
+@pytest.mark.parametrize("copied", [COPIES["pickle"], COPIES["torch.save"]])
+def test_pooling_by_functions_is_pickled(copied: Callable[[fxprune.CompiledModule], fxprune.CompiledModule]) -> None:
+    compiled = fxprune.compile(Pools(), [X], method="magnitude", device="cpu", progress=False)
+    again = copied(compiled)
+    assert again.report == compiled.report
+    assert torch.equal(again(X), compiled(X))

@@ -11,8 +11,8 @@ from torch import nn
 from torch.fx import symbolic_trace
 
 import fxprune
-from fxprune.code_names import RESERVED
 from fxprune.errors import CheckpointError, TraceError
+from fxprune.graph.code_names import RESERVED
 from fxprune.saving import load, save
 
 # Keywords; what Python reads in another form (the ligature fi, an accent on its own); what no identifier can hold; what

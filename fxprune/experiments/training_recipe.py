@@ -14,7 +14,7 @@ DEFAULT_RATE = {"sgd": 0.1, "adamw": 2e-3}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """How to train.
 
     Attributes:

@@ -1,77 +1,14 @@
-"""Small questions about a torch.fx graph that passes, calibration and diffs all ask."""
+"""Runs a torch.fx graph node by node: its values, and their shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import torch
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxprune.errors import GraphError
-
 Shape: TypeAlias = "Size | tuple[Any, ...] | None"  # Of a tensor, of a tuple or list, of all else.
-
-
-def module_of(node: Node) -> nn.Module | None:
-    """The module behind a call_module node, else None."""
-    if node.op != "call_module":
-        return None
-    owner = node.graph.owning_module
-    return None if owner is None else owner.get_submodule(str(node.target))
-
-
-def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call a module as `module(...)` does, hooks included; whatever it raises reaches the caller and nobody else.
-
-    A GraphModule called directly would also print its source and a traceback to stderr, which says nothing to a user
-    who wrote neither.
-    """
-    if isinstance(module, GraphModule):
-        return nn.Module.__call__(module, *args, **kwargs)
-    return module(*args, **kwargs)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where its parameters are; the CPU if it has none."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of a module may do something beside its class's forward: hooks, or a forward of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def has_global_hooks() -> bool:
-    """Whether there are hooks on the forward of every module (torch.nn.modules.module.register_module_forward_hook)."""
-    module = nn.modules.module
-    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
-
-
-def call_sites(graph_module: GraphModule) -> dict[nn.Module, list[Node]]:
-    """Every called module with all the nodes that call it, under whatever name."""
-    sites: dict[nn.Module, list[Node]] = {}
-    for node in graph_module.graph.nodes:
-        module = module_of(node)
-        if module is not None:
-            sites.setdefault(module, []).append(node)
-    return sites
-
-
-def input_of(node: Node) -> Node:
-    """The single tensor input of a one-input module call, given by position or by keyword."""
-    argument: Any = node.args[0] if node.args else node.kwargs.get("input", next(iter(node.kwargs.values()), None))
-    if not isinstance(argument, Node):
-        raise GraphError(f"node {node.name!r} is called with {argument!r} where a tensor was expected")
-    return argument
-
-
-def is_tied(graph_module: GraphModule, parameter: torch.Tensor) -> bool:
-    """Whether a parameter is reachable under more than one name, or read by a get_attr node."""
-    names = [name for name, p in graph_module.named_parameters(remove_duplicate=False) if p is parameter]
-    reads = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
-    return len(names) > 1 or any(name in reads for name in names)
 
 
 def arguments_of(node: Node, value_of: Callable[[Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -128,17 +65,20 @@ class Runner(Interpreter):
 
 def value_shapes(graph_module: GraphModule, *inputs: Any) -> dict[Node, Shape]:
     """Run the graph once on example inputs, one for each placeholder; the shape of every node's value."""
-    recorder = _ShapeRecorder(graph_module)
+    recorder = ShapeRecorder(graph_module)
     recorder.run(*inputs)
     return recorder.shapes
 
 
-class _ShapeRecorder(Runner):
+class ShapeRecorder(Runner):
+    """Runs a graph, and keeps the shape of every node's value."""
+
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module)
         self.shapes: dict[Node, Shape] = {}
 
     def run_node(self, n: Node) -> Any:
+        """Run a node and note the shape of its value."""
         value = super().run_node(n)
         self.shapes[n] = _shape(value)
         return value

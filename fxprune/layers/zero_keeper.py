@@ -32,7 +32,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from fxprune.errors import GraphError
-from fxprune.model_argument import not_a_model
+from fxprune.graph.model_argument import not_a_model
 
 
 class KeptLayer:

@@ -26,7 +26,7 @@ _FEW_ZEROS = 0.25
 SEMI_STRUCTURED_UNITS = {"cuSPARSELt": (16, 16), "CUTLASS": (32, 64)}
 CPU_NOTE = (
     "On onnxruntime's CPU provider N:M zeros bring no speed-up, because it has no sparse kernels; smaller dense "
-    "layers, as the low_rank pass makes them, can."
+    "layers, as fxprune.low_rank makes them, can."
 )
 
 POSSIBLE = "2:4, gain possible"

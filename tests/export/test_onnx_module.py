@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from fxprune.errors import ValidationError
-from fxprune.onnx_module import OnnxModule
+from fxprune.export.onnx_module import OnnxModule
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.standard_normal((12, 5)).astype(np.float32)

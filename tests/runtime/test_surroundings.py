@@ -15,8 +15,8 @@ from torch import nn
 
 import fxprune
 from fxprune.experiments.evaluation import agreement, evaluate
-from fxprune.precision import full_precision
-from fxprune.surroundings import own_surroundings, undisturbed, without_inference_tensors
+from fxprune.runtime.precision import full_precision
+from fxprune.runtime.surroundings import own_surroundings, undisturbed, without_inference_tensors
 
 X = torch.randn(32, 8, 9, 9, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(32) % 8

@@ -1,24 +1,26 @@
 """What a constraint is, and the chain of them under which a layer is solved.
 
-A constraint narrows where a layer's weights may lie. Given a `Part`, a least-squares problem of the layer, it decides what it
-is there to decide, and hands what is left free to the rest of the chain as parts of the same form: a mask leaves the
-values on its support, a rank leaves two factors, each a part of its own.
+A constraint is given a `Part`: one matrix product and its least-squares problem. It decides one thing about the weights, and
+hands what is still free to the rest of the chain, as parts again. A mask decides which weights are zero and hands on one part.
+A rank decides how many channels lie between two factors and hands on two parts, one for each factor.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry
-from fxprune.method import Method
+from fxprune.options import Method
 from fxprune.solvers.problem import LayerProblem
+from fxprune.solvers.refit import refit
 
 if TYPE_CHECKING:
     from fxprune.calibration.calibration import Calibration
@@ -44,12 +46,27 @@ class Part:
     pattern: str = ""
     suffix: str = ""
 
+    def masked(self, mask: Tensor, method: Method, *, start: Tensor | None = None) -> Part:
+        """The part with zeros outside the mask, and outside any mask before; with `Options.refit` the rest is fitted anew.
+
+        Args:
+            mask: (G, R/G, D) bool, where weights may differ from zero.
+            method: solver and options.
+            start: (G, R/G, D) weights to fit from, and to keep without a fit; None: those of the part.
+        """
+        mask = mask if self.mask is None else mask & self.mask
+        matrix = torch.where(mask, self.matrix if start is None else start, 0)
+        if method.options.refit:
+            groups = zip(self.problem.groups(), mask, matrix, strict=True)
+            matrix = torch.stack([refit(problem, m, start=s) for problem, m, s in groups])
+        return replace(self, matrix=matrix, mask=mask)
+
 
 Rest: TypeAlias = Callable[[Part], tuple[Part, ...]]
 
 
 class Constraint(ABC):
-    """A rule that the weights of a layer must keep. Subclasses are frozen dataclasses; `str` gives their text in a recipe."""
+    """A rule that a layer's weights must keep. Subclasses are frozen dataclasses whose `str` is their text in a recipe."""
 
     @classmethod
     @abstractmethod
@@ -66,10 +83,12 @@ class Constraint(ABC):
 
     @abstractmethod
     def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:
-        """Decide, re-fit what stays free, and hand it to the rest of the chain.
+        """Decide, fit what stays free, and hand it to the rest of the chain: `return rest(part.masked(mask, method))`.
+
+        What earlier constraints decided stays decided: weights outside `part.mask` stay zero, which `Part.masked` sees to.
 
         Args:
-            part: of the layer.
+            part: of the layer. For methods that look at no images `part.problem.is_observed` is False, and H and T are NaN.
             rest: solves a part under the constraints that follow.
             method: solver and options.
 
@@ -138,6 +157,24 @@ def _parse(piece: str, text: str) -> Constraint:
         "every 4 input channels), a sparsity between 0 and 1, such as '0.9', 'mixed:0.6' (dense, 2:4 and 1:4 layers, at "
         "most 0.75), 'rank:0.7' (low-rank factors with 70% of the MACs), 'dense', or several joined by '+'"
     )
+
+
+def keep_possible(chain: Sequence[Constraint], geometry: LayerGeometry, calls: int = 1) -> tuple[Chain, str]:
+    """The constraints that a layer of so many calls can keep, and why it cannot keep the others.
+
+    What follows a constraint that changes the layer's geometry is asked again when the layer is solved.
+    """
+    kept: list[Constraint] = []
+    reasons = []
+    for constraint in chain:
+        reason = None if any(accepted.changes_geometry for accepted in kept) else constraint.decline(geometry)
+        if reason is None and constraint.changes_geometry and calls > 1:
+            reason = f"called at {calls} places: two layers in place of one are put at one place only"
+        if reason is None:
+            kept.append(constraint)
+        else:
+            reasons.append(reason)
+    return tuple(kept), "; ".join(reasons)
 
 
 def chain_text(chain: Chain) -> str:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from fxprune.export import assess_deployment, tensorrt_2to4, torch_semi_structured
-from fxprune.export.deployment import LEGEND, SEMI_STRUCTURED_UNITS
+from fxprune.layers.deployment import LEGEND, SEMI_STRUCTURED_UNITS
 from fxprune.pattern import Pattern
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.precision import full_precision
+from fxprune.runtime.precision import full_precision
 
 P = ParamSpec("P")
 R = TypeVar("R")

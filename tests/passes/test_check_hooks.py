@@ -14,8 +14,8 @@ from torch.nn.utils import prune
 
 import fxprune
 from fxprune.errors import GraphError
-from fxprune.hooks import changed_by_hooks
 from fxprune.passes import CheckHooks, FoldBatchNorm, RemoveInplace
+from fxprune.passes.check_hooks import changed_by_hooks
 from fxprune.tracing import trace
 from tests.pipelines import calibration
 

@@ -5,8 +5,7 @@ import itertools
 import pytest
 
 from fxprune.errors import OptionsError
-from fxprune.ranks.choices import Choice, LayerRanks, RankPlan, Survey, pareto
-from fxprune.ranks.rule import RankRule, within_budget
+from fxprune.ranks.plan import Choice, LayerRanks, RankPlan, RankRule, Survey, pareto, within_budget
 
 
 def layer(dense: int, *choices: tuple[int, int, float]) -> LayerRanks:
@@ -28,7 +27,8 @@ SURVEY = Survey(
     [
         ("energy:0.95", RankRule("energy", 0.95)),
         ("ratio:.5", RankRule("ratio", 0.5)),
-        ("multiply_adds:0.70", RankRule("multiply_adds", 0.7)),
+        ("macs:0.70", RankRule("macs", 0.7)),
+        ("multiply_adds:0.7", RankRule("macs", 0.7)),
         ("speedup:1.3", RankRule("speedup", 1.3)),
     ],
 )
@@ -42,7 +42,7 @@ def test_parse(text: str, rule: RankRule) -> None:
     "text", ["", "0.5", "energy", "energy:", "energy:1", "ratio:0", "speedup:1", "rank:4", "ratio:nan"]
 )
 def test_anything_else_is_an_error_that_shows_the_forms(text: str) -> None:
-    with pytest.raises(OptionsError, match=r"energy:0\.95.*ratio:0\.5.*multiply_adds:0\.7.*speedup:1\.3"):
+    with pytest.raises(OptionsError, match=r"energy:0\.95.*ratio:0\.5.*macs:0\.7.*speedup:1\.3"):
         RankRule.parse(text)
 
 
@@ -54,10 +54,10 @@ def test_pareto_keeps_what_nothing_beats() -> None:
 @pytest.mark.parametrize("budget", range(2000, 4200, 100))
 def test_budget_is_spent_as_well_as_by_trying_everything(budget: int) -> None:
     options = [[None, *ranks.choices] for ranks in SURVEY.layers.values()]
-    dense = [ranks.multiply_adds for ranks in SURVEY.layers.values()]
+    dense = [ranks.macs for ranks in SURVEY.layers.values()]
 
     def cost(chosen: tuple[Choice | None, ...]) -> int:
-        return 500 + sum(c.multiply_adds if c else whole for c, whole in zip(chosen, dense, strict=True))
+        return 500 + sum(c.macs if c else whole for c, whole in zip(chosen, dense, strict=True))
 
     def error(chosen: tuple[Choice | None, ...]) -> float:
         return sum(c.error for c in chosen if c)
@@ -69,17 +69,17 @@ def test_budget_is_spent_as_well_as_by_trying_everything(budget: int) -> None:
 
 
 def test_a_budget_out_of_reach() -> None:
-    assert SURVEY.least_multiply_adds == 2000
+    assert SURVEY.least_macs == 2000
     with pytest.raises(OptionsError, match="out of reach"):
         within_budget(SURVEY, 1999)
 
 
 def test_plan_by_budget() -> None:
-    plan = RankRule.parse("multiply_adds:0.7").plan(SURVEY)
-    assert plan.multiply_adds == (4000, 2600)
+    plan = RankRule.parse("macs:0.7").plan(SURVEY)
+    assert plan.macs == (4000, 2600)
     assert plan.choice("a") == Choice("channel", 4, 400, 0.20)
     assert plan.choice("b") == Choice("channel", 8, 1200, 0.08)
-    assert plan.reason("c") == "no rank would save multiply-adds"
+    assert plan.reason("c") == "no rank would save MACs"
     assert "not in the plan" in plan.reason("elsewhere")
 
 
@@ -104,5 +104,5 @@ def test_speedup_cannot_be_planned_without_measuring() -> None:
 def test_a_plan_sums_up_what_it_saves() -> None:
     chosen = {"a": Choice("channel", 4, 400, 0.2), "b": None, "c": None}
     plan = RankPlan.of("the user", SURVEY, chosen)
-    assert plan.multiply_adds == (4000, 3400)
+    assert plan.macs == (4000, 3400)
     assert plan.reason("b") == "left whole by the user"

@@ -1,9 +1,9 @@
 """What it costs at the network's output to solve one layer alone under a chain of constraints.
 
 Every layer is solved under each of its chains against the dense model's statistics. What a solution costs is measured at the
-output, with only that layer replaced: the squared change of the outputs relative to their variance. For a budget it is
-measured for every second chain, and scaled from the nearest measured one to the others by the layer error (both are
-quadratic in a small change of the weights).
+output, with only that layer replaced: the squared change of the outputs relative to their variance. For a budget only every
+second chain is measured there. The cost of the others is that of the nearest measured chain, scaled by the ratio of
+the layer errors, since both are quadratic in a small change of the weights.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.batches import inputs_of, map_tensors, tensors_in
-from fxprune.calibration.calibration import Calibration, observers_off
+from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.observers import observers_off
 from fxprune.calibration.output_error import OutputError
 from fxprune.calibration.stream import dense_statistics
-from fxprune.constraints.base import Chain, Part
 from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import Runner, device_of
+from fxprune.layers.constraint import Chain, Part
 from fxprune.layers.problem import layer_of
+from fxprune.layers.shared import modules_called, weight_calls
 from fxprune.layers.solve import product, solve_chain
-from fxprune.method import Method
-from fxprune.precision import full_precision
+from fxprune.options import Method
+from fxprune.runtime.precision import full_precision
 from fxprune.solvers.problem import LayerProblem
 from fxprune.statistics import InputStatistics
 
@@ -111,18 +113,22 @@ def _of_layer(
     none_lost, energy = problem.loss(weight).sum(), float((weight @ hessian * weight).sum())
     errors = [0.0 if s is None else max(0.0, float(problem.loss(s).sum() - none_lost)) for s in solutions]
     original, bias = module.weight.data, module.bias
+    readers = modules_called(weight_calls(graph_module)[node])
     cost_per_error: dict[int, float] = {}
     for i, solution in list(enumerate(solutions))[::probe_every]:
         if solution is not None and errors[i] > 0:
             module.weight.data = geometry.to_weight(solution).to(original)
             if options.bias_correction:
                 shift = torch.einsum("grd,gd->gr", weight - solution, inputs.mean).flatten().to(original)
-                module.bias = nn.Parameter(shift if bias is None else bias + shift)
+                for reader in readers:
+                    reader.bias = nn.Parameter(shift if bias is None else bias + shift)
             change = OutputError(channel_dim=1)
             for wanted, output in zip(dense, _outputs(graph_module, probe), strict=True):
                 change.update(wanted, output)
             cost_per_error[i] = change.relative / errors[i]
-            module.weight.data, module.bias = original, bias
+            module.weight.data = original
+            for reader in readers:
+                reader.bias = bias
     costs = errors
     if cost_per_error:
         nearest = [min(cost_per_error, key=lambda i: abs(i - level)) for level in range(len(errors))]

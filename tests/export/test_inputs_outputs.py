@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
 from fxprune.errors import ExportError, ValidationError
-from fxprune.export.batches import example_tensors, input_names, named_outputs, other_batch, read_batch
+from fxprune.export.inputs_outputs import example_tensors, input_names, named_outputs, other_batch, read_batch
 
 
 class One(nn.Module):

@@ -1,0 +1,225 @@
+"""What must hold of every network: each function takes a case and raises where it does not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune import CompiledModule, PruneReport, Recipe
+from fxprune.constraints.mask import Mask, sparse_matrix
+from fxprune.errors import ExportError
+from fxprune.geometry import CONVOLUTIONS
+from fxprune.graph import module_of
+from fxprune.options import Method
+from fxprune.pattern import NMPattern, Pattern
+from fxprune.solvers.magnitude import magnitude
+from fxprune.solvers.refit import refit
+from tests.fuzz.case import Case, Refused
+
+ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-11, torch.float16: 1e-2}
+
+
+def excluding_everything_changes_nothing(case: Case) -> None:
+    compiled = case.compile(case.model, case.network.batches(), exclude=("*",))
+    assert all(row.status == "kept" and row.reason for row in compiled.report.layers), compiled.report
+    same_outputs(case.outputs(case.model), case.outputs(compiled))
+    weights = compiled.state_dict()
+    for name, value in case.model.state_dict().items():
+        if name in weights:
+            assert torch.equal(weights[name], value), f"{name} has changed"
+
+
+def passes_before_solving_keep_the_function(case: Case) -> None:
+    same_outputs(case.outputs(case.model), case.outputs(case.before_solving()), factor=5)
+
+
+def dense_recipe_keeps_the_function(case: Case) -> None:
+    compiled = case.compile(case.model, case.network.batches(), recipe="dense", options=fxprune.Options())
+    same_outputs(case.outputs(case.model), case.outputs(compiled), factor=5)
+
+
+def the_users_things_are_untouched(case: Case) -> None:
+    """Model, batches, random state and torch's settings."""
+    assert case.compiled is not None
+    assert case.before.keys() == case.after.keys()
+    for key, value in case.before.items():
+        assert value == case.after[key], f"{key} has changed"
+
+
+def the_report_is_true(case: Case) -> None:
+    """Rows are those of the modules, their figures those of the weights, and patterns hold where they are claimed."""
+    compiled, report = case.compiled, case.compiled.report
+    rows = {row.name: row for row in report.layers}
+    used = {str(node.target): module_of(node) for node in compiled.graph.nodes if module_of(node) is not None}
+    zeros = total = 0
+    for name, module in used.items():
+        if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            continue
+        weight = module.weight.detach()
+        zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
+        assert torch.isfinite(weight).all()
+        whole = rows.get(name.rpartition(".")[0])
+        if whole is not None and whole.status == "factored" and not whole.pattern:
+            continue  # One row for both factors.
+        assert name in rows, f"{name} has no row"
+        row = rows[name]
+        if not hasattr(module, "parametrizations"):
+            assert row.shape == tuple(weight.shape), (row, weight.shape)
+        assert abs(row.sparsity - float((weight == 0).double().mean())) < 1e-9, (row, "zeros")
+        if row.pattern:
+            assert Pattern.parse(row.pattern).check(weight).ok, row
+    for row in report.layers:
+        assert row.status in ("pruned", "factored") or row.reason, f"{row.name} is {row.status} without a reason"
+        assert row.relative_error is None or 0 <= row.relative_error < float("inf"), row
+        assert row.status == "kept" or row.relative_error is not None or "factor of" in row.reason, row
+        excluded = case.exclude and row.name in case.exclude
+        assert not excluded or row.status == "kept", row
+        _as_asked(case, row)
+    if total and sum(row.weights for row in rows.values()) == total:
+        assert abs(report.sparsity - zeros / total) < 1e-9, (report.sparsity, zeros, total)
+    assert str(report)
+    assert all(bool(torch.isfinite(t).all()) for t in case.outputs(compiled)), "outputs that are not finite"
+
+
+def _as_asked(case: Case, row: Any) -> None:
+    """A layer that is pruned is pruned to what the recipe says of it."""
+    recipe = Recipe.parse(case.recipe)
+    masks = [c for c in recipe.chain(row.name) or () if isinstance(c, Mask)]
+    if row.status == "pruned" and masks and not case.options.get("global_budget") and "mixed" not in str(case.recipe):
+        assert row.pattern == str(masks[0]), (row, str(masks[0]))
+        if not isinstance(masks[0].pattern, NMPattern):
+            assert row.sparsity >= masks[0].sparsity - 1e-9, row
+
+
+def memory_formats_stay(case: Case) -> None:
+    """Weights lie in memory as they did: a forward with `view` may depend on it."""
+    before = dict(case.model.named_parameters())
+    for name, p in case.compiled.named_parameters():
+        if name in before and before[name].shape == p.shape:
+            assert p.stride() == before[name].stride(), f"{name} had strides {before[name].stride()}, has {p.stride()}"
+    for a, b in zip(case.outputs(case.model), case.outputs(case.compiled), strict=True):
+        assert axes_in_memory(a) == axes_in_memory(b), f"an output had strides {a.stride()}, has {b.stride()}"
+
+
+def axes_in_memory(x: Tensor) -> list[int]:
+    """The axes from the slowest to the fastest; what was a view of something larger may have become a tensor of its own."""
+    return sorted((axis for axis in range(x.dim()) if x.shape[axis] > 1), key=lambda axis: (-x.stride(axis), axis))
+
+
+def a_second_run_gives_the_same(case: Case) -> None:
+    first = case.compiled
+    again = case.compile(case.model, case.network.batches())
+    assert timeless(again.report) == timeless(first.report), f"{timeless(first.report)}\n{timeless(again.report)}"
+    assert again.state_dict().keys() == first.state_dict().keys()
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), f"{name} differs in a second run"
+
+
+def timeless(report: PruneReport) -> PruneReport:
+    """A report without what a clock says."""
+    rows = tuple(replace(row, seconds=0.0) for row in report.layers)
+    return replace(report, layers=rows, seconds=0.0, timings={}, peak_memory=0)
+
+
+def save_and_load_agree(case: Case) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        fxprune.save(case.compiled, Path(folder) / "model.pt")
+        loaded = fxprune.load(Path(folder) / "model.pt")
+    _same_model(case, loaded)
+
+
+def pickle_and_deepcopy_keep_the_report(case: Case) -> None:
+    _same_model(case, copy.deepcopy(case.compiled))
+    if "parametrized" in case.network.features:
+        raise Refused("torch pickles no parametrized modules")
+    _same_model(case, pickle.loads(pickle.dumps(case.compiled)))
+
+
+def _same_model(case: Case, other: CompiledModule) -> None:
+    assert isinstance(other, CompiledModule)
+    assert other.report == case.compiled.report
+    for a, b in zip(case.outputs(case.compiled), case.outputs(other), strict=True):
+        assert torch.equal(a, b)
+
+
+def diff_tells_what_changed(case: Case) -> None:
+    assert str(fxprune.diff(case.model, case.compiled, example_inputs=case.network.images(2, 0)))
+    assert fxprune.diff(case.compiled, case.compiled).is_empty
+    assert fxprune.diff(case.model, case.model).is_empty
+
+
+def the_onnx_file_agrees(case: Case) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        try:
+            fxprune.export_onnx(case.compiled, path, case.network.images(2, 51))
+        except ExportError as error:
+            if "No ONNX function found" in str(error):
+                raise Refused("an operation that ONNX does not have") from error
+            raise
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for n in (1, 5):
+            images = case.network.images(n, 52)
+            inputs = zip(session.get_inputs(), images, strict=True)
+            feeds = {i.name: x.contiguous().float().numpy() for i, x in inputs}  # The file's numbers are float32.
+            found = [torch.from_numpy(value) for value in session.run(None, feeds)]
+            same_outputs([t.float() for t in case.outputs(case.compiled, n, 52)], found, factor=20)
+
+
+def no_layer_is_worse_than_magnitude(case: Case) -> None:
+    """On the problems that the solver was given; where the method re-fits, magnitude's mask is re-fitted too."""
+    assert case.compiled is not None
+    solver = case.solver.inner
+    if not solver.needs_statistics:
+        return
+    method = Method(solver, fxprune.Options(**case.options).resolved(solver, Recipe.parse(case.recipe)))
+    for problem, pattern, _ in case.solver.problems:
+        answer = sparse_matrix(problem, pattern, method)
+        simple = magnitude(problem, pattern)
+        if method.options.refit:
+            answer, simple = (refit(problem, matrix != 0, start=matrix) for matrix in (answer, simple))
+        least = problem.loss(problem.optimum())
+        ours, theirs = float(problem.loss(answer) - least), float(problem.loss(simple) - least)
+        energy = float((problem.target * problem.optimum()).sum())
+        assert ours <= theirs * (1 + 1e-3) + 1e-6 * energy, (
+            f"{solver} {pattern} {tuple(answer.shape)}: {ours:.4g} beside magnitude's {theirs:.4g} of {energy:.4g}"
+        )
+
+
+def same_outputs(wanted: list[Tensor], found: list[Tensor], *, factor: float = 1.0) -> None:
+    assert len(wanted) == len(found)
+    for a, b in zip(wanted, found, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert torch.isfinite(b).all(), "outputs that are not finite"
+        largest = max(float(a.abs().max()), 1e-3)
+        difference = float((a - b).abs().max()) / largest
+        assert difference <= factor * ROUNDING[a.dtype], f"outputs differ by {difference:.3g} of the largest"
+
+
+ALWAYS: tuple[Callable[[Case], None], ...] = (
+    the_users_things_are_untouched,
+    the_report_is_true,
+    memory_formats_stay,
+    excluding_everything_changes_nothing,
+    passes_before_solving_keep_the_function,
+    no_layer_is_worse_than_magnitude,
+)
+OFTEN: tuple[Callable[[Case], None], ...] = (
+    dense_recipe_keeps_the_function,
+    a_second_run_gives_the_same,
+    save_and_load_agree,
+    pickle_and_deepcopy_keep_the_report,
+    diff_tells_what_changed,
+)
+SELDOM: tuple[Callable[[Case], None], ...] = (the_onnx_file_agrees,)
