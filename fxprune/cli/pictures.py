@@ -76,18 +76,20 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _dense_weights(folder: Path) -> tuple[Weights | None, tuple[type[nn.Module], ...]]:
-    """Weights of the dense model, BatchNorm folded, and its classes; None, and why on stderr, without a run folder."""
+    """Weights of the dense model, BatchNorm folded, and its classes; None for weights that cannot be had, and why on stderr."""
+    classes: tuple[type[nn.Module], ...] = ()
     try:
         model, config = dense_model(folder)
+        classes = module_classes(model)
         graph = trace(model, exclude=config["exclude"] or ())
     except FxPruneError as error:
         stderr.print(f"without the dense model's spectra: {error}", markup=False, soft_wrap=True)
-        return None, ()
+        return None, classes
     RemoveInplace()(graph)
     if config["fold_batchnorm"]:
         FoldBatchNorm()(graph)
     weights = {name: _weight(module) for name, module in graph.named_modules() if is_matrix_layer(module)}
-    return weights, module_classes(model)
+    return weights, classes
 
 
 def _choose(weights: Weights, patterns: list[str], count: int) -> Weights:

@@ -6,12 +6,8 @@ that only states strides, which a pooling to 1 x 1 leaves on images in channels_
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import onnxscript
@@ -23,6 +19,7 @@ from fxprune.errors import ExportError
 from fxprune.export.half_precision import PREFIX, Float16Inside
 from fxprune.export.inputs_outputs import input_names, named_outputs
 from fxprune.export.layer_check import TRANSPOSED
+from fxprune.quiet import quiet
 
 # What the axes after the channels are called where they are left open, by their number.
 _OPEN_AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
@@ -67,7 +64,7 @@ def to_onnx_program(
     if dynamic_size:
         advice = f"; if its graph fixes height and width, leave dynamic_size out{advice}"
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             own_names = list(named_outputs(module(*inputs)))
             inner = module.model if isinstance(module, Float16Inside) else module
             names = _names(inner, input_names(model, len(inputs)), own_names, names_in, names_out)
@@ -213,19 +210,6 @@ def _as_strided(self: Any, size: Sequence[Any], stride: Sequence[Any], storage_o
 def _two_samples(x: Tensor, first: Tensor) -> Tensor:
     """At least two samples: torch.export takes a size of 1 for a constant."""
     return torch.cat([x, x]) if first.dim() and len(first) == 1 and x.dim() and len(x) == 1 else x
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress lines, warnings or log records from the exporter."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _cause(error: BaseException) -> str:

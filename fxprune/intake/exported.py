@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from fxprune.calibration.batches import inputs_of
 from fxprune.errors import TraceError
 from fxprune.graph.code_names import allow_any_name
+from fxprune.quiet import quiet
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -75,7 +76,7 @@ def export(model: nn.Module, batch: Any, device: torch.device) -> GraphModule:
 
     inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in _inputs(model, batch).items()}
     shapes = {name: {0: Dim.AUTO} if isinstance(x, Tensor) and x.dim() else None for name, x in inputs.items()}
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         program = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
     return module_of_program(program)
 

@@ -117,9 +117,8 @@ def test_a_model_with_an_untraceable_module_of_ones_own(fxprune: Fxprune, digits
     own = ("--register", tmp_path / "gated.py", "--model", "gated_cli", "--data", digits)
     fxprune("train", *own, "--epochs", 1, "--out", tmp_path / "t")
     weights = ("--weights", tmp_path / "t" / "last.pt", "--calibration-images", 50)
-    same = (*own, *weights, "--no-onnx", "--out", tmp_path / "p")
-    assert "exclude=('2',)" in fxprune("prune", *same, code=1)
-    fxprune("prune", *same, "--exclude", "2", "--pattern", "mixed:0.4")
+    said = fxprune("prune", *own, *weights, "--no-onnx", "--out", tmp_path / "p", "--pattern", "mixed:0.4")
+    assert "symbolic_shapes" not in said  # torch.export, which is tried first, has a lot to say about it.
     results = json.loads((tmp_path / "p" / "run.json").read_text())["results"]
     said = fxprune("evaluate", tmp_path / "p" / "pruned.pt")
     assert f"{results['accuracy']:.2f}% of 300" in said
