@@ -95,10 +95,10 @@ def sparse_matrix(problem: LayerProblem, pattern: Pattern, method: Method) -> Te
     """What the solver makes of one group: (R, D) float64, which keeps the pattern.
 
     No solver finds the best mask for certain. Where the largest weights alone leave a smaller error on the layer's own
-    statistics, which happens where these are few or alike, they are kept instead.
+    statistics, which happens where these are few or alike, they are kept instead; but not in place of a user's solver.
     """
     found, fits = method.solver(problem, pattern), bool(method.options.refit)
-    if not method.needs_statistics or (fits and found.numel() * found.shape[1] > SECOND_REFIT):
+    if not method.solver.safeguarded or (fits and found.numel() * found.shape[1] > SECOND_REFIT):
         return found
     largest = magnitude(problem, pattern)
     if fits:

@@ -19,7 +19,7 @@ from fxprune.errors import ExportError
 from fxprune.export.half_precision import PREFIX, Float16Inside
 from fxprune.export.inputs_outputs import input_names, named_outputs
 from fxprune.export.layer_check import TRANSPOSED
-from fxprune.quiet import quiet
+from fxprune.runtime.quiet import quiet
 
 # What the axes after the channels are called where they are left open, by their number.
 _OPEN_AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}

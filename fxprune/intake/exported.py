@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from fxprune.calibration.batches import inputs_of
 from fxprune.errors import TraceError
 from fxprune.graph.code_names import allow_any_name
-from fxprune.quiet import quiet
+from fxprune.runtime.quiet import quiet
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

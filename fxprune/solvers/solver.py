@@ -28,10 +28,12 @@ class Solver(ABC):
     Attributes:
         name: as `method=` takes it.
         published: whether it runs by default as its paper has it, without what is fxprune's own (`Options.resolved`).
+        safeguarded: whether the largest weights may be kept in place of its choice where they leave a smaller error.
     """
 
     name: ClassVar[str]
     published: ClassVar[bool] = False
+    safeguarded: ClassVar[bool] = False
 
     @property
     def needs_statistics(self) -> bool:
@@ -77,6 +79,7 @@ class SparseGPT(Solver):
     block_size: int = 128
     name: ClassVar[str] = "sparsegpt"
     published: ClassVar[bool] = True
+    safeguarded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.block_size, int) or self.block_size < 1:
@@ -92,6 +95,7 @@ class ExactOBS(Solver):
 
     name: ClassVar[str] = "exact_obs"
     published: ClassVar[bool] = True
+    safeguarded: ClassVar[bool] = True
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Tensor:  # noqa: D102
         return exact_obs(problem, pattern)
@@ -107,6 +111,7 @@ class ADMM(Solver):
 
     rho: float | None = None
     name: ClassVar[str] = "admm"
+    safeguarded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.rho is not None and not (isinstance(self.rho, (int, float)) and self.rho > 0):

@@ -298,7 +298,7 @@ def test_layers_that_cannot_be_factored_say_why() -> None:
     assert reasons["pointwise"][0] == "reconstructed"
     assert "no spatial split" in reasons["pointwise"][1]
     assert reasons["up"][0] == "reconstructed"
-    assert reasons["shared"][0] == "reconstructed"
+    assert reasons["shared"][0] == "kept"
     assert "2 places" in reasons["shared"][1]
     assert compiled(x).shape == model(x).shape
     compiled = low_rank(model, [x], "ratio:0.5", split="channel", multiple=1, device="cpu", progress=False)

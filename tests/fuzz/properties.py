@@ -180,7 +180,7 @@ def no_layer_is_worse_than_magnitude(case: Case) -> None:
     """On the problems that the solver was given; where the method re-fits, magnitude's mask is re-fitted too."""
     assert case.compiled is not None
     solver = case.solver.inner
-    if not solver.needs_statistics:
+    if not solver.safeguarded:
         return
     method = Method(solver, fxprune.Options(**case.options).resolved(solver, Recipe.parse(case.recipe)))
     for problem, pattern, _ in case.solver.problems:
