@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
-from fxprune.calibration.batches import names_in
+from fxprune.calibration.batches import model_inputs, names_in
 from fxprune.errors import TraceError
 from fxprune.graph import device_of
 from fxprune.graph.code_names import allow_any_name, refuse_reserved_names
@@ -156,7 +156,12 @@ def _symbolically(task: _Task) -> GraphModule | _Failure:
         graph_module = task.finished(task.model)
         return _checked(task, graph_module, ()) or _noted(graph_module, "torch.export")
     into = TRANSFORMERS if task.example is not None else ()
-    return _excluding(task, lambda leaves: PathTracer(leaves, task.given, into), way="torch.fx")
+    found = _excluding(task, lambda leaves: PathTracer(leaves, task.given, into), way="torch.fx")
+    stars = tuple(x.name for x in model_inputs(task.model) if x.stars)
+    if isinstance(found, _Failure) and stars:  # Nobody seemed to give them; it may be that the model cannot do without.
+        again = _excluding(task, lambda leaves: PathTracer(leaves, (*task.given, *stars), into), way="torch.fx")
+        return again if isinstance(again, GraphModule) else found
+    return found
 
 
 def _with_values(task: _Task, leaves: frozenset[str] = frozenset()) -> GraphModule | _Failure:

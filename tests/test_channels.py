@@ -511,9 +511,9 @@ def test_parameters_read_directly_fix_channels() -> None:
     assert "combines channels" in reason(Scaled(), IMAGES, "b")
 
 
-def test_functional_layers_fix_channels() -> None:
+def test_functional_layers_are_layers() -> None:
     model = Fn(lambda m, x: m.c(F.conv2d(m.a(x), m.b.weight, padding=1)), a=conv(3, 8), b=conv(8, 6), c=conv(6, 2))
-    assert check(model, IMAGES)[0] == {}
+    assert check(model, IMAGES)[0] == {8: 1, 6: 1}
 
 
 def test_computed_weights_and_hooks_fix_channels() -> None:

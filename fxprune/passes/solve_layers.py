@@ -103,7 +103,9 @@ class SolveLayers(CalibratedPass):
         reasons = Counter(decided.reason for decided in roles.values())
         if not asks or any(decided.role == "compress" for decided in roles.values()) or set(reasons) == {"excluded"}:
             return
-        told = "; ".join(f"{reason} ({count} layers)" for reason, count in reasons.most_common(3))
+        told = "; ".join(
+            f"{reason} ({count} layer{'s' if count > 1 else ''})" for reason, count in reasons.most_common(3)
+        )
         raise GraphError(
             f"nothing can be compressed to {self.recipe}: of {len(roles)} layers none can take it. Why: {told}. "
             f"{self._remedy(roles)}"

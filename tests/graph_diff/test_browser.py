@@ -87,11 +87,11 @@ def test_it_opens_without_errors_and_without_network(
 def test_it_opens_with_what_changed(browser: webdriver.Chrome, result: GraphDiff, tmp_path: Path) -> None:
     show(browser, result, tmp_path)
     rows = [row.text.split() for row in browser.find_elements(By.CSS_SELECTOR, "#panel .layers tbody tr")]
-    assert [row[0] for row in rows] == ["conv1", "conv2", "fc"]
+    assert [row[0] for row in rows] == ["conv1", "conv2", "mix", "fc"]
     assert rows[1][1] == "50.0%"
     browser.find_element(By.XPATH, "//thead//button[text()='output error']").click()
     names = [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "#panel .layers .link")]
-    assert names == ["fc", "conv2", "conv1"]
+    assert names == ["fc", "mix", "conv2", "conv1"]
     browser.find_element(By.CSS_SELECTOR, "#panel .layers .link").click()
     assert shown(browser) == "fc"
 
