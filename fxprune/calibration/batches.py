@@ -80,20 +80,24 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def call_by_name(model: nn.Module, given: Mapping[str, Any]) -> Any:
-    """Call a model with values for its inputs by name, each passed as its forward takes it."""
+    """Call a model with values for its inputs by name, by position as far as that goes: a user's hooks may count on it."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     parameters = list(inspect.signature(_unwrapped(model).forward).parameters.values())
     more = any(p.kind is p.VAR_POSITIONAL and given.get(p.name) for p in parameters)
+    in_order = True
     for p in parameters:
         if p.kind is p.VAR_POSITIONAL:
             args += given.get(p.name, ())
+            in_order = False
         elif p.kind is p.VAR_KEYWORD:
             kwargs |= given.get(p.name, {})
-        elif p.kind is p.POSITIONAL_ONLY or (more and p.kind is not p.KEYWORD_ONLY):
-            args += [given[p.name]] if p.name in given else [p.default]
-        elif p.name in given:
-            kwargs[p.name] = given[p.name]
+        elif p.kind is p.KEYWORD_ONLY or not (in_order or more or p.kind is p.POSITIONAL_ONLY):
+            kwargs |= {p.name: given[p.name]} if p.name in given else {}
+        elif p.name in given or more or p.kind is p.POSITIONAL_ONLY:
+            args.append(given.get(p.name, p.default))
+        else:  # Left to its default; what follows goes by name.
+            in_order = False
     return model(*args, **kwargs)
 
 

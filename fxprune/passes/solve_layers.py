@@ -101,7 +101,8 @@ class SolveLayers(CalibratedPass):
         """Raise GraphError, before any work, if the recipe asks for something and no layer can take it."""
         asks = any(chain for _, chain in self.recipe.entries)
         reasons = Counter(decided.reason for decided in roles.values())
-        if not asks or any(decided.role == "compress" for decided in roles.values()) or set(reasons) == {"excluded"}:
+        by_the_user = {"excluded", *(decided.changed for decided in roles.values() if decided.changed)}  # Hooks, too.
+        if not asks or any(decided.role == "compress" for decided in roles.values()) or set(reasons) <= by_the_user:
             return
         told = "; ".join(
             f"{reason} ({count} layer{'s' if count > 1 else ''})" for reason, count in reasons.most_common(3)
@@ -125,7 +126,8 @@ class SolveLayers(CalibratedPass):
 
     def _tell_of_little(self, graph_module: GraphModule, rows: Sequence[LayerReport], calibration: Calibration) -> None:
         """Warn if less than half of the weights were compressed, though the recipe is one for all layers."""
-        if self.recipe.is_uniform and any(row.status in ("pruned", "factored") for row in rows):
+        done = any(row.status in ("pruned", "factored") for row in rows)
+        if self.recipe.is_uniform and (done or any(annotation(node).changed for node in graph_module.graph.nodes)):
             if message := little(graph_module, rows, str(self.recipe)):
                 calibration.warn(message)
 

@@ -359,3 +359,19 @@ def test_a_batch_that_is_wanted_whole_is_handed_on_as_it_is(images):
 def test_what_is_no_loader(loader: Any, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         fxprune.compile(One(), loader, progress=False)
+
+
+class ThreeInputs(nn.Module):
+    def forward(self, a, b=2.0, c=3.0):
+        return 100 * a + 10 * b + c
+
+
+@pytest.mark.parametrize(
+    ("given", "places", "value"),
+    [({"a": 1.0}, 1, 123.0), ({"a": 1.0, "b": 4.0}, 2, 143.0), ({"a": 1.0, "c": 5.0}, 1, 125.0)],
+)
+def test_hooks_that_count_on_positions_find_the_inputs_there(given, places, value):
+    model, seen = ThreeInputs(), []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
+    assert call_by_name(model, given) == value
+    assert [len(inputs) for inputs in seen] == [places]

@@ -119,6 +119,15 @@ def test_nothing_is_left_behind_by_looking() -> None:
     torch.testing.assert_close(graph_module.state_dict(), before, rtol=0, atol=0)
 
 
+def test_where_hooks_leave_nothing_to_prune_a_warning_says_so() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3))
+    model[0].register_forward_hook(lambda module, args, y: 2 * y)
+    with pytest.warns(fxprune.errors.CalibrationWarning, match="only 0% of the weights were compressed to 2:4"):
+        compiled = fxprune.compile(model, [X], progress=False)
+    assert compiled.report["0"].status == "kept"
+    torch.testing.assert_close(compiled(X), model(X))
+
+
 def test_a_bias_that_a_hook_computes() -> None:
     model, plain = network(), network()
     prune.random_unstructured(model[3], "bias", 0.5)
