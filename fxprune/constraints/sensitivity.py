@@ -23,7 +23,7 @@ from fxprune.calibration.observers import observers_off
 from fxprune.calibration.output_error import OutputError
 from fxprune.calibration.stream import dense_statistics
 from fxprune.errors import PatternError
-from fxprune.geometry import LayerGeometry
+from fxprune.geometry import LayerGeometry, laid_out_like
 from fxprune.graph import Runner, device_of
 from fxprune.layers.constraint import Chain, Part
 from fxprune.layers.problem import layer_of, mean_product
@@ -118,7 +118,7 @@ def _of_layer(
     cost_per_error: dict[int, float] = {}
     for i, solution in list(enumerate(solutions))[::probe_every]:
         if solution is not None and errors[i] > 0:
-            module.weight.data = geometry.to_weight(solution).to(original)
+            module.weight.data = laid_out_like(original, geometry.to_weight(solution))
             if options.bias_correction:
                 shift = mean_product(geometry, weight - solution, inputs).flatten().to(original)
                 for reader in readers:

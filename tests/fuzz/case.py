@@ -48,6 +48,10 @@ class Recording(Solver):
         return type(self.inner).published
 
     @property
+    def safeguarded(self) -> bool:  # type: ignore[override]
+        return type(self.inner).safeguarded
+
+    @property
     def name(self) -> str:  # type: ignore[override]
         return self.inner.name
 
