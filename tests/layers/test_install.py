@@ -21,7 +21,7 @@ class View(nn.Module):
         return self.fc(x.view(x.size(0), -1))
 
 
-@pytest.mark.parametrize("recipe", ["2:4", "rank:ratio=0.5", "rank:ratio=0.5+2:4"])
+@pytest.mark.parametrize("recipe", ["2:4", "rank:ratio=0.5", "rank:ratio=0.5+2:4", "mixed:0.6"])
 def test_a_1x1_convolution_keeps_the_memory_format_that_a_view_needs(recipe: str) -> None:
     images = torch.randn(16, 8, 6, 6)
     model = View()
@@ -30,6 +30,16 @@ def test_a_1x1_convolution_keeps_the_memory_format_that_a_view_needs(recipe: str
     for module in compiled.modules():
         if isinstance(module, nn.Conv2d):
             assert module(torch.randn(2, module.in_channels, 6, 6)).is_contiguous()
+
+
+def test_weights_that_are_only_tried_do_too() -> None:
+    images = torch.randn(16, 8, 6, 6)
+    options = fxprune.Options(global_budget=True)
+    assert fxprune.compile(View(), [images], "0.5", options=options, device="cpu", progress=False)(images).shape == (
+        16,
+        3,
+    )
+    assert fxprune.scan(View(), [images], ["2:4", "0.5"], progress=False).layers
 
 
 @pytest.mark.parametrize("recipe", ["2:4", "rank:ratio=0.5"])
