@@ -9,7 +9,7 @@ overfits a few hundred images far less than matching logits, since an image has 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from fxprune.graph import Runner, device_of
 from fxprune.layers.problem import layer_of
 from fxprune.layers.shared import weight_calls
 from fxprune.passes.base import CalibratedPass
+from fxprune.report import LayerReport
 
 LEARNING_RATE = 5e-4
 WARM_UP = 0.1
@@ -130,14 +131,15 @@ class _Distance:
 
     def __init__(self, dense: GraphModule, pruned: GraphModule, layers: list[Node]) -> None:
         self.dense, self.pruned = dense, pruned
-        self._names = {_fed(node).name for node in layers}
+        self._pairs = _counterparts(dense, {_fed(node).name: _row(node).name for node in layers})
 
     def __call__(self, inputs: Inputs) -> Tensor:
         with torch.no_grad():
-            dense = _Recorder(self.dense, self._names).outputs(inputs)
-        pruned = _Recorder(self.pruned, self._names).outputs(inputs)
+            dense = _Recorder(self.dense, set(self._pairs.values())).outputs(inputs)
+        pruned = _Recorder(self.pruned, set(self._pairs)).outputs(inputs)
         terms = [
-            F.mse_loss(pruned[name], d) / d.var().clamp_min(torch.finfo(d.dtype).tiny) for name, d in dense.items()
+            F.mse_loss(p, d := dense[self._pairs[name]]) / d.var().clamp_min(torch.finfo(d.dtype).tiny)
+            for name, p in pruned.items()
         ]
         return torch.stack(terms).mean()
 
@@ -169,6 +171,24 @@ class _Recorder(Runner):
             remedy=f"Polish takes {STEP_IMAGES} at a time",
         )
         return self.kept
+
+
+def _row(layer: Node) -> LayerReport:
+    row = annotation(layer).report
+    assert row is not None
+    return row
+
+
+def _counterparts(dense: GraphModule, names: Mapping[str, str]) -> dict[str, str]:
+    """The dense graph's node for each node of the other: of its name, or, for the second part of a layer, the layer's call.
+
+    Args:
+        dense: the graph before solving.
+        names: of nodes, each with the name of its layer.
+    """
+    known = {node.name for node in dense.graph.nodes}
+    of_layer = {str(node.target): node.name for node in dense.graph.find_nodes(op="call_module")}
+    return {name: name if name in known else of_layer[layer] for name, layer in names.items()}
 
 
 def _fed(layer: Node) -> Node:
@@ -210,19 +230,19 @@ def _update_report(
     calls = weight_calls(graph_module)
     errors = {node: OutputError(channel_dim(node)) for node in layers}
     of_call = {call.name: errors[node] for node in layers for call in calls[node]}
+    pairs = _counterparts(dense, {call.name: _row(node).name for node in layers for call in calls[node]})
     agreement = OutputAgreement()
     for inputs in steps:
-        wanted, found = _Recorder(dense, {*of_call}), _Recorder(graph_module, {*of_call})
+        wanted, found = _Recorder(dense, {*pairs.values()}), _Recorder(graph_module, {*of_call})
         wanted.outputs(inputs)
         found.outputs(inputs)
         for name, error in of_call.items():
-            error.update(wanted.kept[name], found.kept[name])
+            error.update(wanted.kept[pairs[name]], found.kept[name])
         if is_score:
             agreement.update(wanted.result, found.result)
     measured = {}
     for node in layers:
-        row = annotation(node).report
-        assert row is not None
+        row = _row(node)
         measured[row.name] = replace(row, relative_error=errors[node].relative)
         annotate(node, report=measured[row.name])
     report = report_of(graph_module)

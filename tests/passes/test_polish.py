@@ -102,3 +102,21 @@ def test_flip_needs_images():
 def test_a_negative_number_of_epochs_is_refused():
     with pytest.raises(FxPruneError, match="polish is -1"):
         Options(polish=-1)
+
+
+def test_a_factored_layer_without_a_rectifier_is_polished(batches):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Hardsigmoid(), nn.Conv2d(16, 16, 3), nn.Hardsigmoid(), nn.Flatten())
+    factored, polished = (
+        fxprune.compile(
+            model.eval(),
+            batches,
+            {"2": "rank:ratio=0.25"},
+            method="sparsegpt",
+            options=Options(polish=n),
+            progress=False,
+        )
+        for n in (0, 20)
+    )
+    assert factored.report["2"].status == "factored"
+    assert polished.report.kl < factored.report.kl
