@@ -62,7 +62,11 @@ class Mask(Constraint):
             target = part.matrix @ problem.hessian if problem.is_observed else problem.target
             problem = replace(problem, weight=part.matrix, target=target)
         matrix = torch.stack([sparse_matrix(group, self.pattern, method) for group in problem.groups()])
-        return rest(replace(part.masked(matrix != 0, method, start=matrix), pattern=str(self.pattern)))
+        if part.mask is not None:
+            part = part.masked(matrix != 0, method, start=matrix)
+        else:
+            part = replace(part, matrix=matrix, mask=matrix != 0)
+        return rest(replace(part, pattern=str(self.pattern)))
 
     def is_shared(self, method: Method) -> bool:  # noqa: D102
         budget = method.options.global_budget and not isinstance(self.pattern, NMPattern)
@@ -92,15 +96,18 @@ class Mask(Constraint):
 
 
 def sparse_matrix(problem: LayerProblem, pattern: Pattern, method: Method) -> Tensor:
-    """What the solver makes of one group: (R, D) float64, which keeps the pattern.
+    """What the solver makes of one group: (R, D) float64, which keeps the pattern; with `Options.refit`, fitted on its mask.
 
     No solver finds the best mask for certain. Where the largest weights alone leave a smaller error on the layer's own
     statistics, which happens where these are few or alike, they are kept instead; but not in place of a user's solver.
     """
-    found, fits = method.solver(problem, pattern), bool(method.options.refit)
-    if not method.solver.safeguarded or (fits and found.numel() * found.shape[1] > SECOND_REFIT):
+
+    def fitted(matrix: Tensor) -> Tensor:
+        return refit(problem, matrix != 0, start=matrix) if method.options.refit else matrix
+
+    found = fitted(method.solver(problem, pattern))
+    takes_long = method.options.refit and found.numel() * found.shape[1] > SECOND_REFIT
+    if takes_long or not method.solver.safeguarded:
         return found
-    largest = magnitude(problem, pattern)
-    if fits:
-        found, largest = (refit(problem, matrix != 0, start=matrix) for matrix in (found, largest))
+    largest = fitted(magnitude(problem, pattern))
     return largest if bool(problem.loss(largest) < problem.loss(found)) else found
