@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import Attribute
 
-from fxprune.calibration.batches import inputs_of
+from fxprune.calibration.batches import inputs_of, map_tensors
+from fxprune.graph import arguments_of
 from fxprune.intake.item_assignment import with_item
 from fxprune.intake.symbolic import InplaceProxy, PathTracer, users_line
 
@@ -101,7 +102,7 @@ class ValueTracer(PathTracer):
         root_fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         placeholders = [arg.node for arg in args if isinstance(arg, Proxy)]
         for node, value in inputs_of(self.batch, placeholders).items():
-            self.values[node] = _map(value, lambda x: x.to(self.device).clone() if isinstance(x, Tensor) else x)
+            self.values[node] = map_tensors(value, lambda x: x.to(self.device).clone())
         return root_fn, args
 
     def proxy(self, node: Node) -> Proxy:
@@ -169,7 +170,7 @@ class ValueTracer(PathTracer):
 
     @torch.no_grad()
     def _run(self, node: Node) -> None:
-        args, kwargs = _map(node.args, self._value), _map(node.kwargs, self._value)
+        args, kwargs = arguments_of(node, self._value)
         target: Any = node.target
         self.running = True
         try:
@@ -267,17 +268,3 @@ def _is_plain(value: Any) -> bool:
 
 def _index(value: Any) -> int:
     return int(value.__index__())
-
-
-def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    """A function on the leaves of an argument; lists and dicts are new and can be changed."""
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        items = [_map(item, function) for item in value]
-        if isinstance(value, list):
-            return items
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, dict):
-        return {key: _map(item, function) for key, item in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_map(item, function) for item in (value.start, value.stop, value.step)))
-    return function(value)
