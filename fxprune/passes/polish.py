@@ -30,7 +30,6 @@ from fxprune.graph import Runner, device_of
 from fxprune.layers.problem import layer_of
 from fxprune.layers.shared import weight_calls
 from fxprune.passes.base import CalibratedPass
-from fxprune.report import LayerReport
 
 LEARNING_RATE = 5e-4
 WARM_UP = 0.1
@@ -131,7 +130,7 @@ class _Distance:
 
     def __init__(self, dense: GraphModule, pruned: GraphModule, layers: list[Node]) -> None:
         self.dense, self.pruned = dense, pruned
-        self._pairs = _counterparts(dense, {_fed(node).name: _row(node).name for node in layers})
+        self._pairs = _counterparts(dense, {_fed(node).name: node for node in layers})
 
     def __call__(self, inputs: Inputs) -> Tensor:
         with torch.no_grad():
@@ -173,22 +172,20 @@ class _Recorder(Runner):
         return self.kept
 
 
-def _row(layer: Node) -> LayerReport:
-    row = annotation(layer).report
-    assert row is not None
-    return row
-
-
-def _counterparts(dense: GraphModule, names: Mapping[str, str]) -> dict[str, str]:
-    """The dense graph's node for each node of the other: of its name, or, for the second part of a layer, the layer's call.
+def _counterparts(dense: GraphModule, layers: Mapping[str, Node]) -> dict[str, str]:
+    """The dense graph's node for each node of the other: the one of its name, or the call of what is two layers now.
 
     Args:
         dense: the graph before solving.
-        names: of nodes, each with the name of its layer.
+        layers: for each node's name, the layer it is, or is fed by.
     """
     known = {node.name for node in dense.graph.nodes}
-    of_layer = {str(node.target): node.name for node in dense.graph.find_nodes(op="call_module")}
-    return {name: name if name in known else of_layer[layer] for name, layer in names.items()}
+    of_layer: dict[str, str] = {str(n.target): n.name for n in dense.graph.find_nodes(op="call_module")}
+
+    def call_of(layer: str) -> str:
+        return of_layer[layer] if layer in of_layer else of_layer[layer.rpartition(".")[0]]  # "conv.1" was "conv".
+
+    return {name: name if name in known else call_of(str(layer.target)) for name, layer in layers.items()}
 
 
 def _fed(layer: Node) -> Node:
@@ -230,7 +227,7 @@ def _update_report(
     calls = weight_calls(graph_module)
     errors = {node: OutputError(channel_dim(node)) for node in layers}
     of_call = {call.name: errors[node] for node in layers for call in calls[node]}
-    pairs = _counterparts(dense, {call.name: _row(node).name for node in layers for call in calls[node]})
+    pairs = _counterparts(dense, {call.name: node for node in layers for call in calls[node]})
     agreement = OutputAgreement()
     for inputs in steps:
         wanted, found = _Recorder(dense, {*pairs.values()}), _Recorder(graph_module, {*of_call})
@@ -242,7 +239,8 @@ def _update_report(
             agreement.update(wanted.result, found.result)
     measured = {}
     for node in layers:
-        row = _row(node)
+        row = annotation(node).report
+        assert row is not None
         measured[row.name] = replace(row, relative_error=errors[node].relative)
         annotate(node, report=measured[row.name])
     report = report_of(graph_module)

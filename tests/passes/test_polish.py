@@ -120,3 +120,14 @@ def test_a_factored_layer_without_a_rectifier_is_polished(batches):
     )
     assert factored.report["2"].status == "factored"
     assert polished.report.kl < factored.report.kl
+
+
+def test_so_is_one_whose_factors_are_sparse(batches):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Hardsigmoid(), nn.Conv2d(16, 16, 3), nn.Hardsigmoid(), nn.Flatten())
+    sparse, polished = (
+        fxprune.compile(model.eval(), batches, {"2": "rank:ratio=0.5+2:4"}, options=Options(polish=n), progress=False)
+        for n in (0, 20)
+    )
+    assert {layer.name for layer in polished.report.layers if layer.pattern == "2:4"} >= {"2.1"}
+    assert polished.report.kl < sparse.report.kl
