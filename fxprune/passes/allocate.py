@@ -49,8 +49,8 @@ class Allocate(CalibratedPass):
             annotate(node, chain=others)
         else:
             # Of a layer of several calls, or of blocks, the target is its own output: its weights are the best fit.
-            geometry, calls = annotation(node).geometry, len(weight_calls(graph_module)[node])
-            refitted = self.method.options.reconstruct and calls == 1 and geometry is not None and geometry.blocks == 1
+            calls = len(weight_calls(graph_module)[node])
+            refitted = self.method.options.reconstruct and calls == 1 and geometry.blocks == 1
             annotate(node, chain=(), role="reconstruct" if refitted else "keep", reason=reason)
         self.record(graph_module, "kept", node, reason=reason)
 
