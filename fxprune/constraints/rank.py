@@ -13,7 +13,7 @@ from fxprune.calibration.batches import tensors_in
 from fxprune.calibration.calibration import Calibration
 from fxprune.errors import OptionsError, PatternError
 from fxprune.geometry import LayerGeometry
-from fxprune.graph import module_of
+from fxprune.graph import has_hooks, module_of
 from fxprune.layers.constraint import Constraint, Part, Rest, register
 from fxprune.layers.splits import SPLITS, Split, full_rank, geometries
 from fxprune.options import Method
@@ -115,7 +115,7 @@ class Rank(Constraint):
             module, choice = module_of(node), plan.choice(name)
             if choice is None:
                 found[node] = plan.reason(name)
-            elif module is not None and (module._forward_hooks or module._forward_pre_hooks):
+            elif module is not None and has_hooks(module):
                 found[node] = "its forward hooks would be lost"
             else:
                 macs = (plan.layers[name].macs, choice.macs)

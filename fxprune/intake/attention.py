@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxprune.graph import has_hooks
 from fxprune.intake.names import matches
 from fxprune.intake.origins import Origin
 
@@ -120,7 +121,7 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
 
 def _is_replaceable(module: nn.Module) -> bool:
     plain = type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
-    return plain and not (module._forward_hooks or module._forward_pre_hooks)
+    return plain and not has_hooks(module)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

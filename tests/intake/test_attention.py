@@ -98,6 +98,14 @@ def test_other_kinds_stay_whole(options):
     assert isinstance(graph_module.attention, nn.MultiheadAttention)
 
 
+def test_one_whose_forward_was_replaced_is_not_written_out():
+    model = Net(batch_first=True, weights=True).eval()
+    own = model.attention.forward
+    model.attention.forward = lambda *args, **kwargs: tuple(2 * x for x in own(*args, **kwargs))
+    graph_module = trace(model, example=X)
+    torch.testing.assert_close(graph_module(X), model(X))
+
+
 def test_an_excluded_one_stays_as_it_is():
     model = Net(batch_first=True, weights=True).eval()
     graph_module = trace(model, exclude=("attention",), example=X)
