@@ -176,14 +176,14 @@ def _macs(node: Node, weights: Weights, shapes: Mapping[Node, tuple[int, ...]]) 
 
 
 def _operation_name(node: Node) -> str:
-    """Module class, function or method; relu_ and iadd are called relu and add."""
+    """Module class, function or method; relu_, iadd and view are called relu, add and reshape."""
     module = module_of(node)
     if module is not None:
         return type(module).__name__
     if node.op in ("placeholder", "output"):
         return "input" if node.op == "placeholder" else "output"
     name = _function_name(node)
-    return name[1:] if is_augmented(node) else name
+    return name[1:] if is_augmented(node) else {"view": "reshape", "view_as": "reshape_as"}.get(name, name)
 
 
 def _operation_arguments(node: Node) -> dict[str, str]:

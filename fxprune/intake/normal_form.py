@@ -3,6 +3,8 @@
 However a model writes it (a subclass, `F.conv2d` on a parameter, `x @ w.t()`, a weight computed of other parameters, an
 operator of torch.export), after this it is a call of nn.ConvNd, nn.ConvTransposeNd or nn.Linear, and BatchNorm written as
 a function is nn.BatchNormNd. So everything behind it knows one form.
+
+`view` becomes `reshape`, which gives the same view where there is one: passes may change how a value lies in memory.
 """
 
 from __future__ import annotations
@@ -119,7 +121,8 @@ class _Normaliser:
             graph.erase_node(node)
         if layers:
             self._drop_unread()
-            self.graph_module.recompile()
+        _reshape_for_view(self.graph_module)
+        self.graph_module.recompile()
         return self.origins
 
     def _layer(self, node: Node, constants: Constants) -> _Layer | None:
@@ -216,6 +219,22 @@ class _Normaliser:
             for key in (*module._parameters, *module._buffers):
                 if (f"{path}.{key}" if path else key) not in read:
                     delattr(module, key)
+
+
+def _reshape_for_view(graph_module: GraphModule) -> None:
+    """Write `reshape` for `view`, but for a view as another dtype.
+
+    Where a value has one channel, or one pixel, its strides do not say whether it is in channels last. BatchNorm and operations
+    in place each take it for one of the two, and so decide how the values after it lie: without them a `view` may fail.
+    """
+    for node in graph_module.graph.find_nodes(op="call_method", target="view"):
+        first = node.args[1] if len(node.args) > 1 else None
+        is_asked = isinstance(first, Node) and first.target is getattr and first.args[1] == "dtype"
+        if not (is_asked or isinstance(first, torch.dtype) or "dtype" in node.kwargs):
+            node.target = "reshape"
+            node.kwargs = {"shape": sizes for sizes in node.kwargs.values()}
+    for node in graph_module.graph.find_nodes(op="call_method", target="view_as"):
+        node.target = "reshape_as"
 
 
 def _convolution_or_linear(a: dict[str, Any], kind: str, constants: Constants, _: nn.Module) -> _Layer | None:

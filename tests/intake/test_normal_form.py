@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+import fxprune
 from fxprune.graph import module_of
 from fxprune.intake.normal_form import is_layer_call
 from fxprune.intake.origins import Origin, origins
@@ -302,3 +303,29 @@ class Products2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.w
+
+
+class Views(nn.Module):
+    """Behind a value of one channel, whose strides do not say whether it is in channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.Conv2d(8, 1, 1)
+        self.bn = nn.BatchNorm2d(1)
+        self.wide = nn.Conv2d(1, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.wide(self.bn(self.narrow(x)))
+        y = y.view(size=(y.size(0), 8, -1)).view(-1, 8, 9, 9).view((y.size(0), -1)).view_as(x.flatten(1))
+        return y.view(torch.int32).view(dtype=torch.float32).view(y.dtype)
+
+
+def test_views_do_not_depend_on_how_a_value_lies_in_memory():
+    model, x = Views().eval(), X.contiguous(memory_format=torch.channels_last)
+    checked(model, x, exact=True)
+    called = [node.target for node in checked.graph_module.graph.find_nodes(op="call_method")]
+    assert called.count("reshape") == 3
+    assert called.count("reshape_as") == 1
+    assert called.count("view") == 3  # As another dtype.
+    compiled = fxprune.compile(model, [x], "2:4", progress=False)  # BatchNorm is folded, and what it gave was contiguous.
+    assert compiled(x).shape == model(x).shape
