@@ -232,7 +232,7 @@ def _reshape_for_view(graph_module: GraphModule) -> None:
         is_asked = isinstance(first, Node) and first.target is getattr and first.args[1] == "dtype"
         if not (is_asked or isinstance(first, torch.dtype) or "dtype" in node.kwargs):
             node.target = "reshape"
-            node.kwargs = {"shape": sizes for sizes in node.kwargs.values()}
+            node.kwargs = {"shape": node.kwargs["size"]} if node.kwargs else {}
     for node in graph_module.graph.find_nodes(op="call_method", target="view_as"):
         node.target = "reshape_as"
 

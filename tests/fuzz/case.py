@@ -130,8 +130,14 @@ class Case:
             yield
         except (OptionsError, GraphError) as error:
             inputs = "|".join(self.network.names)
-            overwritten = f"overwrites '.*' in place, and node '.*' later reads '({inputs})', which may share its memory"
-            reasons = {"out of reach": "", "nothing can be compressed": "", overwritten: "writes into a piece of the input"}
+            overwritten = (
+                f"overwrites '.*' in place, and node '.*' later reads '({inputs})', which may share its memory"
+            )
+            reasons = {
+                "out of reach": "",
+                "nothing can be compressed": "",
+                overwritten: "writes into a piece of the input",
+            }
             for reason, short in reasons.items():
                 if re.search(reason, str(error)):
                     raise Refused(short or reason) from error

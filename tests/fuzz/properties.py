@@ -118,7 +118,9 @@ def memory_formats_stay(case: Case) -> None:
     read = [_outputs_reading_as(graph_module, case, channels_last) for channels_last in (False, True)]
     for i in differ:
         either = [axes_in_memory(of[i]) for of in read]
-        assert axes_in_memory(found[i]) in either, f"an output had strides {wanted[i].stride()}, has {found[i].stride()}"
+        assert axes_in_memory(found[i]) in either, (
+            f"an output had strides {wanted[i].stride()}, has {found[i].stride()}"
+        )
 
 
 def axes_in_memory(x: Tensor) -> list[int]:

@@ -327,5 +327,7 @@ def test_views_do_not_depend_on_how_a_value_lies_in_memory():
     assert called.count("reshape") == 3
     assert called.count("reshape_as") == 1
     assert called.count("view") == 3  # As another dtype.
-    compiled = fxprune.compile(model, [x], "2:4", progress=False)  # BatchNorm is folded, and what it gave was contiguous.
+    compiled = fxprune.compile(
+        model, [x], "2:4", progress=False
+    )  # BatchNorm is folded, and what it gave was contiguous.
     assert compiled(x).shape == model(x).shape
