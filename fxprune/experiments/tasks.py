@@ -12,9 +12,11 @@ from fxprune.errors import DataError, ModelError, OptionsError
 
 if TYPE_CHECKING:  # the commands' help shows a task's fields, and must not wait for torch
     from torch import nn
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, Dataset
 
     from fxprune.data import DataSplits
+
+SCORED = 1024  # Images without labels that a model is scored on, where there are more.
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,16 @@ def module_classes(model: nn.Module) -> tuple[type[nn.Module], ...]:
     return tuple({type(module) for module in model.modules()})
 
 
-def scoring_loader(splits: DataSplits, *, images: int | None = None, batch_size: int = 256) -> DataLoader[Any]:
+def scoring_loader(
+    splits: DataSplits, *, images: int | None = None, batch_size: int = 256, unsplit: Dataset[Any] | None = None
+) -> DataLoader[Any]:
     """Batches of the test split, of its first `images` where given.
+
+    Args:
+        splits: of the data set.
+        images: at most so many.
+        batch_size: images a batch.
+        unsplit: what to take where there is no test split: of its images 1,024 unless `images` says otherwise.
 
     Raises:
         DataError: there are no test images.
@@ -148,14 +158,24 @@ def scoring_loader(splits: DataSplits, *, images: int | None = None, batch_size:
 
     from fxprune.data import make_loader
 
-    if splits.test is None:
+    dataset = splits.test
+    if dataset is None and unsplit is not None:
+        dataset, images = unsplit, SCORED if images is None else images
+    if dataset is None:
         raise DataError(f"{splits.info.name} has no test images to score on")
     if images is None:
-        return make_loader(splits.test, batch_size=batch_size)
+        return make_loader(dataset, batch_size=batch_size)
     if images < 1:
         raise OptionsError(f"test_images is {images}; it must be at least 1")
-    count = min(images, len(splits.test))  # type: ignore[arg-type]
-    return make_loader(Subset(splits.test, range(count)), batch_size=batch_size)
+    count = min(images, len(dataset))  # type: ignore[arg-type]
+    return make_loader(Subset(dataset, range(count)), batch_size=batch_size)
+
+
+def number_of_images(loader: DataLoader[Any]) -> int:
+    """How many images a loader of `make_loader` gives."""
+    if loader.batch_size is not None:
+        return len(loader.dataset)  # type: ignore[arg-type]
+    return sum(len(batch) for batch in loader.sampler)
 
 
 def import_user_code(names: Sequence[str]) -> None:
