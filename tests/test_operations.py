@@ -254,7 +254,10 @@ def test_arguments_have_their_names() -> None:
     assert list(named_arguments(called(torch.batch_norm, 1, 2))) == ["input", "weight", "bias"]
     assert list(named_arguments(called(aten.batch_norm.default, 1, 2))) == ["input", "weight", "bias"]
     for target in (F.conv_transpose2d, aten.conv_transpose2d.input):
-        assert named_arguments(called(target, 1, 2, 3, 4, 5, dilation=6)).items() >= {"output_padding": 5, "dilation": 6}.items()
+        assert (
+            named_arguments(called(target, 1, 2, 3, 4, 5, dilation=6)).items()
+            >= {"output_padding": 5, "dilation": 6}.items()
+        )
     for target in (operator.matmul, torch.matmul, "matmul", "__matmul__", aten.matmul.default):
         assert named_arguments(called(target, 1))["other"] == 1
     assert list(named_arguments(called("addmm", 1, 2, beta=3))) == ["input", "mat1", "mat2", "beta"]

@@ -29,7 +29,7 @@ from fxprune.intake.totals import little, uncovered
 from fxprune.layers.checkpoint import LayerCheckpoint
 from fxprune.layers.kept import kept_layer, layers_inside, zeros
 from fxprune.layers.problem import layer_of
-from fxprune.layers.shared import weight_calls
+from fxprune.layers.shared import Calls, weight_calls
 from fxprune.layers.solve import SolvedLayer, SolvedPart, solve_layer
 from fxprune.layers.splits import split_call
 from fxprune.options import Method
@@ -135,12 +135,17 @@ class SolveLayers(CalibratedPass):
         self, graph_module: GraphModule, roles: Mapping[Node, Annotation], calibration: Calibration
     ) -> tuple[dict[Node, LayerReport], Outcome]:
         """Solve layer after layer as the calibration set streams by."""
-        exact = unaffected(graph_module, roles)
+        calls = weight_calls(graph_module)
+        exact = unaffected(graph_module, roles, calls)
         to_solve = [n for n, a in roles.items() if a.role in ("compress", "reconstruct") and n not in exact]
         checkpoint = LayerCheckpoint.open(calibration.checkpoint_dir, graph_module, self.method)
         fit = self.method.needs_statistics
         stream = CalibrationStream.of(graph_module, calibration, self.method.options, fit=fit)
-        found = {node: self._report(graph_module, node, roles[node], SolvedLayer((_as_it_is(node),))) for node in exact}
+
+        def report(node: Node, layer: SolvedLayer) -> LayerReport:
+            return self._report(graph_module, node, roles[node], layer, len(calls[node]))
+
+        found = {node: report(node, SolvedLayer((_as_it_is(node),))) for node in exact}
         for layer in stream.layers(to_solve, gather=lambda node: not checkpoint.has(str(node.target))):
             name = str(layer.node.target)
             calibration.on_layer(name, len(to_solve) + 1)
@@ -151,13 +156,13 @@ class SolveLayers(CalibratedPass):
                 solved = self._solve(layer, roles[layer.node], stream)
                 solved = replace(solved, seconds=time.perf_counter() - started)
                 checkpoint.save(name, solved)
-            found[layer.node] = self._report(graph_module, layer.node, roles[layer.node], solved)
+            found[layer.node] = report(layer.node, solved)
             layer.replace(solved)
             if layer.node is to_solve[-1]:
                 calibration.on_layer("output", len(to_solve) + 1)
-        for node, report in found.items():
+        for node, row in found.items():
             error = 0.0 if node in exact else stream.outcome.errors[node]
-            found[node] = replace(report, relative_error=error)
+            found[node] = replace(row, relative_error=error)
         return found, stream.outcome
 
     def _solve(self, layer: StreamedLayer, decided: Annotation, stream: CalibrationStream) -> SolvedLayer:
@@ -171,14 +176,16 @@ class SolveLayers(CalibratedPass):
         except FxPruneError as error:
             raise SolverError(f"layer {layer.node.target!r}: {error}") from error
 
-    def _report(self, graph_module: GraphModule, node: Node, decided: Annotation, layer: SolvedLayer) -> LayerReport:
-        """What is being done to a layer, written down and as the layer's row."""
+    def _report(
+        self, graph_module: GraphModule, node: Node, decided: Annotation, layer: SolvedLayer, calls: int
+    ) -> LayerReport:
+        """What is being done to a layer of so many calls, written down and as the layer's row."""
         module, parts = layer_of(node), layer.parts
         rank = next((c for c in decided.chain if isinstance(c, Rank)), None)
         pattern = next((part.pattern for part in parts if part.pattern), "")
         factored = len(parts) > 1
         status = "factored" if factored else "pruned" if decided.role == "compress" else "reconstructed"
-        calls, geometry = len(weight_calls(graph_module)[node]), parts[0].geometry
+        geometry = parts[0].geometry
         unusual = [f"one weight at {calls} places"] if calls > 1 else []
         if geometry.blocks > 1:
             unusual.append(f"in {geometry.blocks} blocks of {geometry.columns:,} columns")
@@ -242,10 +249,10 @@ class SolveLayers(CalibratedPass):
             annotate(call, report=row)
 
 
-def unaffected(graph_module: GraphModule, roles: Mapping[Node, Annotation]) -> list[Node]:
+def unaffected(graph_module: GraphModule, roles: Mapping[Node, Annotation], calls: Calls) -> list[Node]:
     """The layers to be re-fitted that keep their weights: nothing compressed feeds them, or what they are added to."""
     changed: set[Node] = set()
-    found, calls = [], weight_calls(graph_module)
+    found = []
     for node in graph_module.graph.nodes:
         decided = roles.get(node)
         sources = {*node.all_input_nodes}

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 import fxprune
 from fxprune import CalibrationWarning, CompiledModule, Options, solvers
-from fxprune.errors import GraphError, OptionsError
+from fxprune.errors import GraphError, OptionsError, PatternError
 from fxprune.pattern import Pattern
 from fxprune.solvers.problem import LayerProblem
 from fxprune.solvers.solver import Solver
@@ -128,15 +128,18 @@ class Case:
         """Turns an error that says rightly that something cannot be done into `Refused`."""
         try:
             yield
-        except (OptionsError, GraphError) as error:
-            inputs = "|".join(self.network.names)
+        except (OptionsError, GraphError, PatternError) as error:
+            inputs, by_name = "|".join(self.network.names), isinstance(self.recipe, dict)
             overwritten = (
                 f"overwrites '.*' in place, and node '.*' later reads '({inputs})', which may share its memory"
             )
+            names = [name for name in self.recipe if f"self.{name}(" not in self.network.script] if by_name else []
+            uncalled = "|".join(map(re.escape, names))
             reasons = {
                 "out of reach": "",
                 "nothing can be compressed": "",
                 overwritten: "writes into a piece of the input",
+                f"the recipe's '({uncalled})' matches no layer that": "a layer that nobody calls",
             }
             for reason, short in reasons.items():
                 if re.search(reason, str(error)):
