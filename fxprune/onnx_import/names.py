@@ -1,0 +1,118 @@
+"""Names for modules, weights and inputs, made of those in the file.
+
+1. A layer whose weight is stored as "layer1.0.conv1.weight", or "conv2d_0.w_0", is called "layer1.0.conv1", or "conv2d_0";
+   so is one whose bias is stored as "layer1.0.conv1.bias".
+2. Else it has the node's name: "/layer1/layer1.0/conv1/Conv", as torch's older exporter writes it, is "layer1.0.conv1", and
+   "model/block1/Conv2D" is "model.block1".
+3. A layer whose node has no name either is called after its weight, or after its operator and counted.
+
+What is neither a letter, a digit nor an underscore becomes an underscore.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from onnx import NodeProto
+
+from fxprune.graph.code_names import RESERVED
+
+_WEIGHT = re.compile(r"(weight|kernel|gamma|scale|w)(_?\d*|_quantized|_transposed)?", re.IGNORECASE)
+_BIAS = re.compile(r"(bias|beta|b)(_?\d*)?", re.IGNORECASE)
+# How the last part of a node's name tells its operator; tf2onnx writes TensorFlow's.
+_OPERATORS = re.compile(
+    r"(conv\w*|depthwise\w*|separable\w*|matmul\w*|gemm\w*|linear|batchnorm\w*|fusedbatchnorm\w*|biasadd\w*|prelu\w*"
+    r"|\w*normalization\w*|lstm|gru|rnn)",
+    re.IGNORECASE,
+)
+
+
+def layer_name(node: NodeProto, weight: str, bias: str = "") -> str:
+    """The dotted name of a layer, by the name of its weight, its bias or its node; see the file's docstring."""
+    for name, pattern in ((weight, _WEIGHT), (bias, _BIAS)):
+        stem, _, last = name.rpartition(".")
+        if stem and "::" not in name and pattern.fullmatch(last):
+            return clean(stem)
+    if node.name:
+        return _of_node(node)
+    return clean(weight) if weight and not weight.isdigit() else node.op_type.lower()
+
+
+def _of_node(node: NodeProto) -> str:
+    parts = [part for part in node.name.split("/") if part]
+    last = re.sub(r"(_+\d+)+$", "", parts[-1].rpartition(".")[2]) if parts else ""
+    if len(parts) > 1 and (last.lower() == node.op_type.lower() or _OPERATORS.fullmatch(last)):
+        parts.pop()
+    path: list[str] = []
+    for part in parts:
+        if path and part.startswith(f"{path[-1]}."):
+            path.pop()  # "layer1/layer1.0", where the second says all
+        path.append(part)
+    return clean(".".join(path)) or node.op_type.lower()
+
+
+def clean(name: str) -> str:
+    """A dotted path of words; "" if nothing is left."""
+    words = [re.sub(r"\W+", "_", part).strip("_") for part in name.split(".")]
+    return ".".join(word for word in words if word)
+
+
+def node_name(name: str) -> str:
+    """For a node of the graph; torch.fx adds a number where it is taken."""
+    word = clean(name).replace(".", "_")
+    return f"_{word}" if word[:1].isdigit() else word
+
+
+def input_name(name: str, number: int) -> str:
+    """For an argument of forward, an identifier."""
+    word = node_name(name) or f"input_{number}"
+    word = f"input{word}" if word.startswith("_") and word[1:2].isdigit() else word
+    return f"{word}_" if keyword.iskeyword(word) or word in ("self", "cls") else word
+
+
+@dataclass
+class Names:
+    """Names that are taken, each once, and none inside a layer.
+
+    Attributes:
+        kept: names that no weight may have: those of the file's inputs and outputs.
+    """
+
+    kept: frozenset[str] = frozenset()
+    _layers: set[str] = field(default_factory=set)
+    _around: set[str] = field(default_factory=set)
+
+    def reserve(self, weights: Iterable[str]) -> None:
+        """Keep the names that the file's weights give to what is around their layers: no layer is called so."""
+        for weight in weights:
+            stem, _, last = weight.rpartition(".")
+            if stem and "::" not in weight and (_WEIGHT.fullmatch(last) or _BIAS.fullmatch(last)):
+                self._around.update(_enclosing(clean(stem)))
+
+    def layer(self, path: str, kind: str) -> str:
+        """A free name for a module like this one; what is around others becomes the name of its kind in it."""
+        return self._take(f"{path}.{kind.lower()}" if path in self._around else path, lambda name: False)
+
+    def weight(self, name: str) -> str:
+        """A free name for a parameter or buffer like this one."""
+        return self._take(clean(name) or "constant", lambda found: found in self.kept)
+
+    def _take(self, path: str, is_kept: Callable[[str], bool]) -> str:
+        first, _, rest = path.partition(".")
+        if first in RESERVED or keyword.iskeyword(first):
+            path = f"{first}_.{rest}" if rest else f"{first}_"
+        if any(inside in self._layers for inside in _enclosing(path)):
+            path = path.replace(".", "_")
+        found, number = path, 2
+        while found in self._layers or found in self._around or is_kept(found):
+            found, number = f"{path}_{number}", number + 1
+        self._layers.add(found)
+        self._around.update(_enclosing(found))
+        return found
+
+
+def _enclosing(path: str) -> Iterable[str]:
+    return [path[:i] for i, c in enumerate(path) if c == "."]
