@@ -12,7 +12,7 @@ from torch import nn
 
 from fxprune.onnx_import.batch import expanded
 from fxprune.onnx_import.graph import torch_dtype
-from fxprune.onnx_import.names import layer_name
+from fxprune.onnx_import.names import layer_names
 from fxprune.onnx_import.table import MICROSOFT, Operation, operator
 from fxprune.onnx_import.values import Activation, Known
 
@@ -211,7 +211,7 @@ def prelu(op: Operation) -> Activation:
             module = nn.PReLU(len(flat), device="meta", dtype=torch_dtype(flat.dtype))
             weights = {"weight": (flat, slope.name, True)}
             key = (op.type, slope.name, flat.shape)
-            result: Activation = op.graph.module(key, layer_name(op.node, slope.name), module, weights, x)
+            result: Activation = op.graph.module(key, layer_names(op.node, slope.name), module, weights, x)
             return result
     below = op.call(torch.mul, op.call(torch.clamp, x, None, 0.0), op.tensor(1))
     result = op.call(torch.add, op.call(F.relu, x), below)

@@ -118,7 +118,7 @@ class TorchGraph:
     def module(
         self,
         key: Any,
-        path: str,
+        names: Sequence[str],
         module: nn.Module,
         weights: dict[str, tuple[Array, str, bool]],
         *args: Any,
@@ -127,7 +127,7 @@ class TorchGraph:
 
         Args:
             key: modules with equal keys are the same layer.
-            path: a name for it; another one is found if that is taken.
+            names: for it, the best first.
             module: with its parameters and buffers on the meta device.
             weights: what to put there: an array, a name that is the same for the same numbers, and whether it is a parameter.
             args: of the call.
@@ -135,7 +135,7 @@ class TorchGraph:
         module.eval()
         taken = self._layers.get(key)
         if taken is None:
-            taken = self._layers[key] = self.names.layer(path, type(module).__name__)
+            taken = self._layers[key] = self.names.layer(names, type(module).__name__)
             _install(self.root, taken, module)
             self._weights += [(module, name, *rest) for name, rest in weights.items()]
         return self._add("call_module", taken, module, args, {}, name=node_name(taken))

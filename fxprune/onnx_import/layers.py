@@ -12,7 +12,7 @@ from torch import nn
 
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.onnx_import.graph import torch_dtype
-from fxprune.onnx_import.names import layer_name
+from fxprune.onnx_import.names import layer_names
 from fxprune.onnx_import.padding import Sides, cropped, padded, same_sides, stated_sides
 from fxprune.onnx_import.table import Operation, operator
 from fxprune.onnx_import.values import Activation, Array, Known
@@ -170,7 +170,7 @@ def batch_norm(op: Operation) -> Activation:
     # torch's BatchNorm computes in the type of its input, whatever that of its statistics.
     result: Activation = op.graph.module(
         (op.type, *op.node.input[1:], op.attribute("epsilon", 1e-5), x.rank),
-        layer_name(op.node, scale.name),
+        layer_names(op.node, scale.name),
         module,
         weights,
         x,
@@ -190,7 +190,7 @@ def instance_norm(op: Operation) -> Activation:
     module = kind(len(scale.array), eps=eps, affine=True, **_on_meta(scale.array))
     weights = _named(op, {"weight": scale.array, "bias": bias.array})
     result = op.graph.module(
-        (op.type, *op.node.input[1:], eps, x.rank), layer_name(op.node, scale.name), module, weights, x
+        (op.type, *op.node.input[1:], eps, x.rank), layer_names(op.node, scale.name), module, weights, x
     )
     return result
 
@@ -212,7 +212,7 @@ def layer_norm(op: Operation) -> Activation:
         if isinstance(bias, Known):
             arrays["bias"] = np.broadcast_to(bias.array, shape)
         key = (op.type, *op.node.input[1:], eps, tuple(shape))
-        result: Activation = op.graph.module(key, layer_name(op.node, scale.name), module, _named(op, arrays), x)
+        result: Activation = op.graph.module(key, layer_names(op.node, scale.name), module, _named(op, arrays), x)
         return result
     result = op.call(F.layer_norm, x, shape, None, None, eps)
     result = op.call(torch.mul, result, op.tensor(1))
@@ -232,7 +232,7 @@ def group_norm(op: Operation) -> Activation:
         arrays = {name: np.repeat(array, channels // groups) for name, array in arrays.items()}
     module = nn.GroupNorm(groups, channels, eps=eps, **_on_meta(scale.array))
     key = (op.type, *op.node.input[1:], eps, groups)
-    result: Activation = op.graph.module(key, layer_name(op.node, scale.name), module, _named(op, arrays), x)
+    result: Activation = op.graph.module(key, layer_names(op.node, scale.name), module, _named(op, arrays), x)
     return result
 
 
@@ -328,8 +328,8 @@ def _layer(
     settings = repr(module)
     same_bias = None if bias is None else bias.array.tobytes()
     key = (settings, weight.name, weight.array.shape, turned, same_bias)
-    name = layer_name(op.node, weight.name, "" if bias is None else bias.name)
-    made: Activation = op.graph.module(key, name, module, weights, x)
+    names = layer_names(op.node, weight.name, "" if bias is None else bias.name)
+    made: Activation = op.graph.module(key, names, module, weights, x)
     if output is not None:
         op.skipped[output] = made
     return made

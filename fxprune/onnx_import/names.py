@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from onnx import NodeProto
@@ -30,28 +30,34 @@ _OPERATORS = re.compile(
 )
 
 
-def layer_name(node: NodeProto, weight: str, bias: str = "") -> str:
-    """The dotted name of a layer, by the name of its weight, its bias or its node; see the file's docstring."""
+def layer_names(node: NodeProto, weight: str, bias: str = "") -> list[str]:
+    """Dotted names for a layer, by its weight, its bias and its node, the best first; see the file's docstring.
+
+    Several layers may be called after one weight, since some exporters store equal tensors once.
+    """
+    found = []
     for name, pattern in ((weight, _WEIGHT), (bias, _BIAS)):
         stem, _, last = name.rpartition(".")
         if stem and "::" not in name and pattern.fullmatch(last):
-            return clean(stem)
-    if node.name:
-        return _of_node(node)
-    return clean(weight) if weight and not weight.isdigit() else node.op_type.lower()
-
-
-def _of_node(node: NodeProto) -> str:
-    parts = [part for part in node.name.split("/") if part]
+            found.append(clean(stem))
+    parts = _path(node.name)
     last = re.sub(r"(_+\d+)+$", "", parts[-1].rpartition(".")[2]) if parts else ""
     if len(parts) > 1 and (last.lower() == node.op_type.lower() or _OPERATORS.fullmatch(last)):
         parts.pop()
+    found.append(clean(".".join(parts)))
+    if not node.name and weight and not weight.isdigit():
+        found.append(clean(weight))
+    return [*filter(None, found), node.op_type.lower()]
+
+
+def _path(name: str) -> list[str]:
+    """The parts of a node's name, without those that the next one repeats: "/layer1/layer1.0/conv1" is layer1.0, conv1."""
     path: list[str] = []
-    for part in parts:
+    for part in filter(None, name.split("/")):
         if path and part.startswith(f"{path[-1]}."):
-            path.pop()  # "layer1/layer1.0", where the second says all
+            path.pop()
         path.append(part)
-    return clean(".".join(path)) or node.op_type.lower()
+    return path
 
 
 def clean(name: str) -> str:
@@ -62,7 +68,7 @@ def clean(name: str) -> str:
 
 def node_name(name: str) -> str:
     """For a node of the graph; torch.fx adds a number where it is taken."""
-    word = clean(name).replace(".", "_")
+    word = clean(".".join(_path(name))).replace(".", "_")
     return f"_{word}" if word[:1].isdigit() else word
 
 
@@ -92,9 +98,11 @@ class Names:
             if stem and "::" not in weight and (_WEIGHT.fullmatch(last) or _BIAS.fullmatch(last)):
                 self._around.update(_enclosing(clean(stem)))
 
-    def layer(self, path: str, kind: str) -> str:
-        """A free name for a module like this one; what is around others becomes the name of its kind in it."""
-        return self._take(f"{path}.{kind.lower()}" if path in self._around else path, lambda name: False)
+    def layer(self, wanted: Sequence[str], kind: str) -> str:
+        """The first of these names that is free, for a module; what is around others becomes the name of its kind in it."""
+        names = [f"{name}.{kind.lower()}" if name in self._around else name for name in wanted]
+        free = (name for name in names if name not in self._layers)
+        return self._take(next(free, names[0]), lambda name: False)
 
     def weight(self, name: str) -> str:
         """A free name for a parameter or buffer like this one."""

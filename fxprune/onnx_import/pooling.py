@@ -101,10 +101,12 @@ def _window(op: Operation, x: Activation) -> tuple[tuple[int, ...], tuple[int, .
     dilation = tuple(op.attribute("dilations", [1] * dims))
     auto = op.attribute("auto_pad", "NOTSET")
     if auto in ("SAME_UPPER", "SAME_LOWER"):
+        if any(d != 1 for d in dilation):
+            op.fail("it has dilation and auto_pad SAME, which engines compute in different ways; write its pads")
         sides = same_sides(op, x, kernel, stride, dilation, lower=auto == "SAME_LOWER")
     else:
         sides = stated_sides(op.attribute("pads", None) if auto == "NOTSET" else None, dims)
-    return kernel, stride, dilation, sides, bool(op.attribute("ceil_mode", 0)) and auto != "VALID"
+    return kernel, stride, dilation, sides, bool(op.attribute("ceil_mode", 0))
 
 
 def _filled(op: Operation, x: Activation, kernel: Any, stride: Any, dilation: Any, sides: Sides) -> Sides:

@@ -93,7 +93,7 @@ def _interpolated(
     options: dict[str, Any] = {"mode": mode} | ({} if corners is None else {"align_corners": corners})
     by_factor = all(isinstance(s, float) for s in scales[2:])
     known = all(isinstance(op.graph.size(x, i), int) and isinstance(sizes[i], int) for i in range(2, x.rank))
-    exact = known and all(op.graph.size(x, i) * scales[i] == sizes[i] for i in range(2, x.rank))
+    exact = known and by_factor and all(op.graph.size(x, i) * scales[i] == sizes[i] for i in range(2, x.rank))
     if by_factor and not exact:
         result: Activation = op.call(F.interpolate, x, scale_factor=[float(s) for s in scales[2:]], **options)
     else:
@@ -175,10 +175,9 @@ def _coordinates(convention: str, i: Array, before: int, after: int, scale: floa
         case "align_corners":
             return np.asarray(i * np.float32(before - 1) / np.float32(after - 1)) if after > 1 else np.zeros_like(i)
         case "half_pixel_symmetric":
-            exact = before * scale
-            adjusted = after / exact
-            center = before / 2
-            return np.asarray(np.float32(center * (1 - adjusted)) + half)
+            share = np.float32(after) / (scale32 * np.float32(before))
+            offset = np.float32(before / 2) * (np.float32(1) - share)
+            return np.asarray(offset + (i + np.float32(0.5)) / scale32 - np.float32(0.5))
     return None
 
 

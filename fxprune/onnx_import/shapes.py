@@ -12,7 +12,7 @@ from torch import nn
 
 from fxprune.onnx_import import batch, sizes
 from fxprune.onnx_import.graph import torch_dtype
-from fxprune.onnx_import.names import layer_name
+from fxprune.onnx_import.names import layer_names
 from fxprune.onnx_import.table import Operation, operator
 from fxprune.onnx_import.values import Activation, Known, Numbers, Size
 
@@ -205,7 +205,7 @@ def _looked_up(op: Operation, table: Known, indices: Activation, axis: int) -> A
         module = nn.Embedding(rows, width, device="meta", dtype=torch_dtype(array.dtype))
         weights = {"weight": (array, table.name, True)}
         found: Activation = op.graph.module(
-            (op.type, table.name), layer_name(op.node, table.name), module, weights, whole
+            (op.type, table.name), layer_names(op.node, table.name), module, weights, whole
         )
         return found
     flat = op.call(torch.index_select, op.tensor(), axis, op.method("reshape", whole, -1))
