@@ -36,7 +36,7 @@ def make_model(
         "hand_made",
         [helper.make_tensor_value_info(n, types.get(n, TensorProto.FLOAT), list(s)) for n, s in inputs.items()],
         [onnx.ValueInfoProto(name=name) for name in outputs],
-        [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in (stored or {}).items()],
+        [numpy_helper.from_array(np.array(array, order="C"), name) for name, array in (stored or {}).items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8 if opset < 21 else 10)
     inferred = onnx.shape_inference.infer_shapes(model)
