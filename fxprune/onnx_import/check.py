@@ -68,9 +68,10 @@ def differing_batch(graph_module: GraphModule, inputs: Inputs) -> str:
     for i, whole in enumerate(together):
         parts = [outputs[i] for outputs in alone]
         axis = next((d for d, (a, b) in enumerate(zip(whole.shape, parts[0].shape, strict=False)) if a != b), None)
-        if axis is None:
-            continue  # No batch in this output.
-        joined = torch.cat(parts, axis)
+        if axis is None:  # No batch in this output; then it is the same for all.
+            joined = parts[-1]
+        else:
+            joined = torch.cat(parts, axis)
         if joined.shape != whole.shape or _distance(joined, whole) > _TOLERANCES.get(whole.dtype, TOLERANCE):
             return f"its output {i} mixes the images of a batch"
     return ""

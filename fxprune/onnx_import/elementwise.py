@@ -237,6 +237,8 @@ def softmax(op: Operation) -> Activation:
 
 def _operands(op: Operation) -> tuple[Any, Any]:
     """Both inputs, a constant that is a single number as such."""
+    if "axis" in op.attributes and op.attribute("broadcast", 0):
+        return _aligned(op)
     a, b = op.scalar(0), op.scalar(1)
     is_tensor = [value is None for value in (a, b)]
     if not any(is_tensor):
@@ -245,6 +247,14 @@ def _operands(op: Operation) -> tuple[Any, Any]:
     if isinstance(first, Activation) and isinstance(second, Activation):
         first, second = _as_many(op, first, second), _as_many(op, second, first)
     return _dimensions_kept(op, 0, first, second), _dimensions_kept(op, 1, second, first)
+
+
+def _aligned(op: Operation) -> tuple[Activation, Activation]:
+    """Both inputs where, before operator set 7, an attribute says which axis the second one begins at."""
+    first, second = op.tensor(0), op.tensor(1)
+    for _ in range(first.rank - first.axis(op.attribute("axis", 0)) - second.rank):
+        second = op.call(torch.unsqueeze, second, -1)
+    return first, second
 
 
 def _as_many(op: Operation, x: Activation, other: Activation) -> Activation:

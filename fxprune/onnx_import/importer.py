@@ -122,6 +122,9 @@ def _at_sizes(source: Source, inputs: Inputs) -> GraphModule:
     )
     if size:
         _refuse_other_sizes(made, inputs, followed, size)
+    for placeholder, shape in zip(made.graph.find_nodes(op="placeholder"), inputs.shapes, strict=True):
+        if batch and shape and shape[0] == inputs.batch:
+            require_axes(made, placeholder, {0: inputs.batch}, f"this graph is {fixed[0]}")
     set_intake(made, record)
     mark_as_traced(made)
     return made

@@ -155,6 +155,8 @@ def batch_norm(op: Operation) -> Activation:
     """In inference; a file made for training is refused."""
     if op.attribute("training_mode", 0) or len([name for name in op.node.output if name]) > 1:
         op.fail("it is in training mode; export the model in eval mode")
+    if not op.attribute("spatial", 1):
+        op.fail("it has a mean for each position (spatial=0)")
     x = op.tensor()
     if not all(isinstance(value, Known) for value in op.inputs[1:5]):
         op.fail("its statistics are computed when the file runs")
@@ -282,7 +284,7 @@ def _added_later(op: Operation, channels: int, rank: int | None) -> tuple[Known 
     """
     output = op.node.output[0]
     later = op.later(output)
-    if op.readers(output) != 1 or len(later) != 1 or later[0].op_type != "Add":
+    if op.readers(output) != 1 or len(later) != 1 or later[0].op_type != "Add" or later[0].attribute:
         return None, None
     other = next((name for name in later[0].input if name != output), "")
     added = op.known(other)

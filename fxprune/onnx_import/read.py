@@ -1,4 +1,4 @@
-"""Reads a file for the import: whole, in an operator set that the builders know, constants folded, quantised ones refused."""
+"""Reads a file for the import: whole, constants folded, quantised ones refused."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import ModelProto, NodeProto, version_converter
+from onnx import ModelProto, NodeProto
 
 from fxprune.errors import OnnxImportError
 from fxprune.export.constant_folding import fold_constants, initializer_names, opset_versions
 from fxprune.export.onnx_file import Port, first_line, read_onnx
 from fxprune.onnx_import.values import Known
 
-# From here on BatchNormalization and broadcasting mean what they mean now.
-OLDEST_OPSET = 7
 _QUANTISED = (
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "QLinearConv",
     "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits", "QLinearAdd",
@@ -52,10 +50,10 @@ def read(path: Path, name: str) -> Source:
 
     Raises:
         ValidationError: it is no complete ONNX file.
-        OnnxImportError: it is quantised, or of an operator set that cannot be brought up to date.
+        OnnxImportError: it is quantised, or takes or gives what is no tensor.
     """
     file = read_onnx(path, strict=False)
-    model = _brought_up(file.model, name)
+    model = file.model
     quantised = next((node for node in _all_nodes(model.graph.node) if node.op_type in _QUANTISED), None)
     if quantised is not None:
         raise OnnxImportError(
@@ -92,19 +90,6 @@ def saved(model: ModelProto, folder: str) -> Path:
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     """For `saved`."""
     return tempfile.TemporaryDirectory(prefix="fxprune-")
-
-
-def _brought_up(model: ModelProto, name: str) -> ModelProto:
-    version = opset_versions(model)[""]
-    if version >= OLDEST_OPSET:
-        return model
-    try:
-        return version_converter.convert_version(model, OLDEST_OPSET)
-    except Exception as error:  # RuntimeError and others from C++
-        raise OnnxImportError(
-            f"{name} has operator set {version}, and onnx's version converter does not bring it to {OLDEST_OPSET}: "
-            f"{first_line(error)}. Export it again with a newer operator set"
-        ) from error
 
 
 def _all_nodes(nodes: Any) -> list[NodeProto]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.onnx_import import batch, sizes
-from fxprune.onnx_import.graph import torch_dtype
+from fxprune.onnx_import.graph import BATCH, torch_dtype
 from fxprune.onnx_import.names import layer_names
 from fxprune.onnx_import.table import Operation, operator
 from fxprune.onnx_import.values import Activation, Known, Numbers, Size
@@ -180,6 +180,9 @@ def gather(op: Operation) -> Activation:
             return found
         op.fail("its places depend on the size of the input")
     places = np.asarray(op.constant(1)).astype(np.int64)
+    if _is_everything(op, x, axis, places):
+        shape = [op.graph.size(x, i) for i in range(x.rank)]
+        return batch.reshaped(op.graph, x, [*shape[:axis], *places.shape, *shape[axis + 1 :]])
     if places.ndim == 0:
         found = op.call(torch.select, x, axis, int(places))
         return found
@@ -193,6 +196,12 @@ def gather(op: Operation) -> Activation:
     )
     found = flat if places.ndim == 1 else op.method("unflatten", flat, axis, list(places.shape))
     return found
+
+
+def _is_everything(op: Operation, x: Activation, axis: int, places: Any) -> bool:
+    """Whether all of an axis is picked in its order: a reshape, as torch's exporter writes views by strides."""
+    sizes = {probe.shape[axis] for kind, probe in zip(op.graph.kinds, x.probes, strict=True) if kind != BATCH}
+    return bool(sizes == {places.size} and places.ndim and (places.reshape(-1) == np.arange(places.size)).all())
 
 
 def _looked_up(op: Operation, table: Known, indices: Activation, axis: int) -> Activation:

@@ -39,6 +39,7 @@ def make_model(
         [numpy_helper.from_array(np.array(array, order="C"), name) for name, array in (stored or {}).items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8 if opset < 21 else 10)
+    model.opset_import.extend(helper.make_opsetid(domain, 1) for domain in {n.domain for n in nodes} - {""})
     inferred = onnx.shape_inference.infer_shapes(model)
     for value, known in zip(model.graph.output, inferred.graph.output, strict=True):
         elem = known.type.tensor_type.elem_type or types.get(value.name, TensorProto.FLOAT)
