@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator as operators
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,10 @@ _BINARY: dict[str, Callable[..., Any]] = {
     "Xor": torch.logical_xor, "Equal": torch.eq, "Greater": torch.gt, "GreaterOrEqual": torch.ge, "Less": torch.lt,
     "LessOrEqual": torch.le, "BitwiseAnd": torch.bitwise_and, "BitwiseOr": torch.bitwise_or, "BitwiseXor": torch.bitwise_xor,
 }  # fmt: skip
+_REVERSED: dict[str, Callable[..., Any]] = {
+    "Sub": operators.sub, "Greater": operators.gt, "GreaterOrEqual": operators.ge, "Less": operators.lt,
+    "LessOrEqual": operators.le,
+}  # fmt: skip
 _LARGEST: dict[str, Callable[..., Any]] = {"Max": torch.maximum, "Min": torch.minimum, "Sum": torch.add}
 
 
@@ -44,7 +49,14 @@ def unary(op: Operation) -> Activation:
 @operator(*_BINARY)
 def binary(op: Operation) -> Activation:
     """A single constant stands in the call as a number."""
-    return _called(op, _BINARY[op.type], *_operands(op))
+    first, second = _operands(op)
+    if isinstance(first, Activation):
+        return _called(op, _BINARY[op.type], first, second)
+    if op.type in ("Add", "Mul", "Equal"):
+        return _called(op, _BINARY[op.type], second, first)
+    # torch's functions take a tensor first; Python's operators take a number there too.
+    found = _REVERSED.get(op.type)
+    return _called(op, _BINARY[op.type], op.tensor(0), second) if found is None else _called(op, found, first, second)
 
 
 @operator("Div")
@@ -53,15 +65,15 @@ def div(op: Operation) -> Activation:
     a, b = _operands(op)
     like = a if isinstance(a, Activation) else b
     if like.probes[0].is_floating_point():
-        return _called(op, torch.div, a, b)
-    result: Activation = op.call(torch.div, a, b, rounding_mode="trunc")
+        return _called(op, torch.div if like is a else operators.truediv, a, b)
+    result: Activation = op.call(torch.div, op.tensor(0), b, rounding_mode="trunc")
     return result
 
 
 @operator("Mod")
 def mod(op: Operation) -> Activation:
     """With the sign of the divisor, or with `fmod` of the dividend."""
-    return _called(op, torch.fmod if op.attribute("fmod", 0) else torch.remainder, *_operands(op))
+    return _called(op, torch.fmod if op.attribute("fmod", 0) else torch.remainder, op.tensor(0), _operands(op)[1])
 
 
 @operator("Pow")

@@ -228,7 +228,7 @@ class TorchGraph:
             return Activation(node, tuple(results), outer)
         if isinstance(results[0], (tuple, list)):
             items = [self.graph.call_function(operator.getitem, (node, i)) for i in range(len(results[0]))]
-            return [Activation(item, tuple(r[i] for r in results), outer) for i, item in enumerate(items)]
+            return [self._values(item, [r[i] for r in results], outer) for i, item in enumerate(items)]
         return Size(self, node, tuple(results))
 
 

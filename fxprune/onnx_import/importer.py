@@ -22,6 +22,7 @@ from fxprune.onnx_import import (  # noqa: F401 - each adds its builders to the 
     elementwise,
     layers,
     pooling,
+    recurrent,
     reductions,
     resize,
     shapes,
@@ -122,8 +123,8 @@ def _at_sizes(source: Source, inputs: Inputs) -> GraphModule:
     )
     if size:
         _refuse_other_sizes(made, inputs, followed, size)
-    for placeholder, shape in zip(made.graph.find_nodes(op="placeholder"), inputs.shapes, strict=True):
-        if batch and shape and shape[0] == inputs.batch:
+    for placeholder, batched in zip(made.graph.find_nodes(op="placeholder"), inputs.batched, strict=True):
+        if batch and batched:
             require_axes(made, placeholder, {0: inputs.batch}, f"this graph is {fixed[0]}")
     set_intake(made, record)
     mark_as_traced(made)

@@ -33,6 +33,7 @@ class Inputs:
         shapes: at the file's own batch size, with open sizes as in the example.
         open_axes: of each input, axes behind the batch whose size is open.
         batch: images in a batch of the file's own.
+        batched: whether the first axis of an input is that of the batch.
         images: in the example; None without one.
         values: the example's; random numbers without one.
         kept: names that no weight may have.
@@ -43,6 +44,7 @@ class Inputs:
     shapes: tuple[tuple[int, ...], ...]
     open_axes: tuple[tuple[int, ...], ...]
     batch: int
+    batched: tuple[bool, ...]
     images: int | None
     values: tuple[Tensor, ...]
     kept: frozenset[str]
@@ -59,8 +61,12 @@ class Inputs:
             name = input_name(port.name, i)
             names.append(name if name not in names else f"{name}_{i}")
         values = None if example is None else _given(source, names, example)
-        batch = next((p.shape[0] for p in source.inputs if p.shape and _is_fixed(p.shape[0])), 1)
-        assert isinstance(batch, int)
+        is_open = any(p.shape and not _is_fixed(p.shape[0]) for p in source.inputs)
+        batch = 1 if is_open else next((int(p.shape[0]) for p in source.inputs if p.shape), 1)
+        # Beside inputs whose first axis is open, one with a fixed axis holds no batch.
+        batched = tuple(
+            bool(p.shape) and (not _is_fixed(p.shape[0]) if is_open else p.shape[0] == batch) for p in source.inputs
+        )
         found: list[Inputs] = []
         for side in GUESSES:
             given = None if values is None else [tuple(x.shape) for x in values]
@@ -74,6 +80,7 @@ class Inputs:
                     shapes,
                     _open_axes(source.inputs),
                     batch,
+                    batched,
                     None if values is None or not values[0].dim() else len(values[0]),
                     tuple(values or _random(source.inputs, shapes)),
                     frozenset(port.name for port in (*source.inputs, *source.outputs)),
@@ -84,7 +91,7 @@ class Inputs:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The probes to follow the file at."""
-        return (FILE, *([BATCH] if any(self.shapes) else []), *([SIZE] if any(self.open_axes) else []))
+        return (FILE, *([BATCH] if any(self.batched) else []), *([SIZE] if any(self.open_axes) else []))
 
     def narrowed(self) -> Iterator[Inputs]:
         """The same, then with the heights taken for fixed, the widths, and both, as far as they are open."""
@@ -104,20 +111,21 @@ class Inputs:
 
     def placeholders(self, kinds: tuple[str, ...]) -> Iterator[tuple[Port, str, tuple[Tensor, ...]]]:
         """Each input with its name, and what stands for it at each probe."""
-        for port, name, own, open_axes in zip(self.ports, self.names, self.shapes, self.open_axes, strict=True):
+        for port, name, own, open_axes, batched in zip(
+            self.ports, self.names, self.shapes, self.open_axes, self.batched, strict=True
+        ):
             dtype = torch_dtype(port.dtype)
             grown = tuple(size + GROWTH * (i in open_axes) for i, size in enumerate(own))
-            shapes = {BATCH: (self.many, *own[1:]) if self._has_batch(own) else own, SIZE: grown}
+            shapes = {BATCH: (self.many, *own[1:]) if batched else own, SIZE: grown}
             yield port, name, tuple(torch.empty(shapes.get(kind, own), dtype=dtype, device="meta") for kind in kinds)
-
-    def _has_batch(self, shape: tuple[int, ...]) -> bool:
-        return bool(shape) and shape[0] == self.batch
 
     def some(self, images: int) -> tuple[Tensor, ...]:
         """Values for so many images, those of the example first."""
-        return tuple(
-            _repeated(x, images) if self._has_batch(s) else x for x, s in zip(self.values, self.shapes, strict=True)
-        )
+        return tuple(_repeated(x, images) if b else x for x, b in zip(self.values, self.batched, strict=True))
+
+    def part(self, values: tuple[Tensor, ...], start: int, images: int) -> tuple[Tensor, ...]:
+        """Some of the images in these values."""
+        return tuple(x[start : start + images] if b else x for x, b in zip(values, self.batched, strict=True))
 
 
 def _given(source: Source, names: list[str], example: Any) -> list[Tensor]:

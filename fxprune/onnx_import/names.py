@@ -1,10 +1,9 @@
 """Names for modules, weights and inputs, made of those in the file.
 
-1. A layer whose weight is stored as "layer1.0.conv1.weight", or "conv2d_0.w_0", is called "layer1.0.conv1", or "conv2d_0";
-   so is one whose bias is stored as "layer1.0.conv1.bias".
-2. Else it has the node's name: "/layer1/layer1.0/conv1/Conv", as torch's older exporter writes it, is "layer1.0.conv1", and
-   "model/block1/Conv2D" is "model.block1".
-3. A layer whose node has no name either is called after its weight, or after its operator and counted.
+1. A layer whose weight is stored as "layer1.0.conv1.weight", or "conv2d_0.w_0", is called "layer1.0.conv1", or "conv2d_0".
+2. Else it has the node's name if that is a path: "/layer1/layer1.0/conv1/Conv", as torch's older exporter writes it, is
+   "layer1.0.conv1", and "model/block1/Conv2D" is "model.block1".
+3. Else it is called after its bias, "layer1.0.conv1.bias", after its node, its weight, or its operator.
 
 What is neither a letter, a digit nor an underscore becomes an underscore.
 """
@@ -35,19 +34,22 @@ def layer_names(node: NodeProto, weight: str, bias: str = "") -> list[str]:
 
     Several layers may be called after one weight, since some exporters store equal tensors once.
     """
-    found = []
-    for name, pattern in ((weight, _WEIGHT), (bias, _BIAS)):
-        stem, _, last = name.rpartition(".")
-        if stem and "::" not in name and pattern.fullmatch(last):
-            found.append(clean(stem))
+    by_weight, by_bias = (_stem(name, pattern) for name, pattern in ((weight, _WEIGHT), (bias, _BIAS)))
     parts = _path(node.name)
     last = re.sub(r"(_+\d+)+$", "", parts[-1].rpartition(".")[2]) if parts else ""
     if len(parts) > 1 and (last.lower() == node.op_type.lower() or _OPERATORS.fullmatch(last)):
         parts.pop()
-    found.append(clean(".".join(parts)))
-    if not node.name and weight and not weight.isdigit():
-        found.append(clean(weight))
-    return [*filter(None, found), node.op_type.lower()]
+    by_node = clean(".".join(parts))
+    # A node's name that is a path says where it is; other names are mostly counted up.
+    by_node, by_bias = (by_node, by_bias) if "/" in node.name else (by_bias, by_node)
+    stored = "" if node.name or weight.isdigit() else clean(weight)
+    return [*filter(None, (by_weight, by_node, by_bias, stored)), node.op_type.lower()]
+
+
+def _stem(name: str, pattern: re.Pattern[str]) -> str:
+    """What a weight's name says about its layer; "" if it ends in another way."""
+    stem, _, last = name.rpartition(".")
+    return clean(stem) if stem and "::" not in name and pattern.fullmatch(last) else ""
 
 
 def _path(name: str) -> list[str]:
@@ -94,15 +96,14 @@ class Names:
     def reserve(self, weights: Iterable[str]) -> None:
         """Keep the names that the file's weights give to what is around their layers: no layer is called so."""
         for weight in weights:
-            stem, _, last = weight.rpartition(".")
-            if stem and "::" not in weight and (_WEIGHT.fullmatch(last) or _BIAS.fullmatch(last)):
-                self._around.update(_enclosing(clean(stem)))
+            self._around.update(_enclosing(_stem(weight, _WEIGHT) or _stem(weight, _BIAS)))
 
     def layer(self, wanted: Sequence[str], kind: str) -> str:
         """The first of these names that is free, for a module; what is around others becomes the name of its kind in it."""
-        names = [f"{name}.{kind.lower()}" if name in self._around else name for name in wanted]
-        free = (name for name in names if name not in self._layers)
-        return self._take(next(free, names[0]), lambda name: False)
+        alone = [name for name in wanted if name not in self._around]
+        inside = [f"{name}.{kind.lower()}" for name in wanted if name in self._around]
+        names = [*alone[:-1], *inside, *alone[-1:]]  # the operator's name last
+        return self._take(next((name for name in names if name not in self._layers), names[0]), lambda name: False)
 
     def weight(self, name: str) -> str:
         """A free name for a parameter or buffer like this one."""

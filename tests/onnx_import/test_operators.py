@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from onnx import ModelProto, TensorProto, helper
 
+import fxprune
 from tests.onnx_import.models import assert_same, make_model
 
 Random = np.random.Generator
@@ -664,6 +667,21 @@ def resize_of_operator_set_10(rng: Random) -> ModelProto:
     )
 
 
+@case
+def recurrent(rng: Random) -> ModelProto:
+    op, direction = pick(rng, "LSTM", "GRU", "RNN"), pick(rng, "forward", "reverse", "bidirectional")
+    gates, ways = {"LSTM": 4, "GRU": 3, "RNN": 1}[op], 2 if direction == "bidirectional" else 1
+    stored = {"w": floats(rng, ways, gates * 5, 3), "r": floats(rng, ways, gates * 5, 5)}
+    if rng.random() < 0.6:
+        stored["b"] = floats(rng, ways, gates * 10)
+    attributes = {"linear_before_reset": 1} if op == "GRU" else {}
+    nodes = [
+        node("Transpose", "x", "t", perm=[1, 0, 2]),
+        node(op, " ".join(["t", *stored]), "y h", hidden_size=5, direction=direction, **attributes),
+    ]
+    return make_model(nodes, {"x": ["N", 4, 3]}, ("y", "h"), stored)
+
+
 SEEDS = 8
 
 
@@ -678,3 +696,19 @@ def test_operator(name: str) -> None:
         except Exception as error:
             error.add_note(f"seed {seed}: {model.graph.node}")
             raise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_imported_can_be_exported_again(name: str, tmp_path: Path) -> None:
+    model = CASES[name](np.random.default_rng([1, len(name)]))
+    given = []
+    for value in model.graph.input:
+        sizes = [d.dim_value or 7 for d in value.type.tensor_type.shape.dim]
+        is_float = value.type.tensor_type.elem_type == TensorProto.FLOAT
+        given.append(torch.randn(sizes) if is_float else torch.ones(sizes, dtype=torch.int64))
+    is_open = bool(model.graph.input[0].type.tensor_type.shape.dim[0].dim_param)
+    graph_module = fxprune.import_onnx(model)
+    report = fxprune.export_onnx(graph_module, tmp_path / "again.onnx", tuple(given), dynamic_batch=is_open)
+    names = [value.name for value in (*model.graph.input, *model.graph.output)]
+    assert [text.split(": ")[0] for text in (*report.inputs, *report.outputs)] == names
