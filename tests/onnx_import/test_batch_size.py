@@ -48,7 +48,8 @@ def reshapes(*targets: list[int], shape: list[int], batch: int = 1) -> ModelProt
 @pytest.mark.parametrize(
     "targets",
     [
-        ([1, 60],), ([1, -1],), ([-1, 60],), ([1, 4, 15],), ([1, -1, 5],), ([4, 15], [1, 60]), ([1, 2, 2, 3, 5], [2, 30], [1, 2, 30]),
+        ([1, 60],), ([1, -1],), ([-1, 60],), ([1, 4, 15],), ([1, -1, 5],), ([4, 15], [1, 60]),
+        ([1, 2, 2, 3, 5], [2, 30], [1, 2, 30]),
         ([1, 1, 1, 60], [60], [1, 60]),
     ],
 )  # fmt: skip
@@ -78,13 +79,15 @@ def test_attention_with_positions_first() -> None:
     """torch's own attention: [L, N, E] -> [L, N * heads, D], and [L, N, E] -> [L * N, E], where N = 1 does not show."""
     nodes = [
         node("Transpose", "x", "t", perm=[1, 0, 2]), node("MatMul", "t wq", "q"), node("Reshape", "q heads", "h"),
-        node("Transpose", "h", "ht", perm=[1, 0, 2]), node("Transpose", "h", "hk", perm=[1, 2, 0]), node("MatMul", "ht hk", "scores"),
+        node("Transpose", "h", "ht", perm=[1, 0, 2]), node("Transpose", "h", "hk", perm=[1, 2, 0]),
+        node("MatMul", "ht hk", "scores"),
         node("Softmax", "scores", "p", axis=-1), node("MatMul", "p ht", "o"), node("Transpose", "o", "ot", perm=[1, 0, 2]),
         node("Reshape", "ot rows", "flat"), node("Gemm", "flat wo", "g"), node("Reshape", "g again", "a"),
         node("Transpose", "a", perm=[1, 0, 2]),
     ]  # fmt: skip
     stored = {
-        "wq": floats(6, 6), "heads": np.array([5, 2, 3]), "rows": np.array([5, 6]), "wo": floats(6, 6), "again": np.array([5, 1, 6]),
+        "wq": floats(6, 6), "heads": np.array([5, 2, 3]), "rows": np.array([5, 6]), "wo": floats(6, 6),
+        "again": np.array([5, 1, 6]),
     }  # fmt: skip
     assert_open(make_model(nodes, {"x": [1, 5, 6]}, stored=stored))
 
@@ -114,7 +117,8 @@ def test_expand_and_resize_to_sizes() -> None:
 def test_shapes_that_the_file_computes() -> None:
     """Shape -> Gather -> Unsqueeze -> Concat -> Reshape, as torch's older exporter writes `x.view(x.size(0), -1, w)`."""
     nodes = [
-        node("Shape", "x", "s"), node("Gather", "s zero", "n"), node("Gather", "s three", "w"), node("Unsqueeze", "n axis", "n1"),
+        node("Shape", "x", "s"), node("Gather", "s zero", "n"), node("Gather", "s three", "w"),
+        node("Unsqueeze", "n axis", "n1"),
         node("Unsqueeze", "w axis", "w1"), node("Concat", "n1 rest w1", "to", axis=0), node("Reshape", "x to", "r"),
         node("Mul", "w two", "ww"), node("Unsqueeze", "ww axis", "ww1"), node("Slice", "r start ww1 last"),
     ]  # fmt: skip

@@ -180,7 +180,8 @@ def paddle_like() -> ModelProto:
         "conv2d_0.w_0": floats(8, 3, 3, 3), "conv2d_1.w_0": floats(16, 8, 3, 3), "conv2d_2.w_0": floats(4, 16, 1, 1),
         "conv2d_2.b_0": floats(4), "conv2d_3.w_0": floats(16, 4, 1, 1), "conv2d_4.w_0": floats(8, 16, 1, 1),
         "batch_norm_0.w_0": floats(8), "batch_norm_0.b_0": floats(8), "batch_norm_0.w_1": floats(8),
-        "batch_norm_0.w_2": np.abs(floats(8)) + 0.1, "shape4": np.array([1, 4, 1, 1]), "two": np.array([2]), "four": np.array([4]),
+        "batch_norm_0.w_2": np.abs(floats(8)) + 0.1, "shape4": np.array([1, 4, 1, 1]),
+        "two": np.array([2]), "four": np.array([4]),
         "zero": np.array([0]), "first": np.array([0]), "linear_0.w_0": floats(16, 5), "linear_0.b_0": floats(5),
         "squash": np.array([0, -1]), "axes": np.array([2, 3]),
     }  # fmt: skip
@@ -273,7 +274,7 @@ def test_layers_are_excluded_and_chosen_by_their_names(tmp_path: Path) -> None:
         path, IMAGES.split(32), {"head": "1:4", "*": "2:4"}, method="magnitude", exclude=("up",), progress=False
     )
     assert (compiled.report["head"].pattern, compiled.report["up"].reason) == ("1:4", "excluded")
-    with pytest.raises(fxprune.FxPruneError, match="'stem.9' matches no module"):
+    with pytest.raises(fxprune.FxPruneError, match=r"'stem\.9' matches no module"):
         fxprune.compile(path, IMAGES.split(32), exclude=("stem.9",), progress=False)
 
 
@@ -431,7 +432,7 @@ def test_quantised_files_are_refused(op: str) -> None:
             node("QLinearConv", "q s z w s z s z", "c"),
             node("DequantizeLinear", "c s z"),
         ]
-    with pytest.raises(OnnxImportError, match="is quantised .* give the float file"):
+    with pytest.raises(OnnxImportError, match=r"is quantised .* give the float file"):
         fxprune.import_onnx(make_model(nodes, {"x": ["N", 3, 4, 4]}, stored=stored))
 
 
@@ -440,7 +441,8 @@ def test_loops_are_named() -> None:
         [node("Identity", "c", "c2"), node("Relu", "v", "v2")], "body",
         [helper.make_tensor_value_info("i", TensorProto.INT64, []), helper.make_tensor_value_info("c", TensorProto.BOOL, []),
          helper.make_tensor_value_info("v", TensorProto.FLOAT, None)],
-        [helper.make_tensor_value_info("c2", TensorProto.BOOL, []), helper.make_tensor_value_info("v2", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("c2", TensorProto.BOOL, []),
+         helper.make_tensor_value_info("v2", TensorProto.FLOAT, None)],
     )  # fmt: skip
     loop = helper.make_node("Loop", ["n", "c", "x"], ["y"], name="again", body=body)
     model = make_model([loop], {"x": ["N", 3]}, stored={"n": np.array(3), "c": np.array(True)})
@@ -454,7 +456,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"\x08\x07nothing")
     with pytest.raises(fxprune.FxPruneError, match="not a complete ONNX file"):
         fxprune.compile(tmp_path / "bad.onnx", [IMAGES], progress=False)
-    with pytest.raises(TraceError, match="expected a torch.nn.Module"):
+    with pytest.raises(TraceError, match=r"expected a torch\.nn\.Module"):
         fxprune.compile(tmp_path / "weights.pt", [IMAGES], progress=False)  # type: ignore[arg-type]
 
 

@@ -289,8 +289,8 @@ def pad_of_operator_set_10(rng: Random) -> ModelProto:
 
 
 UNARY = (
-    "Abs Acos Asinh Atan Ceil Cos Cosh Elu Erf Exp Floor Neg Reciprocal Relu Round Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Tan "
-    "Tanh HardSwish Mish Celu Selu LeakyRelu ThresholdedRelu HardSigmoid Identity Shrink Log"
+    "Abs Acos Atan Asinh Ceil Cos Cosh Elu Erf Exp Floor Neg Reciprocal Relu Round Sigmoid Sign Sin Sinh Softplus Softsign "
+    "Sqrt Tan Tanh HardSwish Mish Celu Selu LeakyRelu ThresholdedRelu HardSigmoid Identity Shrink Log"
 ).split()
 
 
@@ -371,7 +371,8 @@ def whole_numbers(rng: Random) -> ModelProto:
 @case
 def logic(rng: Random) -> ModelProto:
     nodes = [
-        node("Greater", "x c", "a"), node("Less", "x c2", "b"), node(pick(rng, "And", "Or", "Xor"), "a b", "both"), node("Not", "both", "n"),
+        node("Greater", "x c", "a"), node("Less", "x c2", "b"), node(pick(rng, "And", "Or", "Xor"), "a b", "both"),
+        node("Not", "both", "n"),
         node("Where", "n x c"),
     ]  # fmt: skip
     return make_model(nodes, {"x": ["N", 4]}, stored={"c": floats(rng), "c2": floats(rng, 4)})
