@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from fxprune import solvers
 from fxprune.calibration.calibration import Calibration
@@ -43,7 +45,7 @@ DEFAULT_RECIPE = "2:4"
 
 @undisturbed
 def compile(
-    model: nn.Module,
+    model: nn.Module | str | PathLike[str],
     calib_loader: Iterable[Any],
     pattern: str | Pattern | Mapping[str, Any] | Recipe = DEFAULT_RECIPE,
     *,
@@ -59,7 +61,7 @@ def compile(
     """Compress a trained CNN in one shot: no retraining, no labels.
 
     Args:
-        model: trained model; it is copied, never modified.
+        model: trained model; it is copied, never modified. An ONNX file, by its path or as a ModelProto, is one too.
         calib_loader: iterable of batches, read once: tensors, (images, labels), or mappings with the names of the model's
             inputs; labels are not read. A few hundred to a few thousand images, preprocessed as for inference.
         pattern: the recipe. "2:4", "1:4", ... (N kept of M consecutive input channels), a sparsity such as "0.9",
@@ -97,7 +99,7 @@ def compile(
         checkpoint_dir=checkpoint_dir,
     )
     with layer_progress(progress) as calibration.on_layer:
-        graph_module = trace(model, exclude=exclude, example=calibration.first)
+        graph_module = traced(model, calibration, exclude=exclude)
         home = device_of(graph_module)
         graph_module.to(calibration.device)
         for step in passes:
@@ -105,6 +107,19 @@ def compile(
         without_inference_tensors(graph_module)
         verify(graph_module)
     return CompiledModule.of(graph_module.to(home), time.perf_counter() - started, calibration.warnings)
+
+
+def traced(
+    model: nn.Module | str | PathLike[str], calibration: Calibration, *, exclude: Sequence[str] = ()
+) -> GraphModule:
+    """The graph of a model, of whatever kind it is given, checked on the first calibration batch."""
+    example = calibration.first
+    if not isinstance(model, nn.Module):
+        from fxprune.onnx_import import import_onnx, is_onnx  # which brings onnx
+
+        if is_onnx(model):
+            model = import_onnx(model, example)
+    return trace(model, exclude=exclude, example=example)  # type: ignore[arg-type]
 
 
 def default_passes(

@@ -25,7 +25,7 @@ class Task:
 
     Attributes:
         model: name, such as simple_cnn, resnet20, any of torchvision's, timm/...; or a class of your own as
-            mynet.py:MyNet or package.module:MyNet.
+            mynet.py:MyNet or package.module:MyNet; or an ONNX file, which brings its weights.
         data: name (digits, mnist, fashion_mnist, cifar10, cifar100), an .npz file, or a folder with train/ and test/.
         weights: file with the model's trained weights.
         pretrained: download the weights that torchvision or timm publish for the model; a class or function of your own
@@ -63,6 +63,8 @@ class Task:
         from fxprune.models import model_info
         from fxprune.models.user_code import is_own
 
+        if self.model is not None and is_file(self.model):
+            return self._loaded_for_file(self.model, augment=augment, labelled=labelled)
         if self.data is None:
             raise DataError(
                 "no data set is named (--data); `digits` is there after every installation of fxprune[demo]"
@@ -80,6 +82,16 @@ class Task:
             labelled=labelled,
         )  # fmt: skip
 
+    def _loaded_for_file(self, model: str, *, augment: bool, labelled: bool) -> DataSplits:
+        """The data set for an ONNX file, which says how large its images are, and nothing of how they are normalised."""
+        from fxprune.onnx_import.images import image_input
+
+        found = image_input(model)
+        side = self.image_size
+        if side is None and self.data is not None and Path(self.data).is_dir():
+            side = found.height
+        return dataclasses.replace(self, model=None, image_size=side).load_data(augment=augment, labelled=labelled)
+
     def new_model(self, num_classes: int) -> nn.Module:
         """Build the model, untrained unless `pretrained`.
 
@@ -89,6 +101,8 @@ class Task:
         from fxprune.models import create
         from fxprune.models.user_code import is_own, takes
 
+        if self.model is not None and is_file(self.model):
+            return self._imported(self.model)
         if self.model is None:
             raise ModelError("no model is named (--model); simple_cnn, resnet20 and mynet.py:MyNet are three of many")
         given = dict(self.model_args or {})
@@ -102,6 +116,20 @@ class Task:
             classes = given.pop("num_classes")
         return create(self.model, num_classes=classes, in_channels=self.in_channels, **given)
 
+    def _imported(self, path: str) -> nn.Module:
+        from fxprune.onnx_import import import_onnx
+        from fxprune.onnx_import.images import image_input
+
+        given = {
+            name: value
+            for name in ("weights", "pretrained", "num_classes", "in_channels", "model_args")
+            if (value := getattr(self, name))
+        }
+        if given:
+            raise ModelError(f"{path} is a whole model with its weights; leave {', '.join(given)} out")
+        image_input(path)
+        return import_onnx(path)
+
     def trained_model(self, num_classes: int) -> nn.Module:
         """Build the model with its weights, in eval mode.
 
@@ -112,6 +140,8 @@ class Task:
         from fxprune.experiments.checkpoints import load_weights
         from fxprune.models.user_code import is_own
 
+        if self.model is not None and is_file(self.model):
+            return self.new_model(0)
         if self.weights is None and not self.pretrained and self.model is not None:
             otherwise = (
                 f"say --pretrained where {self.model} brings its weights itself"
@@ -125,6 +155,11 @@ class Task:
         if self.weights is not None:
             load_weights(model, self.weights)
         return model.eval()
+
+
+def is_file(name: str) -> bool:
+    """Whether a model's name is the path of an ONNX file."""
+    return Path(name).suffix == ".onnx"
 
 
 def task_from(config: Mapping[str, Any]) -> Task:
