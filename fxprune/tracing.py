@@ -63,7 +63,7 @@ def trace(model: nn.Module, *, exclude: Sequence[str] = (), example: Any = None)
         model = exported.module_of_program(model)
     elif exported.is_exported(model):
         model = exported.as_traced(model)
-    task = _Task.of(_copied(_usable(model, exclude)), tuple(exclude), example)
+    task = _Task.of(usable_copy(model, exclude), tuple(exclude), example)
     with _transformers_written_in_python():
         graph_module = _first_way(task)
         graph_module = wrapped_functions.without_weights(graph_module, lambda: _first_way(task))
@@ -155,11 +155,10 @@ def _symbolically(task: _Task) -> GraphModule | _Failure:
     if exported.is_in_traced_form(task.model):
         graph_module = task.finished(task.model)
         return _checked(task, graph_module, ()) or _noted(graph_module, "torch.export")
-    into = TRANSFORMERS if task.example is not None else ()
-    found = _excluding(task, lambda leaves: PathTracer(leaves, task.given, into), way="torch.fx")
+    found = _excluding(task, lambda leaves: PathTracer(leaves, task.given, TRANSFORMERS), way="torch.fx")
     stars = tuple(x.name for x in model_inputs(task.model) if x.stars)
     if isinstance(found, _Failure) and stars:  # Nobody seemed to give them; it may be that the model cannot do without.
-        again = _excluding(task, lambda leaves: PathTracer(leaves, (*task.given, *stars), into), way="torch.fx")
+        again = _excluding(task, lambda leaves: PathTracer(leaves, (*task.given, *stars), TRANSFORMERS), way="torch.fx")
         return again if isinstance(again, GraphModule) else found
     return found
 
@@ -355,6 +354,16 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         _restore(before)
+
+
+def usable_copy(model: nn.Module, exclude: Sequence[str] = ()) -> nn.Module:
+    """A deep copy in eval mode, out of a wrapper for parallel runs or torch.compile.
+
+    Raises:
+        TraceError: there is nothing to trace, or it cannot be copied.
+        FxPruneError: if a name in `exclude` matches no module.
+    """
+    return _copied(_usable(model, exclude))
 
 
 def _usable(model: nn.Module, exclude: Sequence[str]) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune.cli.command import fail, stdout, warn, working
 from fxprune.cli.parameters import OnnxOptions
-from fxprune.errors import OptionsError
+from fxprune.errors import OptionsError, TraceError
 from fxprune.experiments.tasks import Task, import_user_code, module_classes, scoring_loader
 from fxprune.tables import Column, as_text, table, terminal_width
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # imported when a command starts
     from torch.utils.data import DataLoader
 
     from fxprune.compiled import CompiledModule
+    from fxprune.compiled_parts import CompiledParts
     from fxprune.experiments.runs import Run
     from fxprune.export import OnnxReport
 
@@ -139,6 +140,22 @@ def compress(
     run.finish(results, files)
     images = len(test.dataset) if test.batch_size else sum(len(batch) for batch in test.sampler)  # type: ignore[arg-type]
     _finish(run, results, exported, f"{images} {scored_on}", layers=len(report.layers))
+
+
+def one_graph(compiled: CompiledModule | CompiledParts) -> CompiledModule:
+    """What was compiled, if it is one graph.
+
+    Raises:
+        TraceError: it is a model with compiled parts, which has no ONNX file of its own.
+    """
+    from fxprune.compiled import CompiledModule
+
+    if isinstance(compiled, CompiledModule):
+        return compiled
+    raise TraceError(
+        f"{compiled.report.notes[0]}\nThe commands score and export one graph. Compile such a model in Python: fxprune.compile "
+        "gives it back with its parts compiled, each of which can be exported (docs/detectors.md)"
+    )
 
 
 def _export(
