@@ -26,7 +26,7 @@ from fxprune.errors import TraceError
 from fxprune.graph import device_of
 from fxprune.graph.code_names import allow_any_name, refuse_reserved_names
 from fxprune.graph.model_argument import not_a_model
-from fxprune.intake import attention, batch_sizes, computed_weights, exported, wrapped_functions
+from fxprune.intake import attention, batch_sizes, computed_weights, exported, questions, wrapped_functions
 from fxprune.intake.example_values import Frozen, ValueTracer
 from fxprune.intake.names import check_exclude, matches
 from fxprune.intake.normal_form import is_layer_call, normalise
@@ -107,6 +107,7 @@ class _Task:
         """The graph in the normal form."""
         attention.drop_unread_weights(graph_module)
         changed = normalise(graph_module, self.model, exclude=self.exclude)
+        questions.redirect(graph_module)
         names = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
         composed = {name: _before(origin, self.origins) for name, origin in changed.items()}
         set_origins(graph_module, {n: o for n, o in (self.origins | composed).items() if n in names})

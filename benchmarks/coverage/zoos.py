@@ -215,7 +215,12 @@ def smp_cases() -> list[Case]:
 
         return build
 
-    found = [Case("smp", f"{name}-resnet18", made(name, "resnet18")) for name in _SMP if name != "DPT"]
+    sizes = {"PAN": 128}
+    found = []
+    for name in _SMP:
+        if name != "DPT":
+            size = sizes.get(name, 64)
+            found.append(Case("smp", f"{name}-resnet18", made(name, "resnet18"), (3, size, size)))
     found.append(
         Case("smp", "DPT-vit_tiny", made("DPT", "tu-vit_tiny_patch16_224", dynamic_img_size=False), (3, 224, 224))
     )
