@@ -74,7 +74,7 @@ def low_rank(
     recipe = Recipe((("*", (Rank(rule, splits_of(split), multiple),)),))
     solver = Magnitude() if method == "svd" else ADMM()
     options = low_rank_options(options, method)
-    return compile(
+    compiled = compile(
         model,
         calib_loader,
         exclude=exclude,
@@ -85,6 +85,8 @@ def low_rank(
         memory_limit=memory_limit,
         checkpoint_dir=checkpoint_dir,
     )
+    assert isinstance(compiled, CompiledModule)  # Passes are for one graph.
+    return compiled
 
 
 def low_rank_options(options: Options | None, method: Factorisation) -> Options:

@@ -22,7 +22,7 @@ FLOORS = (
     ("solvers", "statistics"),
     ("calibration", "layers", "options"),
     ("channels", "constraints", "intake", "passes", "ranks", "recipe", "trace_check", "tracing"),
-    ("compiled", "compiler", "fine_tuning", "rank_reduction", "scanning"),
+    ("compiled", "compiled_parts", "compiler", "fine_tuning", "parts", "rank_reduction", "scanning"),
     ("data", "export", "graph_diff", "models", "onnx_import", "saving"),
     ("cli", "experiments", "plots"),
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune.cli.command import fail, stdout, warn, working
 from fxprune.cli.parameters import OnnxOptions
-from fxprune.errors import OptionsError
+from fxprune.errors import OptionsError, TraceError
 from fxprune.experiments.tasks import Task, import_user_code, module_classes, number_of_images, scoring_loader
 from fxprune.tables import Column, as_text, table, terminal_width
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # imported when a command starts
     from torch.utils.data import DataLoader
 
     from fxprune.compiled import CompiledModule
+    from fxprune.compiled_parts import CompiledParts
     from fxprune.experiments.runs import Run
     from fxprune.export import OnnxReport
 
@@ -133,6 +134,22 @@ def compress(
         files.append(f"{ONNX}.data")
     run.finish(results, files)
     _finish(run, results, exported, f"{number_of_images(test)} {scored_on}", layers=len(report.layers))
+
+
+def one_graph(compiled: CompiledModule | CompiledParts) -> CompiledModule:
+    """What was compiled, if it is one graph.
+
+    Raises:
+        TraceError: it is a model with compiled parts, which has no ONNX file of its own.
+    """
+    from fxprune.compiled import CompiledModule
+
+    if isinstance(compiled, CompiledModule):
+        return compiled
+    raise TraceError(
+        f"{compiled.report.notes[0]}\nThe commands score and export one graph. Compile such a model in Python: fxprune.compile "
+        "gives it back with its parts compiled, each of which can be exported (docs/detectors.md)"
+    )
 
 
 def _export(

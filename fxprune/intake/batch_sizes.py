@@ -15,7 +15,7 @@ from fxprune.calibration.batches import call_by_name, count, inputs_of, map_tens
 from fxprune.calibration.failures import stays_as_it_is
 from fxprune.graph import device_of
 from fxprune.runtime.surroundings import same_random_numbers
-from fxprune.trace_check import TOLERANCE, _distance
+from fxprune.trace_check import TOLERANCE, distance
 
 GROWTH = 64  # Pixels; networks that want multiples of something mostly want one of these.
 
@@ -45,7 +45,7 @@ def agree(model: nn.Module, graph_module: GraphModule, batch: Any) -> bool | Non
     if isinstance(wanted, Exception):
         return None
     found = _outcome(graph_module, graph_module, batch)
-    return not isinstance(found, Exception) and _distance(wanted, found) <= TOLERANCE
+    return not isinstance(found, Exception) and distance(wanted, found) <= TOLERANCE
 
 
 def require_size(graph_module: GraphModule, batch: Any, lines: Sequence[str]) -> None:

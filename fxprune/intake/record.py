@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import nn
 from torch.fx import GraphModule
 
 from fxprune.annotations import annotate_graph, graph_annotation
@@ -56,7 +57,7 @@ class Intake:
         return [*map(str, self.leaves), *frozen, *self.notes]
 
 
-def intake(graph_module: GraphModule) -> Intake | None:
+def intake(graph_module: nn.Module) -> Intake | None:
     """How a graph's model came in; None for a graph that `trace` did not make."""
     return graph_annotation(graph_module).intake
 

@@ -104,6 +104,8 @@ class SolveLayers(CalibratedPass):
         by_the_user = {"excluded", *(decided.changed for decided in roles.values() if decided.changed)}  # Hooks, too.
         if not asks or any(decided.role == "compress" for decided in roles.values()) or set(reasons) <= by_the_user:
             return
+        if any(decided.reason == "excluded" and self._could_take(node) for node, decided in roles.items()):
+            return  # What could have been compressed, the user has excluded.
         told = "; ".join(
             f"{reason} ({count} layer{'s' if count > 1 else ''})" for reason, count in reasons.most_common(3)
         )
@@ -111,6 +113,12 @@ class SolveLayers(CalibratedPass):
             f"nothing can be compressed to {self.recipe}: of {len(roles)} layers none can take it. Why: {told}. "
             f"{self._remedy(roles)}"
         )
+
+    def _could_take(self, node: Node) -> bool:
+        """Whether a layer could hold something of what the recipe asks of it."""
+        module = module_of(node)
+        chain = self.recipe.chain(str(node.target)) or ()
+        return is_matrix_layer(module) and bool(keep_possible(chain, LayerGeometry.of(module))[0])
 
     def _remedy(self, roles: Mapping[Node, Annotation]) -> str:
         """What to do where no layer can take the recipe."""
@@ -127,6 +135,8 @@ class SolveLayers(CalibratedPass):
     def _tell_of_little(self, graph_module: GraphModule, rows: Sequence[LayerReport], calibration: Calibration) -> None:
         """Warn if less than half of the weights were compressed, though the recipe is one for all layers."""
         done = any(row.status in ("pruned", "factored") for row in rows)
+        if calibration.is_part:
+            return  # It is the whole that counts.
         if self.recipe.is_uniform and (done or any(annotation(node).changed for node in graph_module.graph.nodes)):
             if message := little(graph_module, rows, str(self.recipe)):
                 calibration.warn(message)
