@@ -147,7 +147,13 @@ def _given(source: Source, names: list[str], example: Any) -> list[Tensor]:
             raise OnnxImportError(
                 f"{source.name} takes {port}, and the images are {tuple(x.shape)}. {_advice(port, x)}"
             )
-    return values
+        dtype = torch_dtype(port.dtype)
+        if x.dtype != dtype:
+            scaled = " / 255, normalised as for inference" if x.dtype == torch.uint8 else ""
+            raise OnnxImportError(
+                f"{source.name} takes {port}, and the images are {x.dtype}: give images.to({dtype}){scaled}"
+            )
+    return [x.detach().cpu() for x in values]
 
 
 def _advice(port: Port, x: Tensor) -> str:
