@@ -92,6 +92,7 @@ class TorchGraph:
     _weights: list[tuple[nn.Module, str, Array, str, bool]] = field(default_factory=list)
     _layers: dict[Any, str] = field(default_factory=dict)
     _read: dict[Any, Activation] = field(default_factory=dict)
+    _first: Activation | None = None
     _sizes: dict[tuple[Node, int], Any] = field(default_factory=dict)
 
     @property
@@ -105,7 +106,9 @@ class TorchGraph:
 
     def placeholder(self, name: str, probes: Sequence[Tensor]) -> Activation:
         """An input."""
-        return Activation(self.graph.placeholder(name), tuple(probes))
+        made = Activation(self.graph.placeholder(name), tuple(probes))
+        self._first = self._first or made
+        return made
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function of torch or operator: a tensor, several, or a number."""
@@ -155,7 +158,8 @@ class TorchGraph:
             return value
         if isinstance(value, Numbers):
             dtype = torch_dtype(value.dtype)
-            made: Activation = self.call(torch.tensor, value.array.tolist(), dtype=dtype, device=torch.device("cpu"))
+            parts = [self.filled((1,), number, dtype) for number in value.array.reshape(-1)]
+            made: Activation = self.method("reshape", self.call(torch.cat, parts, 0), value.array.shape)
             return made
         key = (value.name, value.array.shape, str(value.array.dtype), id(value.array))
         if key not in self._read:
@@ -168,6 +172,12 @@ class TorchGraph:
             self._weights.append((owner, name, value.array, value.name, is_parameter))
             self._read[key] = Activation(self.graph.get_attr(path), (meta,) * len(self.kinds))
         return self._read[key]
+
+    def filled(self, shape: tuple[Any, ...], number: Any, dtype: torch.dtype) -> Activation:
+        """A tensor of one number, on the device of the first input."""
+        assert self._first is not None
+        made: Activation = self.method("new_full", self._first, shape, number, dtype=dtype)
+        return made
 
     def finish(self, outputs: Any) -> GraphModule:
         """The graph with its weights, in eval mode; what nobody reads is left out."""
@@ -215,8 +225,6 @@ class TorchGraph:
             return x.probes[probe] if isinstance(x, (Activation, Size)) else x
 
         given, named = map_aggregate(args, value), map_aggregate(kwargs, value)
-        if "device" in named:
-            named = {**named, "device": torch.device("meta")}
         try:
             with torch.no_grad():
                 return function(*given, **named)

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from fxprune.errors import OnnxImportError
 from fxprune.export.constant_folding import attributes, evaluated, opset_versions, stored_tensors
+from fxprune.export.onnx_file import first_line
 from fxprune.intake.batch_sizes import require_axes
 from fxprune.intake.exported import mark_as_traced
 from fxprune.intake.record import Intake, set_intake
@@ -27,7 +28,7 @@ from fxprune.onnx_import import (  # noqa: F401 - each adds its builders to the 
     resize,
     shapes,
 )
-from fxprune.onnx_import.check import differing_batch, differing_file
+from fxprune.onnx_import.check import agrees, differing_batch, differing_file
 from fxprune.onnx_import.graph import BATCH, FILE, Choices, ProbeError, TorchGraph
 from fxprune.onnx_import.inputs import Inputs
 from fxprune.onnx_import.names import Names
@@ -185,6 +186,8 @@ def _by_readings(source: Source, inputs: Inputs, kinds: tuple[str, ...]) -> Grap
                 raise first from error
             continue
         wrong = differing_batch(made, inputs) if BATCH in kinds else ""
+        if wrong and inputs.is_open and agrees(source, made, inputs):
+            wrong = ""  # The file itself reckons with the number of images.
         if not wrong:
             return made
         first = first or _FixedError(BATCH, wrong)
@@ -245,6 +248,11 @@ class _Importer:
             self.graph.hint = node.name or node.op_type
             try:
                 self._build(node, counts, later)
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError) as error:
+                raise OnnxImportError(
+                    f"{self.source.name}: node {self.at} is not as its operator set has it, or in a form that fxprune does not "
+                    f"know: {type(error).__name__}: {first_line(error)}"
+                ) from error
             except OnnxImportError as error:
                 if str(error).startswith(f"{self.source.name}: "):
                     raise

@@ -33,6 +33,7 @@ class Inputs:
         shapes: at the file's own batch size, with open sizes as in the example.
         open_axes: of each input, axes behind the batch whose size is open.
         batch: images in a batch of the file's own.
+        is_open: whether the file leaves its batch size open.
         batched: whether the first axis of an input is that of the batch.
         images: in the example; None without one.
         values: the example's; random numbers without one.
@@ -44,6 +45,7 @@ class Inputs:
     shapes: tuple[tuple[int, ...], ...]
     open_axes: tuple[tuple[int, ...], ...]
     batch: int
+    is_open: bool
     batched: tuple[bool, ...]
     images: int | None
     values: tuple[Tensor, ...]
@@ -80,6 +82,7 @@ class Inputs:
                     shapes,
                     _open_axes(source.inputs),
                     batch,
+                    is_open,
                     batched,
                     None if values is None or not values[0].dim() else len(values[0]),
                     tuple(values or _random(source.inputs, shapes)),
@@ -144,7 +147,13 @@ def _given(source: Source, names: list[str], example: Any) -> list[Tensor]:
             raise OnnxImportError(
                 f"{source.name} takes {port}, and the images are {tuple(x.shape)}. {_advice(port, x)}"
             )
-    return values
+        dtype = torch_dtype(port.dtype)
+        if x.dtype != dtype:
+            scaled = " / 255, normalised as for inference" if x.dtype == torch.uint8 else ""
+            raise OnnxImportError(
+                f"{source.name} takes {port}, and the images are {x.dtype}: give images.to({dtype}){scaled}"
+            )
+    return [x.detach().cpu() for x in values]
 
 
 def _advice(port: Port, x: Tensor) -> str:

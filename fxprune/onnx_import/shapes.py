@@ -300,22 +300,18 @@ def constant_of_shape(op: Operation) -> Activation:
 
     value = op.attributes.get("value")
     array = np.zeros(1, np.float32) if value is None else numpy_helper.to_array(value)
-    shape = op.numbers("shape", 0) or []
-    result: Activation = op.call(
-        torch.full,
-        tuple(shape),
-        array.reshape(-1)[0].item(),
-        dtype=torch_dtype(array.dtype),
-        device=torch.device("cpu"),
-    )
-    return result
+    shape = tuple(op.numbers("shape", 0) or [])
+    return op.graph.filled(shape, array.reshape(-1)[0].item(), torch_dtype(array.dtype))
 
 
 @operator("Range")
 def range_(op: Operation) -> Activation:
-    """Whole numbers up to a size."""
-    start, limit, step = (Numbers.of(v).array.reshape(-1)[0] for v in op.inputs if isinstance(v, (Known, Numbers)))
-    result: Activation = op.call(torch.arange, start, limit, step, device=torch.device("cpu"))
+    """Whole numbers up to a size, one by one."""
+    start, limit, step = (op.numbers("", i) or [None] for i in range(3))
+    if step != [1] or start == [None] or limit == [None]:
+        op.fail("it counts in steps other than 1")
+    ones = op.graph.filled((limit[0] - start[0],), 1, torch.int64)
+    result: Activation = op.call(torch.add, op.call(torch.cumsum, ones, 0), start[0] - 1)
     return result
 
 

@@ -166,3 +166,29 @@ def test_a_file_for_one_image_is_calibrated_on_many(tmp_path) -> None:
     )
     report = fxprune.export_onnx(compiled, tmp_path / "open.onnx", images[:2])
     assert len(report.parity.batch_sizes) == 2
+
+
+def test_tensors_made_of_sizes() -> None:
+    """ConstantOfShape, Range and a size as a number, of a batch that is open."""
+    nodes = [
+        node("Shape", "x", "s"), node("ConstantOfShape", "s", "filled"), node("Add", "x filled", "a"),
+        node("Gather", "s three", "w"),
+        node("Range", "zero w one", "counted"), node("Cast", "counted", "c", to=1), node("Add", "a c", "b"),
+        node("Cast", "s", "sizes", to=1), node("ReduceSum", "sizes", "total"), node("Mul", "b total"),
+    ]  # fmt: skip
+    stored = {"three": np.array(3), "zero": np.array(0), "one": np.array(1)}
+    model = make_model(nodes, {"x": ["N", 2, "h", "w"]}, stored=stored)
+    graph_module = fxprune.import_onnx(model)
+    for shape in ((1, 2, 5, 3), (3, 2, 6, 2)):
+        images = floats(*shape)
+        wanted = (images + np.arange(shape[3])) * sum(shape)
+        np.testing.assert_allclose(in_torch(graph_module, images)[0], wanted, rtol=1e-5)
+
+
+def test_a_node_of_another_form_is_named() -> None:
+    model = make_model([node("Transpose", "x", perm=[0, 1, 2, 3, 4, 5])], {"x": ["N", 3, 4]})
+    with pytest.raises(OnnxImportError, match=r"node 'Transpose_y' \(Transpose\)"):
+        fxprune.import_onnx(model)
+    model = make_model([node("Relu", "x", "r"), node("Softmax", "r", axis="last")], {"x": ["N", 3, 4]})
+    with pytest.raises(OnnxImportError, match=r"node 'Softmax_y' \(Softmax\) is not as its operator set has it"):
+        fxprune.import_onnx(model)

@@ -469,6 +469,13 @@ def test_images_of_another_size(tmp_path: Path) -> None:
         fxprune.compile(path, [torch.randn(4, 3, 32, 32)], progress=False)
 
 
+def test_images_of_another_type(tmp_path: Path) -> None:
+    path = export(Net(), tmp_path / "net.onnx", dynamo=False, dynamic=True)
+    for dtype, said in ((torch.uint8, r"to\(torch.float32\) / 255"), (torch.float64, r"to\(torch.float32\)$")):
+        with pytest.raises(OnnxImportError, match=said):
+            fxprune.compile(path, [torch.ones(4, 3, 16, 16, dtype=dtype)], progress=False)
+
+
 def test_a_height_that_the_file_needs_is_frozen() -> None:
     nodes = [node("Conv", "x w", "c"), node("Flatten", "c", "f"), node("MatMul", "f m")]
     model = make_model(nodes, {"x": ["N", 3, "h", "w"]}, stored={"w": floats(4, 3, 1, 1), "m": floats(4 * 30, 4)})
