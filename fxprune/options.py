@@ -31,6 +31,7 @@ class Options:
             last is better where fewer than half of the weights stay.
         bias_correction: fit the bias too (means are removed from the statistics); created where there was none.
         refit: solve for the kept weights by least squares after the solver has chosen the mask.
+        temperature: scale the logits of a classifier, so that its softmax is as sure as the dense model's.
         reconstruct: re-fit layers that are not pruned (first conv, depthwise, ...) to the same target.
         fold_batchnorm: fold BatchNorm into the layer before it.
         patches: patches for each column of a layer (each input of an output channel) from which its statistics are taken. Where
@@ -50,6 +51,7 @@ class Options:
     target: Target | None = None
     bias_correction: bool | None = None
     refit: bool | None = None
+    temperature: bool | None = None
     reconstruct: bool | None = None
     fold_batchnorm: bool = True
     patches: int | None = None
@@ -65,7 +67,16 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, (int, float, type(None))) or isinstance(value, bool):
                 raise OptionsError(f"{name} is {value!r}; it should be a number")
-        for name in ("bias_correction", "refit", "reconstruct", "fold_batchnorm", "permute", "global_budget", "flip"):
+        for name in (
+            "bias_correction",
+            "refit",
+            "temperature",
+            "reconstruct",
+            "fold_batchnorm",
+            "permute",
+            "global_budget",
+            "flip",
+        ):
             if getattr(self, name) not in (True, False, None):
                 raise OptionsError(f"{name} is {getattr(self, name)!r}; it should be True or False")
         if not 0 <= self.damping < 1e3:
@@ -120,10 +131,24 @@ def given_options(options: object) -> Options:
 
 
 PUBLISHED = Options(
-    inputs="pruned", target="weights", bias_correction=False, refit=False, reconstruct=False, patches=0, permute=False
+    inputs="pruned",
+    target="weights",
+    bias_correction=False,
+    refit=False,
+    temperature=False,
+    reconstruct=False,
+    patches=0,
+    permute=False,
 )
 OURS = Options(
-    inputs="pruned", target="relu_aware", bias_correction=True, refit=True, reconstruct=True, patches=64, permute=True
+    inputs="pruned",
+    target="relu_aware",
+    bias_correction=True,
+    refit=True,
+    temperature=True,
+    reconstruct=True,
+    patches=64,
+    permute=True,
 )
 
 

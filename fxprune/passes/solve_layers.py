@@ -166,7 +166,15 @@ class SolveLayers(CalibratedPass):
         try:
             with stream.stopwatch.measure("solve"):
                 return solve_layer(
-                    module, layer.geometry, decided.chain, self.method, inputs, layer.cross, layer.relu_aware
+                    module,
+                    layer.geometry,
+                    decided.chain,
+                    self.method,
+                    inputs,
+                    layer.cross,
+                    layer.relu_aware,
+                    layer.check,
+                    layer.logits,
                 )
         except FxPruneError as error:
             raise SolverError(f"layer {layer.node.target!r}: {error}") from error
