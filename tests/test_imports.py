@@ -22,12 +22,12 @@ FLOORS = (
     ("solvers", "statistics"),
     ("calibration", "layers", "options"),
     ("channels", "constraints", "intake", "passes", "ranks", "recipe", "trace_check", "tracing"),
-    ("compiled", "compiler", "fine_tuning", "rank_reduction", "scanning"),
-    ("data", "export", "graph_diff", "models", "saving"),
+    ("compiled", "compiled_parts", "compiler", "fine_tuning", "parts", "rank_reduction", "scanning"),
+    ("data", "export", "graph_diff", "models", "onnx_import", "saving"),
     ("cli", "experiments", "plots"),
 )
-# A rank by measured speed-up writes the files that it times; imported there, and only then.
-WHERE_NEEDED = {("ranks", "export")}
+# A rank by measured speed-up writes the files that it times, and a model may be an ONNX file; imported there, and only then.
+WHERE_NEEDED = {("ranks", "export"), ("compiler", "onnx_import")}
 
 
 def imported(source: str, modules: set[str]) -> Iterator[tuple[str, bool]]:

@@ -40,6 +40,7 @@ class Calibration:
         warnings: what is wrong with the images, in sentences.
         dense: the graph before its layers were solved, where a later pass needs it.
         shapes: of the values of the run's graphs, as far as they are known.
+        is_part: whether the graph is one of several parts of the user's model.
     """
 
     loader: Iterable[Any]
@@ -53,6 +54,7 @@ class Calibration:
     warnings: list[str] = field(default_factory=list)
     dense: GraphModule | None = None
     shapes: KnownShapes = field(default_factory=KnownShapes)
+    is_part: bool = False
     _first: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

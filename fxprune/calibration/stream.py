@@ -40,7 +40,7 @@ from fxprune.geometry import LayerGeometry
 from fxprune.graph import arguments_of, device_of, input_of, module_of
 from fxprune.layers.install import install
 from fxprune.layers.problem import layer_of
-from fxprune.layers.shared import weight_calls
+from fxprune.layers.shared import keeps_own_target, weight_calls
 from fxprune.layers.solve import SolvedLayer
 from fxprune.operations import any_reads_strides
 from fxprune.options import Options
@@ -130,7 +130,7 @@ class StreamedLayer:
         """Give the layer its new weights: the pruned model runs with them from here on."""
         self._check()
         self._stream.keep_dense(self.node)
-        install(self._stream.graph_module, self.node, layer)
+        install(self._stream.graph_module, self.node, layer, self._stream.calls[self.node])
         self.is_replaced = True
 
     def _check(self) -> None:
@@ -184,7 +184,7 @@ class CalibrationStream:
         self._cut: Node | None = None
         self._replaced = False  # Whether the layer at the cut has new weights.
         self._errors: dict[Node, OutputError] = {}
-        self._calls = weight_calls(graph_module)
+        self.calls = weight_calls(graph_module)
         self._first_call: dict[Node, Node] = {}  # Of later calls of layers that have been replaced.
         self._dense_modules: dict[Node, nn.Module] = {}  # What these call in the dense model.
         self.of_all_calls: dict[Node, InputStatistics] = {}  # Of layers with several calls, by the first.
@@ -238,7 +238,7 @@ class CalibrationStream:
         readers: dict[HessianObserver, list[Node]] = {}
         for node in nodes:
             readers.setdefault(observer_of(node), []).append(node)
-        shared = [node for node in nodes if len(self._calls[node]) > 1]
+        shared = [node for node in nodes if len(self.calls[node]) > 1]
         self.of_all_calls = self._dense_statistics(list(filter(gather, shared)))
         with observers_off(self.graph_module):
             for observer, of in readers.items():
@@ -246,8 +246,8 @@ class CalibrationStream:
             for node in nodes:
                 geometry = annotation(node).geometry or LayerGeometry.of(layer_of(node))
                 self.current = layer = StreamedLayer(self, node, geometry)
-                for_itself = node in shared or geometry.blocks > 1  # Its target is its own output.
-                if gather(node) and self._fit and self.target != "weights" and not for_itself:
+                fits_another = self.target != "weights" and not keeps_own_target(self.calls, node, geometry)
+                if gather(node) and self._fit and fits_another:
                     skip = self.target in ("skip", "relu_aware")
                     layer.cross, layer.check = cross_statistics(self, node, layer.geometry, skip=skip)
                 else:
@@ -280,7 +280,7 @@ class CalibrationStream:
         previous, self._cut, first = self._cut if self._replaced else None, cut, 0
         if previous is not None:
             first = self._position[previous] + 1
-            self._diverged.update(self._calls.get(previous, (previous,)))
+            self._diverged.update(self.calls.get(previous, (previous,)))
             self._errors[previous] = OutputError(channel_dim(previous))
             outputs[previous] = self._errors[previous].pool()
         self._replaced = False
@@ -394,7 +394,7 @@ class CalibrationStream:
 
     def keep_dense(self, node: Node) -> None:
         """Keep what later calls of a layer compute in the dense model, before it is replaced."""
-        for call in self._calls[node][1:]:
+        for call in self.calls[node][1:]:
             self._first_call[call] = node
             self._dense_modules[call] = copy.deepcopy(module_of(call))  # type: ignore[assignment]
 
