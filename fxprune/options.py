@@ -23,7 +23,9 @@ class Options:
     """How layers are posed and solved. None means: what the method does by itself (`Options.resolved`).
 
     Attributes:
-        damping: lambda / mean(diag H), the pull towards the dense weights.
+        damping: lambda / mean(diag H), the pull towards the dense weights; with `shrink` the least.
+        shrink: settle each layer's damping, and how much of earlier layers' errors it makes up for, on every fourth of the
+            images: where a layer has no patches to spare, it would otherwise fit what is peculiar to these images.
         inputs: where a layer's statistics come from: the "pruned" prefix (sequential), or the "dense" model.
         target: what a layer's output is fitted to: the output of its own "weights" on those inputs; the "dense" model's output;
             "skip", the dense output with the error made up for that a skip connection brings to the add that follows; or
@@ -47,6 +49,7 @@ class Options:
     """
 
     damping: float = 0.01
+    shrink: bool | None = None
     inputs: Inputs | None = None
     target: Target | None = None
     bias_correction: bool | None = None
@@ -70,6 +73,7 @@ class Options:
         for name in (
             "bias_correction",
             "refit",
+            "shrink",
             "temperature",
             "reconstruct",
             "fold_batchnorm",
@@ -135,6 +139,7 @@ PUBLISHED = Options(
     target="weights",
     bias_correction=False,
     refit=False,
+    shrink=False,
     temperature=False,
     reconstruct=False,
     patches=0,
@@ -145,6 +150,7 @@ OURS = Options(
     target="relu_aware",
     bias_correction=True,
     refit=True,
+    shrink=True,
     temperature=True,
     reconstruct=True,
     patches=64,

@@ -147,6 +147,7 @@ class CalibrationStream:
         target: what layers regress, as in `Options`.
         observe_dense: let observers see the dense model's values in place of the pruned model's.
         patches, least_images: those that a layer's statistics are taken from, see `sample_patches`.
+        check: whether the moments of every fourth image are kept by themselves, for layers without patches to spare.
         fit: whether statistics are taken at all; if not, only held-out images run, where there are any.
     """
 
@@ -159,6 +160,7 @@ class CalibrationStream:
         observe_dense: bool = False,
         patches: int = 0,
         least_images: int | None = None,
+        check: bool = False,
         fit: bool = True,
     ) -> None:
         self.graph_module = graph_module
@@ -167,6 +169,7 @@ class CalibrationStream:
         self.observe_dense = observe_dense
         self.patches = patches
         self.least_images = least_images
+        self.check = check
         self.stopwatch = calibration.stopwatch
         self.current: StreamedLayer | None = None
         self._calibration = calibration
@@ -201,6 +204,7 @@ class CalibrationStream:
             target=options.target or "weights",
             observe_dense=options.inputs == "dense",
             patches=options.patches or 0,
+            check=bool(options.shrink or options.temperature),
             fit=fit,
         )
 

@@ -66,7 +66,7 @@ def cross_statistics(
         y = _compensated(values, node, skips, sample)
         of_both = geometry.batched(sample.input(x)), geometry.batched(y)
         pool.put(sample.geometry, *of_both)
-        if sample.is_whole and len(of_both[0]) == place.images:
+        if stream.check and sample.is_whole and len(of_both[0]) == place.images:
             chosen = slice(-place.first % CHECK_EVERY, None, CHECK_EVERY)
             check_pool.put(sample.geometry, of_both[0][chosen], of_both[1][chosen])
 

@@ -1,12 +1,15 @@
 """How far a layer's least squares may go, settled on images that the trial fit has not seen.
 
-The target of a layer is T = W0 H + R: what its dense weights W0 give on the inputs as they are now, and the correction R of what
-went wrong before it. With few images, R and the small eigenvalues of H are mostly noise: a layer that follows them repairs these
-images and spoils all others. So the correction is tried with some of the images, W(lambda, alpha) = W0 + alpha R (H + lambda I)^-1,
-and judged with the others; for each lambda the best alpha has a closed form, since the error is quadratic in it.
+The target of a layer is T = W0 H + R: what its dense weights W0 give on the inputs as they are now, and the correction R of
+what went wrong before it. With few images, R and the small eigenvalues of H are mostly noise: a layer that follows them repairs
+these images and spoils all others. So the correction is tried on some of the images,
 
-Ridge regression towards a prior with its two constants chosen by validation (Hoerl & Kennard 1970); alpha is the gain of James & Stein
-(1961) in one number a layer.
+    W(lambda, alpha) = W0 + alpha R (H + lambda I)^-1
+
+and judged on the others. For each lambda the best alpha has a closed form, since the error is quadratic in it. Pruning then
+works with this lambda and the target W0 H + alpha R, and each row is rescaled to fit the whole target.
+
+Ridge regression towards a prior, its constants chosen by validation (Hoerl & Kennard 1970; Stone 1974).
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ class SolvedLayer:
     Attributes:
         parts: one, or several whose composition is the layer.
         damping: relative to the mean of the Hessian's diagonal; None where no problem was posed.
+        correction: share of the target's correction that is followed, see `Shrinkage`; None where it was not chosen.
+        logit_scale: what its output has been scaled by.
         dead_inputs: columns whose input was zero throughout.
         seconds: that solving took.
     """
@@ -54,12 +56,15 @@ class SolvedLayer:
     damping: float | None = None
     dead_inputs: int = 0
     seconds: float = 0.0
+    correction: float | None = None
+    logit_scale: float = 1.0
 
     def scaled(self, factor: float) -> SolvedLayer:
         """A layer of one part that puts out so much more."""
         (part,) = self.parts
         bias = None if part.bias is None else factor * part.bias
-        return replace(self, parts=(replace(part, weight=factor * part.weight, bias=bias),))
+        part = replace(part, weight=factor * part.weight, bias=bias)
+        return replace(self, parts=(part,), logit_scale=factor * self.logit_scale)
 
 
 def solve_layer(
@@ -90,12 +95,15 @@ def solve_layer(
             of `check` alone, or all.
     """
     options, shrinkage = method.options, Shrinkage(method.options.damping)
+    shrinks = bool(options.shrink and options.bias_correction) and check is not None and cross is not None
     if inputs is None:
         problem = weights_alone(module, geometry)
         whole = Part(geometry, problem, problem.weight)
     else:
         dense = geometry.to_matrix(module.weight.detach()).double()
-        if check is not None and cross is not None and options.bias_correction:
+        if shrinks:
+            assert cross is not None
+            assert check is not None
             shrinkage = choose(dense, module.bias, Moments(inputs, cross), check, options.damping)
         problem = pose_problem(module, geometry, inputs, cross, options, shrinkage)
         whole = Part(geometry, problem, problem.weight if chain else problem.optimum())
@@ -103,7 +111,9 @@ def solve_layer(
     damping = None if inputs is None else problem.damping
 
     def solved(parts: Sequence[Part], cross: CrossStatistics | None) -> SolvedLayer:
-        if inputs is not None and cross is not None and check is not None and len(parts) == 1:
+        if shrinks and len(parts) == 1:
+            assert inputs is not None
+            assert cross is not None
             (part,), moments = parts, Centred.of(Moments(inputs, cross), module.bias)
             parts = [replace(part, matrix=rescaled(part.matrix, moments.hessian, moments.target))]
         matrix = product(geometry, parts)
@@ -115,19 +125,23 @@ def solve_layer(
             tuple(_as_parameters(part, own, module.weight) for part, own in zip(parts, biases, strict=True)),
             damping,
             0 if inputs is None else dead_inputs(inputs),
+            correction=shrinkage.strength if shrinks else None,
         )
+
+    def trial(moments: Moments, check: Moments) -> SolvedLayer:
+        """The layer on the same mask, fitted to all images but those of `check`."""
+        (part,), others = parts, Centred.of_others(moments, check, module.bias)
+        target = shrinkage.target(others.target, others.hessian, dense)
+        matrix = fit(LayerProblem(others.hessian, target, dense).damped(shrinkage.damping), part)
+        if shrinks:
+            matrix = rescaled(matrix, others.hessian, others.target)
+        bias = (others.mean_target - mean_product(geometry, matrix, others.mean)).flatten().to(module.weight)
+        return SolvedLayer((_as_parameters(replace(part, matrix=matrix), bias, module.weight),))
 
     layer = solved(parts, cross)
     if logits is not None and cross is not None and inputs is not None and len(parts) == 1 and options.temperature:
-        tried = layer
-        if check is not None and options.bias_correction:
-            (part,), others = parts, Centred.of_others(Moments(inputs, cross), check, module.bias)
-            target = shrinkage.target(others.target, others.hessian, dense)
-            of_others = LayerProblem(others.hessian, target, dense).damped(shrinkage.damping)
-            matrix = rescaled(fit(of_others, part), others.hessian, others.target)
-            bias = (others.mean_target - mean_product(geometry, matrix, others.mean)).flatten().to(module.weight)
-            tried = replace(layer, parts=(_as_parameters(replace(part, matrix=matrix), bias, module.weight),))
-        layer = layer.scaled(logit_scale(*logits(tried, tried is not layer)))
+        tried = None if check is None or not options.bias_correction else trial(Moments(inputs, cross), check)
+        layer = layer.scaled(logit_scale(*logits(layer if tried is None else tried, tried is not None)))
     if relu_aware is None or len(parts) > 1 or inputs is None or (chain and parts[0].mask is None):
         return layer  # Only values on a known mask can be fitted again without breaking the constraints.
     cross = relu_aware(layer)

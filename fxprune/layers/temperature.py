@@ -1,9 +1,9 @@
 """The scale of a classifier's logits that makes its softmax as sure as the dense model's is.
 
-Least squares predicts from inexact features, and what it cannot predict it leaves out: logits come out too small, by a factor of
-two on a mobile network with a few hundred images. Every class keeps its rank under a common factor, so it is the confidence
-alone that suffers. The factor is found on images that the weights tried were not fitted to, as in temperature scaling (Guo et al.
-2017), with the dense model's softmax in place of labels.
+Least squares predicts from inexact features, and what it cannot predict it leaves out: logits come out too small, by a
+factor of two on a mobile network with a few hundred images. A common factor leaves the order of the classes as it is, so only
+the confidence suffers. The factor is found on images that the weights tried were not fitted to, as in temperature scaling (Guo
+et al. 2017), with the dense model's softmax in place of labels.
 """
 
 from __future__ import annotations

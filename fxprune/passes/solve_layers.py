@@ -222,6 +222,8 @@ class SolveLayers(CalibratedPass):
             reason=reason,
             sparsity=sum(zeros(part.weight) * part.weight.numel() for part in parts) / numel,
             damping=layer.damping,
+            correction=layer.correction,
+            logit_scale=layer.logit_scale,
             dead_inputs=layer.dead_inputs,
             seconds=layer.seconds,
             rank=rank.choice.rank if rank is not None and rank.choice is not None and factored else 0,
