@@ -14,6 +14,7 @@ Ridge regression towards a prior, its constants chosen by validation (Hoerl & Ke
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from fxprune.statistics import Moments
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # Relative to the mean of H's diagonal.
 
+WORTH = 1.05  # By so much a choice has to help more than the whole correction at the least damping: it has noise of its own.
 LARGEST_FACTOR = 2.0
 
 
@@ -51,14 +53,14 @@ def choose(dense: Tensor, bias: Tensor | None, whole: Moments, check: Moments, d
         bias: of the layer, or None.
         whole: moments of all images.
         check: those of some of them.
-        damping: the least; kept where no correction helps.
+        damping: the least; kept, with the whole correction, where nothing else is clearly better.
     """
     seen, unseen = Centred.of_others(whole, check, bias), Centred.of(check, bias)
     wanted = (unseen.target - dense @ unseen.hessian).float()
     correction = (seen.target - dense @ seen.hessian).float()
     hessian, fitted_hessian = unseen.hessian.float(), seen.hessian.float()
     scale = fitted_hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
-    best, chosen = 0.0, Shrinkage(damping, 0.0)
+    best, chosen, whole_gain = 0.0, Shrinkage(damping, 0.0), -math.inf
     for trial in sorted({max(damping, value) for value in DAMPINGS}):
         shift = (trial * scale)[:, None].expand(-1, hessian.shape[-1])
         factor, info = torch.linalg.cholesky_ex(fitted_hessian + torch.diag_embed(shift))
@@ -66,13 +68,15 @@ def choose(dense: Tensor, bias: Tensor | None, whole: Moments, check: Moments, d
             continue
         step = torch.cholesky_solve(correction.mT, factor).mT
         along, curvature = float((wanted * step).sum()), float((step @ hessian * step).sum())
+        if trial == damping:
+            whole_gain = 2 * along - curvature
         if not (along > 0 and curvature > 0):
             continue
         strength = min(1.0, along / curvature)
         gain = 2 * strength * along - strength**2 * curvature
         if gain > best:
             best, chosen = gain, Shrinkage(trial, strength)
-    return chosen
+    return Shrinkage(damping) if WORTH * whole_gain >= best and whole_gain > 0 else chosen
 
 
 def rescaled(weight: Tensor, hessian: Tensor, target: Tensor) -> Tensor:
