@@ -33,8 +33,8 @@ from fxprune.calibration.observers import observer_of, observers_off
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.calibration.reading import Slot, Source, read_into
 from fxprune.calibration.sampling import BatchPlace, PatchSample, sample_patches
-from fxprune.calibration.targets import cross_statistics, relu_aware_statistics
-from fxprune.consumers import consumers
+from fxprune.calibration.targets import cross_statistics, outputs_of_both, relu_aware_statistics
+from fxprune.consumers import consumers, puts_out
 from fxprune.errors import GraphError
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import arguments_of, device_of, input_of, module_of
@@ -44,7 +44,7 @@ from fxprune.layers.shared import keeps_own_target, weight_calls
 from fxprune.layers.solve import SolvedLayer
 from fxprune.operations import any_reads_strides
 from fxprune.options import Options
-from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics, Pool
+from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics, Moments, Pool
 
 Visit = Callable[[BatchPlace, BatchValues], None]  # Of a batch's place in the set, and the values at the cut.
 ERROR_SHARE = 0.25  # Of the patches, where no image is held out: still thousands. Of held-out images all are taken.
@@ -78,12 +78,14 @@ class StreamedLayer:
         node: its call.
         geometry: how it reads its input.
         cross: cross moment of its target with its input; None where the target is its own output.
+        check: the moments of some of the images by themselves; None where there are patches in plenty, or no cross moment.
     """
 
     def __init__(self, stream: CalibrationStream, node: Node, geometry: LayerGeometry) -> None:
         self.node = node
         self.geometry = geometry
         self.cross: CrossStatistics | None = None
+        self.check: Moments | None = None
         self.is_replaced = False
         self._stream = stream
 
@@ -109,6 +111,21 @@ class StreamedLayer:
 
         return gather
 
+    @property
+    def logits(self) -> Callable[[SolvedLayer, bool], tuple[Tensor, Tensor]] | None:
+        """Where its output is the model's, one row (N, classes) an image: what both models put out, else None.
+
+        The function is given parameters, and whether to run on the images of `check` alone.
+        """
+        if self.cross is None or self.geometry.kernel_size or not puts_out(self.node):
+            return None
+
+        def gather(layer: SolvedLayer, check: bool) -> tuple[Tensor, Tensor]:
+            self._check()
+            return outputs_of_both(self._stream, self.node, self.geometry, layer, check=check)
+
+        return gather
+
     def replace(self, layer: SolvedLayer) -> None:
         """Give the layer its new weights: the pruned model runs with them from here on."""
         self._check()
@@ -130,6 +147,7 @@ class CalibrationStream:
         target: what layers regress, as in `Options`.
         observe_dense: let observers see the dense model's values in place of the pruned model's.
         patches, least_images: those that a layer's statistics are taken from, see `sample_patches`.
+        check: whether the moments of every fourth image are kept by themselves, for layers without patches to spare.
         fit: whether statistics are taken at all; if not, only held-out images run, where there are any.
     """
 
@@ -142,6 +160,7 @@ class CalibrationStream:
         observe_dense: bool = False,
         patches: int = 0,
         least_images: int | None = None,
+        check: bool = False,
         fit: bool = True,
     ) -> None:
         self.graph_module = graph_module
@@ -150,6 +169,7 @@ class CalibrationStream:
         self.observe_dense = observe_dense
         self.patches = patches
         self.least_images = least_images
+        self.check = check
         self.stopwatch = calibration.stopwatch
         self.current: StreamedLayer | None = None
         self._calibration = calibration
@@ -184,6 +204,7 @@ class CalibrationStream:
             target=options.target or "weights",
             observe_dense=options.inputs == "dense",
             patches=options.patches or 0,
+            check=bool(options.shrink or options.temperature),
             fit=fit,
         )
 
@@ -232,7 +253,7 @@ class CalibrationStream:
                 fits_another = self.target != "weights" and not keeps_own_target(self.calls, node, geometry)
                 if gather(node) and self._fit and fits_another:
                     skip = self.target in ("skip", "relu_aware")
-                    layer.cross = cross_statistics(self, node, layer.geometry, skip=skip)
+                    layer.cross, layer.check = cross_statistics(self, node, layer.geometry, skip=skip)
                 else:
                     self.advance(node)
                 yield layer

@@ -121,7 +121,7 @@ def _of_layer(
         if solution is not None and errors[i] > 0:
             module.weight.data = laid_out_like(original, geometry.to_weight(solution))
             if options.bias_correction:
-                shift = mean_product(geometry, weight - solution, inputs).flatten().to(original)
+                shift = mean_product(geometry, weight - solution, inputs.mean).flatten().to(original)
                 for reader in readers:
                     reader.bias = nn.Parameter(shift if bias is None else bias + shift)
             change = OutputError(channel_dim=1)

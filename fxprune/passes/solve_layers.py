@@ -181,7 +181,15 @@ class SolveLayers(CalibratedPass):
         try:
             with stream.stopwatch.measure("solve"):
                 return solve_layer(
-                    module, layer.geometry, decided.chain, self.method, inputs, layer.cross, layer.relu_aware
+                    module,
+                    layer.geometry,
+                    decided.chain,
+                    self.method,
+                    inputs,
+                    layer.cross,
+                    layer.relu_aware,
+                    layer.check,
+                    layer.logits,
                 )
         except FxPruneError as error:
             raise SolverError(f"layer {layer.node.target!r}: {error}") from error
@@ -214,6 +222,8 @@ class SolveLayers(CalibratedPass):
             reason=reason,
             sparsity=sum(zeros(part.weight) * part.weight.numel() for part in parts) / numel,
             damping=layer.damping,
+            correction=layer.correction,
+            logit_scale=layer.logit_scale,
             dead_inputs=layer.dead_inputs,
             seconds=layer.seconds,
             rank=rank.choice.rank if rank is not None and rank.choice is not None and factored else 0,
