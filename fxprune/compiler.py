@@ -25,6 +25,7 @@ from fxprune.passes import (
     Pass,
     PermuteChannels,
     Polish,
+    RemoveChannels,
     RemoveInplace,
     RemoveObservers,
     SolveLayers,
@@ -125,6 +126,8 @@ def solving_passes(recipe: Recipe, method: Method, *, exclude: Sequence[str] = (
     passes: list[Pass] = [CheckHooks(), CheckImages(), RemoveInplace()]
     if options.fold_batchnorm:
         passes.append(FoldBatchNorm(exclude=exclude))
+    if recipe.removes_channels:
+        passes.append(RemoveChannels(recipe, method, exclude=exclude))
     if options.permute:
         passes.append(PermuteChannels(recipe, exclude=exclude, damping=options.damping, seed=options.seed))
     if options.polish:

@@ -25,7 +25,7 @@ COLUMNS = (
     Column("rel. error", right=True, leaves=4),
     Column("s", right=True, leaves=1),
 )
-STATUS_STYLE = {"pruned": "green", "factored": "green", "reconstructed": "cyan", "kept": "yellow"}
+STATUS_STYLE = {"pruned": "green", "factored": "green", "narrowed": "green", "reconstructed": "cyan", "kept": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class LayerReport:
         op: module class, such as "Conv2d".
         shape: weight shape (R, C/G, *kernel); () if it is computed on the way.
         pattern: the pattern that the weight now satisfies, or "" if it was not pruned.
-        status: "pruned", "factored" (replaced by two layers), "reconstructed" (dense, re-fitted to the dense model's
-            output) or "kept" (as it was).
+        status: "pruned", "factored" (replaced by two layers), "narrowed" (dense, with fewer channels), "reconstructed" (dense,
+            re-fitted to the dense model's output) or "kept" (as it was).
         reason: why the layer was not pruned, or how it was factored; of a pruned layer, what is unusual about it, or "".
         sparsity: share of zeros in the weight.
         relative_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on the held-out images, or None if not measured; without
@@ -48,7 +48,8 @@ class LayerReport:
         seconds: time spent in the solver.
         verdict: deployment verdict, in a word or two.
         rank: of a factored layer; 0 for any other.
-        macs: of a factored layer for one sample, (before, after).
+        macs: of a factored or narrowed layer for one sample, (before, after).
+        channels: of a narrowed layer, (input channels before, after, output channels before, after).
     """
 
     name: str
@@ -65,6 +66,7 @@ class LayerReport:
     verdict: str = ""
     rank: int = 0
     macs: tuple[int, ...] = ()
+    channels: tuple[int, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -91,7 +93,8 @@ class PruneReport:
         agreement: share of the held-out samples on which dense and pruned outputs have the same top class; None without such
             samples, or if the model's output is not a single (N, classes) tensor.
         kl: mean KL(dense || pruned) of the softmax outputs there, in nats, or None likewise.
-        macs: of all Conv and Linear modules for one sample, (before, after), where layers were factored.
+        macs: of all Conv and Linear modules for one sample, (before, after), where layers were factored or narrowed.
+        parameters: of the whole model, (before, after), where layers were narrowed.
         warnings: what is wrong with the images, in sentences.
         notes: what has happened to the model since, such as zeros that were filled in.
     """
@@ -108,6 +111,7 @@ class PruneReport:
     agreement: float | None = None
     kl: float | None = None
     macs: tuple[int, ...] = ()
+    parameters: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -140,12 +144,15 @@ class PruneReport:
     @property
     def summary(self) -> str:
         """The run in a line or two."""
-        done = sum(layer.status in ("pruned", "factored") for layer in self.layers)
+        done = sum(layer.status in ("pruned", "factored", "narrowed") for layer in self.layers)
         if self.macs:
             before, after = self.macs
             pruned = any(layer.status == "pruned" for layer in self.layers)
-            what = f"{'compressed' if pruned else 'factored'} ({self.pattern}) with {self.method}; "
+            done_to = {layer.status for layer in self.layers} & {"pruned", "factored", "narrowed"}
+            what = f"{next(iter(done_to)) if len(done_to) == 1 and not pruned else 'compressed'} ({self.pattern}) with {self.method}; "
             what += f"{before / 1e6:.1f} M MACs a sample became {after / 1e6:.1f} M ({before / max(after, 1):.2f} times fewer)"
+            if self.parameters:
+                what += f", {self.parameters[0] / 1e6:.2f} M parameters {self.parameters[1] / 1e6:.2f} M"
             what += f"; {self.sparsity:.1%} of all weights are zero" if pruned else ""
         else:
             recipe = f"by the recipe {self.pattern}" if ": " in self.pattern else f"to {self.pattern}"
@@ -213,6 +220,10 @@ def _finite(value: Any) -> Any:
 def _note(layer: LayerReport, without: str) -> str:
     """Rank, reason, dead inputs and verdict in one sentence, the verdict only if it is not `without`."""
     notes = [layer.reason, "" if layer.verdict == without else layer.verdict]
+    if layer.channels:
+        a, b, c, d = layer.channels
+        sides = [f"{before} to {after} {side}" for before, after, side in ((a, b, "in"), (c, d, "out")) if after < before]
+        notes.insert(0, f"channels {', '.join(sides)}")
     if layer.rank and layer.macs:
         before, after = layer.macs
         notes.insert(0, f"rank {layer.rank}, {after / before:.0%} of its MACs")

@@ -52,7 +52,7 @@ def cross_statistics(stream: CalibrationStream, node: Node, geometry: LayerGeome
     def visit(place: BatchPlace, values: BatchValues) -> None:
         x = stream.observed(values, source)
         sample = stream.sample(geometry, x, place)
-        y = _compensated(values, node, skips, sample)
+        y = _compensated(stream, values, node, skips, sample)
         pool.put(sample.geometry, geometry.batched(sample.input(x)), geometry.batched(y))
 
     with observer.paused() as observes:
@@ -95,11 +95,11 @@ def relu_aware_statistics(
     def visit(place: BatchPlace, values: BatchValues) -> None:
         x = stream.observed(values, source)
         sample = stream.sample(geometry, x, place, share=RELU_AWARE_SHARE)
-        output = dense = sample.output(values.dense(node))
+        output = dense = sample.output(stream.wanted(values, node))
         added: list[Tensor] = []
         for operand in reached.added:
             if isinstance(operand, Node):
-                dense = dense + sample.output(values.dense(operand))
+                dense = dense + sample.output(stream.wanted(values, operand))
                 added.append(sample.output(values.pruned(operand)))
             else:
                 dense = dense + operand
@@ -114,12 +114,14 @@ def relu_aware_statistics(
     return cross.plus(change)
 
 
-def _compensated(values: BatchValues, node: Node, skips: Iterable[Node], sample: PatchSample) -> Tensor:
+def _compensated(
+    stream: CalibrationStream, values: BatchValues, node: Node, skips: Iterable[Node], sample: PatchSample
+) -> Tensor:
     """The dense output of a layer, plus the errors of the values that will be added to it."""
-    output: Tensor = values.dense(node)
+    output: Tensor = stream.wanted(values, node)
     y = sample.output(output)
     for skip in skips:
-        dense, pruned = values.dense(skip), values.pruned(skip)
+        dense, pruned = stream.wanted(values, skip), values.pruned(skip)
         if dense is not pruned and dense.shape == output.shape:
             y = y + (sample.output(dense) - sample.output(pruned))
     return y

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from fxprune.annotations import annotate, annotation
+from fxprune.calibration.dense_twin import Kept
 from fxprune.channels.layout import Channels, Classes, Layout, new_places
 from fxprune.geometry import laid_out_like
 from fxprune.graph import input_of, module_of
@@ -23,13 +24,16 @@ def channel_order(node: Node) -> tuple[Tensor | None, Tensor | None]:
 
 
 @torch.no_grad()
-def permute_channels(graph_module: GraphModule, channels: Channels, source: Classes) -> None:
+def permute_channels(graph_module: GraphModule, channels: Channels, source: Classes) -> dict[str, Kept]:
     """Put the channels of class `source[c]` in the place of those of class c, everywhere at once, in place.
 
     Args:
         graph_module: the graph that was analysed.
         channels: its analysis.
         source: (count,) a permutation of all classes that moves classes only within their atoms.
+
+    Returns:
+        By name of the node, where the channels of its value come from, where they have moved.
     """
     for node, layout in channels.layouts.items():
         module, operation = module_of(node), operation_of(node)
@@ -45,6 +49,10 @@ def permute_channels(graph_module: GraphModule, channels: Channels, source: Clas
             _permute_matrix(module, inputs, outputs)
         before = channel_order(node)
         annotate(node, order=(_after(before[0], inputs), _after(before[1], outputs)))
+    places = {node: _places(layout, source) for node, layout in channels.layouts.items()}
+    return {
+        node.name: Kept(channels.layouts[node].dim, torch.from_numpy(of)) for node, of in places.items() if of is not None
+    }
 
 
 def _after(before: Tensor | None, places: Classes | None) -> Tensor | None:

@@ -14,6 +14,7 @@ from fxprune.passes.insert_observers import InsertObservers
 from fxprune.passes.permute_channels import PermuteChannels
 from fxprune.passes.polish import KeepDense, Polish
 from fxprune.passes.reestimate_batchnorm import ReestimateBatchNorm
+from fxprune.passes.remove_channels import RemoveChannels
 from fxprune.passes.remove_inplace import RemoveInplace
 from fxprune.passes.remove_observers import RemoveObservers
 from fxprune.passes.solve_layers import SolveLayers
@@ -34,6 +35,7 @@ __all__ = [
     "PermuteChannels",
     "Polish",
     "ReestimateBatchNorm",
+    "RemoveChannels",
     "RemoveInplace",
     "RemoveObservers",
     "SolveLayers",

@@ -79,7 +79,7 @@ class InsertObservers(Pass):
                 continue
             decided = self._decide(graph_module, node, calls)
             annotate(node, role=decided.role, reason=decided.reason, geometry=decided.geometry, chain=decided.chain)
-            if decided.reason and decided.role != "repeat":
+            if decided.reason and decided.role in ("reconstruct", "keep"):
                 self.record(graph_module, "kept", node, reason=decided.reason)
             if decided.geometry is not None and decided.role == "repeat":
                 source = input_of(node)
@@ -112,7 +112,9 @@ class InsertObservers(Pass):
         assert module is not None
         geometry = LayerGeometry.of(module)
         wanted = self.recipe.chain(str(node.target))
-        chain, declined = keep_possible(wanted or (), geometry, len(together))
+        narrowing = annotation(node).narrowing
+        of_layer = [constraint for constraint in wanted or () if not constraint.is_of_graph]
+        chain, declined = keep_possible(of_layer, geometry, len(together))
         whole = geometry.columns <= self.max_columns or not self.observe
         if chain and not whole:
             multiple = math.lcm(*(_group(constraint) for constraint in chain))
@@ -125,6 +127,10 @@ class InsertObservers(Pass):
             chain, declined = keep_possible(chain, geometry, len(together))
         if chain:
             return Annotation("compress", "", geometry, chain)
+        if narrowing is not None and narrowing.lost_inputs and whole:
+            return Annotation("compress", declined, geometry)
+        if narrowing is not None and not declined and len(of_layer) < len(wanted or ()):
+            declined = narrowing.reason or "its input channels are worth their MACs"
         if not declined:
             declined = "dense in the recipe" if wanted is not None else "named by no entry of the recipe"
         # A layer of several calls, or of blocks, has its own output for a target: its weights are the best fit.

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.annotations import Annotation, annotate, annotate_graph, annotation, report_of
+from fxprune.annotations import (
+    Annotation,
+    Narrowing,
+    annotate,
+    annotate_graph,
+    annotation,
+    graph_annotation,
+    report_of,
+)
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.macs import macs_per_sample
 from fxprune.calibration.stream import CalibrationStream, Outcome, StreamedLayer
@@ -67,11 +75,12 @@ class SolveLayers(CalibratedPass):
             return PassResult(graph_module, False)
         if roles:
             self._require_something(roles)
+        removal = graph_annotation(graph_module).removal
         before = _macs(graph_module, calibration) if _has_ranks(roles) else 0
         with torch.no_grad(), full_precision():
             found, outcome = self._solve_all(graph_module, roles, calibration)
         for node, decided in roles.items():
-            annotate(node, report=found.get(node) or kept_layer(node, decided.reason))
+            annotate(node, report=_with_channels(found.get(node) or kept_layer(node, decided.reason), decided.narrowing))
         for node in roles:
             if isinstance(module_of(node), nn.Sequential):
                 self._split(graph_module, node)
@@ -92,7 +101,8 @@ class SolveLayers(CalibratedPass):
             peak_memory=outcome.peak_bytes,
             agreement=outcome.agreement,
             kl=outcome.kl,
-            macs=(before, _macs(graph_module, calibration)) if before else (),
+            macs=(removal.macs[0] if removal else before, _macs(graph_module, calibration)) if before or removal else (),
+            parameters=(removal.parameters[0], _parameters(graph_module)) if removal else (),
         )
         annotate_graph(graph_module, report=report)
         return PassResult(graph_module, any(layer.status != "kept" for layer in layers))
@@ -126,7 +136,7 @@ class SolveLayers(CalibratedPass):
 
     def _tell_of_little(self, graph_module: GraphModule, rows: Sequence[LayerReport], calibration: Calibration) -> None:
         """Warn if less than half of the weights were compressed, though the recipe is one for all layers."""
-        done = any(row.status in ("pruned", "factored") for row in rows)
+        done = any(row.status in ("pruned", "factored", "narrowed") for row in rows)
         if self.recipe.is_uniform and (done or any(annotation(node).changed for node in graph_module.graph.nodes)):
             if message := little(graph_module, rows, str(self.recipe)):
                 calibration.warn(message)
@@ -139,7 +149,8 @@ class SolveLayers(CalibratedPass):
         to_solve = [n for n, a in roles.items() if a.role in ("compress", "reconstruct") and n not in exact]
         checkpoint = LayerCheckpoint.open(calibration.checkpoint_dir, graph_module, self.method)
         fit = self.method.needs_statistics
-        stream = CalibrationStream.of(graph_module, calibration, self.method.options, fit=fit)
+        dense = calibration.dense if graph_annotation(graph_module).removal else None
+        stream = CalibrationStream.of(graph_module, calibration, self.method.options, fit=fit, dense=dense)
         found = {node: self._report(graph_module, node, roles[node], SolvedLayer((_as_it_is(node),))) for node in exact}
         for layer in stream.layers(to_solve, gather=lambda node: not checkpoint.has(str(node.target))):
             name = str(layer.node.target)
@@ -177,7 +188,7 @@ class SolveLayers(CalibratedPass):
         rank = next((c for c in decided.chain if isinstance(c, Rank)), None)
         pattern = next((part.pattern for part in parts if part.pattern), "")
         factored = len(parts) > 1
-        status = "factored" if factored else "pruned" if decided.role == "compress" else "reconstructed"
+        status = "factored" if factored else "pruned" if decided.chain else "reconstructed"
         calls, geometry = len(weight_calls(graph_module)[node]), parts[0].geometry
         unusual = [f"one weight at {calls} places"] if calls > 1 else []
         if geometry.blocks > 1:
@@ -185,7 +196,7 @@ class SolveLayers(CalibratedPass):
         reason = "; ".join([decided.reason, *unusual] if decided.reason else unusual)
         if rank is not None and rank.choice is not None and factored:
             reason = f"{rank.choice.split} split"
-        else:
+        elif decided.chain or decided.narrowing is None or not decided.narrowing.lost_any:
             self.record(graph_module, status, node, reason=reason)
         numel = sum(part.weight.numel() for part in parts)
         return LayerReport(
@@ -261,6 +272,17 @@ def unaffected(graph_module: GraphModule, roles: Mapping[Node, Annotation]) -> l
     return found
 
 
+def _with_channels(row: LayerReport, narrowing: Narrowing | None) -> LayerReport:
+    """A layer's row with what the removal of channels has done to it."""
+    if narrowing is None or not narrowing.lost_any:
+        return row
+    status = "narrowed" if row.status in ("reconstructed", "kept") else row.status
+    after = row.macs[1] if row.macs else narrowing.macs[1]
+    return replace(
+        row, status=status, channels=(*narrowing.inputs, *narrowing.outputs), macs=(narrowing.macs[0], after)
+    )
+
+
 def _as_it_is(node: Node) -> SolvedPart:
     module = layer_of(node)
     bias: Tensor | None = module.bias
@@ -269,6 +291,10 @@ def _as_it_is(node: Node) -> SolvedPart:
 
 def _has_ranks(roles: Mapping[Node, Annotation]) -> bool:
     return any(isinstance(constraint, Rank) for decided in roles.values() for constraint in decided.chain)
+
+
+def _parameters(graph_module: GraphModule) -> int:
+    return sum(parameter.numel() for parameter in graph_module.parameters())
 
 
 def _macs(graph_module: GraphModule, calibration: Calibration) -> int:
