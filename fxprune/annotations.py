@@ -69,6 +69,10 @@ class Narrowing:
     macs: tuple[int, int]
     reason: str = ""
 
+    def __str__(self) -> str:
+        sides = ((*self.inputs, "in"), (*self.outputs, "out"))
+        return f"channels {', '.join(f'{a} to {b} {side}' for a, b, side in sides if b < a)}" if self.lost_any else ""
+
     @property
     def lost_inputs(self) -> bool:
         """Whether it reads fewer channels."""

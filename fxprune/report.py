@@ -39,7 +39,8 @@ class LayerReport:
         pattern: the pattern that the weight now satisfies, or "" if it was not pruned.
         status: "pruned", "factored" (replaced by two layers), "narrowed" (dense, with fewer channels), "reconstructed" (dense,
             re-fitted to the dense model's output) or "kept" (as it was).
-        reason: why the layer was not pruned, or how it was factored; of a pruned layer, what is unusual about it, or "".
+        reason: why the layer was not pruned, or how it was factored or narrowed; of a pruned layer, what is unusual about it,
+            or "".
         sparsity: share of zeros in the weight.
         relative_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on the held-out images, or None if not measured; without
             such images on those that were fitted, a quarter of the patches whose statistics were taken.
@@ -67,6 +68,11 @@ class LayerReport:
     rank: int = 0
     macs: tuple[int, ...] = ()
     channels: tuple[int, ...] = ()
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether it was pruned, factored or narrowed."""
+        return self.status in ("pruned", "factored", "narrowed")
 
     @property
     def weights(self) -> int:
@@ -144,12 +150,12 @@ class PruneReport:
     @property
     def summary(self) -> str:
         """The run in a line or two."""
-        done = sum(layer.status in ("pruned", "factored", "narrowed") for layer in self.layers)
+        done = sum(layer.is_compressed for layer in self.layers)
         if self.macs:
             before, after = self.macs
             pruned = any(layer.status == "pruned" for layer in self.layers)
-            done_to = {layer.status for layer in self.layers} & {"pruned", "factored", "narrowed"}
-            what = f"{next(iter(done_to)) if len(done_to) == 1 and not pruned else 'compressed'} ({self.pattern}) with {self.method}; "
+            kinds = {layer.status for layer in self.layers if layer.is_compressed}
+            what = f"{kinds.pop() if len(kinds) == 1 and not pruned else 'compressed'} ({self.pattern}) with {self.method}; "
             what += f"{before / 1e6:.1f} M MACs a sample became {after / 1e6:.1f} M ({before / max(after, 1):.2f} times fewer)"
             if self.parameters:
                 what += f", {self.parameters[0] / 1e6:.2f} M parameters {self.parameters[1] / 1e6:.2f} M"
@@ -220,10 +226,6 @@ def _finite(value: Any) -> Any:
 def _note(layer: LayerReport, without: str) -> str:
     """Rank, reason, dead inputs and verdict in one sentence, the verdict only if it is not `without`."""
     notes = [layer.reason, "" if layer.verdict == without else layer.verdict]
-    if layer.channels:
-        a, b, c, d = layer.channels
-        sides = [f"{before} to {after} {side}" for before, after, side in ((a, b, "in"), (c, d, "out")) if after < before]
-        notes.insert(0, f"channels {', '.join(sides)}")
     if layer.rank and layer.macs:
         before, after = layer.macs
         notes.insert(0, f"rank {layer.rank}, {after / before:.0%} of its MACs")

@@ -1,7 +1,7 @@
 """The dense model beside one that has fewer channels: which node is which, and which of its channels are left.
 
-Where a pass has removed channels, the dense and the pruned model cannot run on the same modules. The dense one is then a copy of
-the graph from before the removal, and what is compared with the pruned model's values are those of its channels that are left.
+Where a pass has removed channels, the dense and the pruned model cannot run on the same modules. The dense one is then a copy
+of the graph from before that, and what is compared with the pruned model's values are those of its channels that are left.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class DenseTwin:
         return kept.of(value) if kept is not None and isinstance(value, Tensor) else value
 
     def calls(self, nodes: Iterable[Node]) -> dict[Node, TwinCall]:
-        """For nodes of the other graph, in order, what runs in their place in this one; not for those that were put in later."""
+        """For nodes of the other graph, in order, what runs in their place in this one; not for those put in later."""
         own = {node.name: node for node in self.graph_module.graph.nodes}
         found = {}
         for node in nodes:

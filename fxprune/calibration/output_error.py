@@ -84,7 +84,6 @@ class OutputError:
             return float(self.squared_error > ROUNDING * energy)
         return self.squared_error / variance
 
-
     @property
     def variance(self) -> float:
         """Of the dense values at one position, summed over the channels; 0 if nothing was added."""

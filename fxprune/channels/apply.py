@@ -51,7 +51,9 @@ def permute_channels(graph_module: GraphModule, channels: Channels, source: Clas
         annotate(node, order=(_after(before[0], inputs), _after(before[1], outputs)))
     places = {node: _places(layout, source) for node, layout in channels.layouts.items()}
     return {
-        node.name: Kept(channels.layouts[node].dim, torch.from_numpy(of)) for node, of in places.items() if of is not None
+        node.name: Kept(channels.layouts[node].dim, torch.from_numpy(of))
+        for node, of in places.items()
+        if of is not None
     }
 
 

@@ -123,6 +123,9 @@ class Relations:
                 needed.setdefault(c, reason)
         renamed = {node: Layout(layout.dim, names[layout.classes]) for node, layout in layouts.items()}
         tensors = [layout.classes for layout in renamed.values()]
+        in_tensors = _occurrences(
+            tensors
+        )  # Groups of a convolution, which channels must not leave, are alike as a whole.
         tensors += [names[part] for part in self._parts]
         for before, inner, after in ([names[part] for part in pad] for pad in self._pads):
             # Constants before and after are alike, unless one of them is tied to a channel between: then the second
@@ -131,13 +134,12 @@ class Relations:
             apart = np.intersect1d(constants, inner).size > 0
             tensors += [before, after] if apart else [constants]
             tensors.append(inner)
-        occurrences = _occurrences(tensors)
-        atoms = tuple(_atoms(occurrences, reasons))
-        units = self._units(names, list(occurrences), needed | reasons)
-        return Channels(renamed, atoms, reasons, self._count, needed, units, tuple(_alike(units, occurrences)))
+        atoms = tuple(_atoms(_occurrences(tensors), reasons))
+        units = self._units(names, list(in_tensors), needed | reasons)
+        return Channels(renamed, atoms, reasons, self._count, needed, units, tuple(_alike(units, in_tensors)))
 
     def _units(self, names: Classes, classes: list[int], needed: dict[int, str]) -> tuple[Classes, ...]:
-        """The sets of classes that can go; one that is tied to a class that is needed is needed too, for that class's reason."""
+        """The sets of classes that can go. What goes only with a class that is needed is needed too, for that reason."""
         tied = [(np.full(len(of) - 1, of[0]), of[1:]) for of in (names[together] for together in self._together)]
         unit_of = _components(self._count, tied)
         members: dict[int, list[int]] = {}

@@ -58,7 +58,7 @@ def remove_channels(
                 _narrow_vectors(module, outputs)
             before = channel_order(node)
             annotate(node, order=tuple(_after(old, new) for old, new in zip(before, (inputs, outputs), strict=True)))
-        elif sources:
+        elif node in kept or sources:  # Padding puts channels around others that may all be left.
             _rewrite(node, kind, channels, shapes, kept, is_gone)
     return {node.name: places for node, places in kept.items()}
 
@@ -69,7 +69,7 @@ def _after(before: Tensor | None, kept: Kept | None) -> Tensor | None:
     return kept.places if before is None else before[kept.places]
 
 
-def _narrow_matrix(module: nn.Module, inputs: Kept | None, outputs: Kept | None) -> None:
+def _narrow_matrix(module: Any, inputs: Kept | None, outputs: Kept | None) -> None:
     transposed = isinstance(module, TRANSPOSED_CONVOLUTIONS)
     weight, groups = module.weight, int(getattr(module, "groups", 1))
     assert isinstance(weight, nn.Parameter)

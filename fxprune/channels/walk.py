@@ -97,7 +97,7 @@ def _reason_to_fix(
 
 
 def _need_what_is_counted(context: Context, node: Node) -> None:
-    """Channels whose number the model computes with cannot go; a reshape alone may read it, as in `x.view(x.size(0), x.size(1), -1)`.
+    """Channels whose number the model computes with cannot go; only a reshape may read it, as `x.view(n, x.size(1), -1)` does.
 
     `x.shape[-2:]` says nothing of the channels, and may go anywhere.
     """
@@ -106,7 +106,11 @@ def _need_what_is_counted(context: Context, node: Node) -> None:
         return
     for source in context.tensors(node):
         layout, shape = context.values[source], context.shapes[source]
-        if not isinstance(layout, Layout) or not isinstance(shape, Size) or not _reads_dim(node, layout.dim, len(shape)):
+        if (
+            not isinstance(layout, Layout)
+            or not isinstance(shape, Size)
+            or not _reads_dim(node, layout.dim, len(shape))
+        ):
             continue
         for user in _computed_from(context, node, layout.dim, len(shape)):
             reached = operation_of(user)
@@ -118,7 +122,14 @@ def _reads_dim(node: Node, dim: int, dims: int) -> bool:
     """Whether a node that asks something of a tensor of so many dimensions may learn the size of one of them."""
     if called_name(node) in ("dim", "ndimension", "is_floating_point", "get_device", "element_size"):
         return False
-    if called_name(node) == "getattr" and node.args[1] in ("ndim", "dtype", "device", "layout", "is_cuda", "requires_grad"):
+    if called_name(node) == "getattr" and node.args[1] in (
+        "ndim",
+        "dtype",
+        "device",
+        "layout",
+        "is_cuda",
+        "requires_grad",
+    ):
         return False
     asked: Any = Argument(1, "dim").of(node) if called_name(node) == "size" else None
     if called_name(node) == "len":

@@ -1,7 +1,7 @@
 """Channels: "channels:0.6". Fewer input channels, jointly for all layers that read them; leaves the columns of the others free.
 
-Which channels go is decided over the whole graph before any layer is solved (`fxprune/passes/remove_channels.py:RemoveChannels`):
-layers that share channels cannot decide one after another. What is left for a layer to solve is a smaller layer.
+Which channels go is decided over the whole graph before any layer is solved, since layers that share channels cannot decide one
+after another (`fxprune/passes/remove_channels.py:RemoveChannels`). What is left for a layer to solve is a smaller layer.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ def _reason(node: GraphNode) -> str:
     """Why a layer was not pruned; how it was factored."""
     if not node.reason or node.status == "pruned":
         return ""
-    return node.reason if node.status == "factored" else f"{NOT_PRUNED}{node.reason}"
+    return node.reason if node.status in ("factored", "narrowed") else f"{NOT_PRUNED}{node.reason}"
 
 
 def _change_of_composed(node: GraphNode, norm: GraphNode | None, heirs: list[GraphNode]) -> float | None:

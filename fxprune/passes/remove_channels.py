@@ -18,7 +18,15 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.annotations import Narrowing, Removal, annotate, annotate_graph, annotation, changed_modules, graph_annotation
+from fxprune.annotations import (
+    Narrowing,
+    Removal,
+    annotate,
+    annotate_graph,
+    annotation,
+    changed_modules,
+    graph_annotation,
+)
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.dense_twin import DenseTwin
 from fxprune.calibration.macs import macs_per_sample
@@ -30,7 +38,7 @@ from fxprune.channels.remove import remove_channels
 from fxprune.constraints.channels import Channels
 from fxprune.errors import GraphError, OptionsError
 from fxprune.geometry import LayerGeometry, is_matrix_layer, laid_out_like
-from fxprune.graph import input_of, module_of
+from fxprune.graph import module_of
 from fxprune.layers.problem import layer_of
 from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
@@ -120,8 +128,7 @@ class RemoveChannels(CalibratedPass):
 
     def _tell(self, graph_module: GraphModule, node: Node, change: Narrowing) -> None:
         if change.lost_any:
-            (a, b), (c, d) = change.inputs, change.outputs
-            self.record(graph_module, "narrowed", node, reason=f"{a} to {b} input channels, {c} to {d} output channels")
+            self.record(graph_module, "narrowed", node, reason=str(change))
         else:
             self.record(graph_module, "kept", node, reason=change.reason or "its channels are worth their MACs")
 
@@ -160,7 +167,11 @@ class RemoveChannels(CalibratedPass):
         channels = analyse_channels(graph_module, example.shapes, exclude=fixed)
 
         def allowed(node: Node) -> str:
-            return "" if self._asked_of(node) == constraint else f"the recipe does not ask {str(node.target)!r} for {constraint}"
+            return (
+                ""
+                if self._asked_of(node) == constraint
+                else f"the recipe does not ask {str(node.target)!r} for {constraint}"
+            )
 
         widths, reasons = find_widths(channels, allowed)
         return _Found(channels, widths, reasons, layer_sizes(channels, widths, example), example)

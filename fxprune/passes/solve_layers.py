@@ -80,7 +80,9 @@ class SolveLayers(CalibratedPass):
         with torch.no_grad(), full_precision():
             found, outcome = self._solve_all(graph_module, roles, calibration)
         for node, decided in roles.items():
-            annotate(node, report=_with_channels(found.get(node) or kept_layer(node, decided.reason), decided.narrowing))
+            annotate(
+                node, report=_with_channels(found.get(node) or kept_layer(node, decided.reason), decided.narrowing)
+            )
         for node in roles:
             if isinstance(module_of(node), nn.Sequential):
                 self._split(graph_module, node)
@@ -101,7 +103,9 @@ class SolveLayers(CalibratedPass):
             peak_memory=outcome.peak_bytes,
             agreement=outcome.agreement,
             kl=outcome.kl,
-            macs=(removal.macs[0] if removal else before, _macs(graph_module, calibration)) if before or removal else (),
+            macs=(removal.macs[0] if removal else before, _macs(graph_module, calibration))
+            if before or removal
+            else (),
             parameters=(removal.parameters[0], _parameters(graph_module)) if removal else (),
         )
         annotate_graph(graph_module, report=report)
@@ -136,8 +140,13 @@ class SolveLayers(CalibratedPass):
 
     def _tell_of_little(self, graph_module: GraphModule, rows: Sequence[LayerReport], calibration: Calibration) -> None:
         """Warn if less than half of the weights were compressed, though the recipe is one for all layers."""
-        done = any(row.status in ("pruned", "factored", "narrowed") for row in rows)
-        if self.recipe.is_uniform and (done or any(annotation(node).changed for node in graph_module.graph.nodes)):
+        done = any(row.is_compressed for row in rows)
+        within_budget = all(constraint.is_of_graph for _, chain in self.recipe.entries for constraint in chain)
+        if (
+            self.recipe.is_uniform
+            and not (done and within_budget)
+            and (done or any(annotation(node).changed for node in graph_module.graph.nodes))
+        ):
             if message := little(graph_module, rows, str(self.recipe)):
                 calibration.warn(message)
 
@@ -279,7 +288,11 @@ def _with_channels(row: LayerReport, narrowing: Narrowing | None) -> LayerReport
     status = "narrowed" if row.status in ("reconstructed", "kept") else row.status
     after = row.macs[1] if row.macs else narrowing.macs[1]
     return replace(
-        row, status=status, channels=(*narrowing.inputs, *narrowing.outputs), macs=(narrowing.macs[0], after)
+        row,
+        status=status,
+        reason="; ".join(filter(None, (str(narrowing), row.reason))),
+        channels=(*narrowing.inputs, *narrowing.outputs),
+        macs=(narrowing.macs[0], after),
     )
 
 

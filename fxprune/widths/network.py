@@ -82,8 +82,8 @@ def find_widths(channels: Channels, allowed: Callable[[Node], str]) -> tuple[lis
         channels can go, why not.
     """
     unit_of = np.full(channels.count, -1)
-    for number, unit in enumerate(channels.units):
-        unit_of[unit] = number
+    for number, classes in enumerate(channels.units):
+        unit_of[classes] = number
     readers: dict[int, list[Node]] = {}
     writers: dict[int, list[Node]] = {}
     reasons: dict[Node, str] = {}

@@ -118,7 +118,7 @@ def survey(
         probe = probe_of(graph_module, calibration)
         of_readers = {nodes[reader.name] for width in widths for reader in width.readers}
         variances, dense = _variances(graph_module, of_readers, probe)
-        found = []
+        found: list[SurveyedWidth] = []
         for width in widths:
             calibration.on_layer(f"channels of {width.name}", len(widths) if not found else 0)
             units = len(width.units)
