@@ -21,13 +21,13 @@ FLOORS = (
     ("annotations", "consumers", "geometry", "graph", "operations", "pattern", "report"),
     ("solvers", "statistics"),
     ("calibration", "layers", "options"),
-    ("channels", "constraints", "intake", "passes", "ranks", "recipe", "trace_check", "tracing"),
+    ("channels", "constraints", "intake", "passes", "ranks", "recipe", "trace_check", "tracing", "widths"),
     ("compiled", "compiler", "fine_tuning", "rank_reduction", "scanning"),
     ("data", "export", "graph_diff", "models", "saving"),
     ("cli", "experiments", "plots"),
 )
-# A rank by measured speed-up writes the files that it times; imported there, and only then.
-WHERE_NEEDED = {("ranks", "export")}
+# Ranks and widths by measured speed-up write the files that they time; imported there, and only then.
+WHERE_NEEDED = {("ranks", "export"), ("widths", "export")}
 
 
 def imported(source: str, modules: set[str]) -> Iterator[tuple[str, bool]]:

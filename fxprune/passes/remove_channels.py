@@ -27,6 +27,7 @@ from fxprune.annotations import (
     changed_modules,
     graph_annotation,
 )
+from fxprune.calibration.batches import tensors_in
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.dense_twin import DenseTwin
 from fxprune.calibration.macs import macs_per_sample
@@ -47,6 +48,7 @@ from fxprune.recipe import Recipe
 from fxprune.runtime.precision import full_precision
 from fxprune.widths.network import LayerSize, Width, columns_of, find_widths, layer_sizes
 from fxprune.widths.plan import least_macs, within_budget
+from fxprune.widths.speedup import counts_for_speedup, measured_speed
 from fxprune.widths.survey import Readers, SurveyedWidth, by_size, survey
 
 
@@ -154,12 +156,18 @@ class RemoveChannels(CalibratedPass):
                 problems, observed = readers
                 surveyed = survey(observed, found.channels, found.widths, problems, calibration, multiple=multiple)
             curves = [width.curve for width in surveyed]
-            budget = constraint.share * whole
-            if (least := least_macs(curves, sizes)) > budget:
-                raise OptionsError(_out_of_reach(constraint, least, whole, found, multiple))
-            counts = within_budget(curves, sizes, budget)
+            if constraint.speedup:
+                calibration.on_layer("measuring", 0)
+                example = list(tensors_in(calibration.images(graph_module, 1)))
+                speed = measured_speed(graph_module, found.channels, found.example.shapes, found.widths, example)
+                counts, reached = counts_for_speedup(curves, sizes, constraint.speedup, speed)
+            else:
+                budget = constraint.share * whole
+                if (least := least_macs(curves, sizes)) > budget:
+                    raise OptionsError(_out_of_reach(constraint, least, whole, found, multiple))
+                counts, reached = within_budget(curves, sizes, budget), 0.0
             self._remove(graph_module, found, surveyed, counts, readers, calibration)
-        return str(constraint)
+        return f"{constraint}, measured {reached:.2f}" if reached else str(constraint)
 
     def _find(self, graph_module: GraphModule, constraint: Channels, calibration: Calibration) -> _Found:
         example = calibration.example(graph_module)

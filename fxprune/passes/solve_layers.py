@@ -18,6 +18,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.annotations import (
     Annotation,
     Narrowing,
+    Removal,
     annotate,
     annotate_graph,
     annotation,
@@ -95,7 +96,7 @@ class SolveLayers(CalibratedPass):
         report = PruneReport(
             layers=tuple(layers),
             method=self.method.name,
-            pattern=self._asked_for(roles),
+            pattern=self._asked_for(roles, removal),
             images=outcome.source.images,
             images_read=outcome.source.images_read,
             images_held_out=outcome.source.held_out,
@@ -223,15 +224,19 @@ class SolveLayers(CalibratedPass):
             macs=rank.macs if rank is not None and factored else (),
         )
 
-    def _asked_for(self, roles: Mapping[Node, Annotation]) -> str:
-        """The recipe in words; where all layers share one rule for ranks, with what came of it."""
+    def _asked_for(self, roles: Mapping[Node, Annotation], removal: Removal | None) -> str:
+        """The recipe in words; where all layers share one rule for ranks or channels, with what came of it."""
         rules = {
             c.rule.rule for a in roles.values() for c in a.chain if isinstance(c, Rank) and isinstance(c.rule, RankPlan)
         }
-        if not self.recipe.is_uniform or len(rules) != 1:
+        if not self.recipe.is_uniform or not (len(rules) == 1 or removal):
             return str(self.recipe)
-        (rule,) = rules
-        return "+".join(rule if isinstance(c, Rank) else str(c) for c in self.recipe.entries[0][1])
+        rule = next(iter(rules)) if len(rules) == 1 else ""
+        of_graph = removal.rule if removal else ""
+        return "+".join(
+            rule if rule and isinstance(c, Rank) else of_graph if of_graph and c.is_of_graph else str(c)
+            for c in self.recipe.entries[0][1]
+        )
 
     def _split(self, graph_module: GraphModule, node: Node) -> None:
         """Turn the call of an nn.Sequential of two layers into two calls, each with its own row where it is masked."""

@@ -231,3 +231,18 @@ def test_a_second_run_of_the_pass_does_nothing() -> None:
 def test_a_scan_says_that_channels_have_no_price_for_one_layer() -> None:
     with pytest.raises(PatternError, match="decided over the whole network"):
         fxprune.scan(network("Residual"), batches(), ["channels:0.6"], progress=False)
+
+
+def test_a_measured_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock here is the size of the files' weights: the most MACs that are fast enough are found."""
+    from fxprune.export import latency
+
+    def by_size(paths: list[Path], inputs: list[Tensor]) -> list[latency.Latency]:
+        return [latency.Latency(path.stat().st_size, 0, 0, 1) for path in paths]
+
+    monkeypatch.setattr(latency, "measure_latency", by_size)
+    found = compiled(network("Residual"), "channels:speedup=1.3", channel_multiple=1)
+    assert float(found.report.pattern.split("measured ")[1]) >= 1.3
+    assert found.report.macs[1] < found.report.macs[0]
+    with pytest.raises(OptionsError, match="a speed-up of 50 is out of reach"):
+        compiled(network("Residual"), "channels:speedup=50", channel_multiple=1)
