@@ -83,7 +83,7 @@ def sensitivities(
         with dense_statistics(graph_module, calibration, method.options, list(chains)) as statistics:
             with observers_off(graph_module):
                 probe = probe_of(graph_module, calibration)
-                dense = outputs_of(graph_module, probe)
+                dense = _outputs(graph_module, probe)
                 found = {}
                 for number, (node, own) in enumerate(chains.items()):
                     calibration.on_layer(f"scanning {node.target}", len(chains) if number == 0 else 0)
@@ -124,7 +124,7 @@ def _of_layer(
                 for reader in readers:
                     reader.bias = nn.Parameter(shift if bias is None else bias + shift)
             change = OutputError(channel_dim=1)
-            for wanted, output in zip(dense, outputs_of(graph_module, probe), strict=True):
+            for wanted, output in zip(dense, _outputs(graph_module, probe), strict=True):
                 change.update(wanted, output)
             cost_per_error[i] = change.relative / errors[i]
             module.weight.data = original
@@ -159,11 +159,11 @@ def probe_of(graph_module: GraphModule, calibration: Calibration) -> list[Inputs
     return probe
 
 
-def outputs_of(graph_module: GraphModule, probe: list[Inputs], runner: Runner | None = None) -> list[Tensor]:
+def _outputs(graph_module: GraphModule, probe: list[Inputs]) -> list[Tensor]:
     """All floating point tensors, (N, ...) each, that the model puts out for a batch, as one (N, K); for each batch."""
     outputs = []
     for inputs in probe:
-        leaves = tensors_in((runner or Runner(graph_module)).run(*map_tensors(inputs, torch.clone)))
+        leaves = tensors_in(Runner(graph_module).run(*map_tensors(inputs, torch.clone)))
         tensors = [x.flatten(1) for x in leaves if x.is_floating_point() and x.dim()]
         if not tensors:
             raise PatternError(

@@ -43,7 +43,7 @@ from fxprune.graph import module_of
 from fxprune.layers.problem import layer_of
 from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
-from fxprune.passes.insert_observers import InsertObservers
+from fxprune.passes.insert_observers import MAX_COLUMNS, InsertObservers
 from fxprune.recipe import Recipe
 from fxprune.runtime.precision import full_precision
 from fxprune.widths.network import LayerSize, Width, columns_of, find_widths, layer_sizes
@@ -61,6 +61,7 @@ class _Found:
     reasons: dict[Node, str]
     sizes: dict[Node, LayerSize]
     example: Example
+    observed: GraphModule  # A copy with observers.
 
 
 class RemoveChannels(CalibratedPass):
@@ -68,8 +69,8 @@ class RemoveChannels(CalibratedPass):
 
     1. Channels that an add, a concatenation or a product ties go together everywhere: those of residual streams, of
        depthwise convolutions, whole groups of grouped ones (`fxprune.channels`). What is not understood keeps its channels.
-    2. Which go is group OBS on all layers that read them; how many, the least sum of errors, measured at the model's output,
-       within the budget (`fxprune.widths`). Methods that see no images go by the size of the weights.
+    2. Which go is group OBS on all layers that read them; how many, the least sum of errors within the budget
+       (`fxprune.widths`). Methods that see no images go by the size of the weights.
     3. Rows, columns, biases, parameters of channels and numbers in the graph that count channels are cut.
     4. The graph as it was is kept as the dense model for what comes after (`Calibration.dense`).
 
@@ -148,13 +149,12 @@ class RemoveChannels(CalibratedPass):
         reasons.update(found.reasons)
         whole, sizes = sum(macs[node] for node in layers), [found.sizes[node] for node in layers]
         with ExitStack() as stack:
-            readers = self._readers(graph_module, found, calibration, stack)
+            readers = self._readers(found, calibration, stack)
             multiple = self.method.options.channel_multiple
             if readers is None:
                 surveyed = by_size(found.channels, found.widths, multiple=multiple)
             else:
-                problems, observed = readers
-                surveyed = survey(observed, found.channels, found.widths, problems, calibration, multiple=multiple)
+                surveyed = survey(graph_module, found.channels, found.widths, readers, calibration, multiple=multiple)
             curves = [width.curve for width in surveyed]
             if constraint.speedup:
                 calibration.on_layer("measuring", 0)
@@ -173,38 +173,36 @@ class RemoveChannels(CalibratedPass):
         example = calibration.example(graph_module)
         fixed = (*self.exclude, *changed_modules(graph_module))
         channels = analyse_channels(graph_module, example.shapes, exclude=fixed)
+        observed = copy.deepcopy(graph_module)
+        InsertObservers(Recipe.parse("dense"), exclude=fixed, observe=self.method.solver.needs_statistics)(observed)
+        twins = {node.name: node for node in observed.graph.nodes}
 
         def allowed(node: Node) -> str:
+            if self._asked_of(node) != constraint:
+                return f"the recipe does not ask {str(node.target)!r} for {constraint}"
+            columns = LayerGeometry.of(layer_of(node)).columns
+            if annotation(twins[node.name]).geometry is not None:
+                return ""
+            many = columns > MAX_COLUMNS and self.method.solver.needs_statistics
             return (
-                ""
-                if self._asked_of(node) == constraint
-                else f"the recipe does not ask {str(node.target)!r} for {constraint}"
+                f"its {columns:,} columns are too many to choose among" if many else annotation(twins[node.name]).reason
             )
 
         widths, reasons = find_widths(channels, allowed)
-        return _Found(channels, widths, reasons, layer_sizes(channels, widths, example), example)
+        sizes = layer_sizes(channels, widths, example)
+        return _Found(channels, widths, reasons, sizes, example, observed)
 
-    def _readers(
-        self, graph_module: GraphModule, found: _Found, calibration: Calibration, stack: ExitStack
-    ) -> tuple[Readers, GraphModule] | None:
-        """The problems of the layers that read channels, and a copy of the graph with observers; None if no images are seen."""
+    def _readers(self, found: _Found, calibration: Calibration, stack: ExitStack) -> Readers | None:
+        """The problems of the layers that read channels; None if no images are seen."""
         if not self.method.solver.needs_statistics or not found.widths:
             return None
-        observed = copy.deepcopy(graph_module)
-        fixed = (*self.exclude, *changed_modules(graph_module))
-        InsertObservers(Recipe.parse("dense"), exclude=fixed)(observed)
-        twins = {node.name: node for node in observed.graph.nodes}
+        twins = {node.name: node for node in found.observed.graph.nodes}
         wanted = {reader: twins[reader.name] for width in found.widths for reader in width.readers}
-        unseen = [node for node, twin in wanted.items() if annotation(twin).geometry is None]
-        for width in [width for width in found.widths if any(node in unseen for node in width.readers)]:
-            found.widths.remove(width)
-        if unseen:
-            raise GraphError(f"layer {unseen[0].target!r}: {annotation(wanted[unseen[0]]).reason}")
         calibration.on_layer("choosing channels", 0)
         of_twins = stack.enter_context(
-            dense_statistics(observed, calibration, self.method.options, list(dict.fromkeys(wanted.values())))
+            dense_statistics(found.observed, calibration, self.method.options, list(dict.fromkeys(wanted.values())))
         )
-        return Readers({node: of_twins[twin] for node, twin in wanted.items()}, self.method.options), observed
+        return Readers({node: of_twins[twin] for node, twin in wanted.items()}, self.method.options)
 
     def _remove(
         self,
@@ -212,7 +210,7 @@ class RemoveChannels(CalibratedPass):
         found: _Found,
         surveyed: Sequence[SurveyedWidth],
         counts: Sequence[int],
-        readers: tuple[Readers, GraphModule] | None,
+        readers: Readers | None,
         calibration: Calibration,
     ) -> None:
         """Fit the readers without what goes, and cut."""
@@ -228,7 +226,7 @@ class RemoveChannels(CalibratedPass):
         for node, stay in left.items():
             assert readers is not None
             module = layer_of(node)
-            matrix, shift = readers[0].fitted(node, stay.nonzero()[:, 0].to(module.weight.device))
+            matrix, shift = readers.fitted(node, stay.nonzero()[:, 0].to(module.weight.device))
             weight = LayerGeometry.of(module).to_weight(matrix[None]).to(module.weight)
             module.weight.data = laid_out_like(module.weight, weight)
             if shift is not None:

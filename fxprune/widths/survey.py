@@ -1,27 +1,26 @@
 """survey(): in which order the units of each width go, and what the network loses, from one run of the dense model.
 
-The order is that of group OBS (`fxprune/solvers/channel_elimination.py`) on all layers that read the units: each error relative
-to the variance of what that layer's output is added into. What a whole width costs is then measured at the model's output, with
-only this width narrowed and its readers fitted again, at a few points of the curve.
+The order is that of group OBS (`fxprune/solvers/channel_elimination.py`) on all layers that read the units, each error relative
+to the variance of what that layer's output is added into. The errors of k layers come from the same missing channels: they add
+up in step, to k times their sum, and no later layer makes up for them, as it does for what a block has lost inside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxprune.calibration.calibration import Calibration
-from fxprune.calibration.observers import observers_off
 from fxprune.calibration.output_error import OutputError, channel_dim
 from fxprune.channels.layout import Channels
-from fxprune.constraints.sensitivity import outputs_of, probe_of
+from fxprune.constraints.sensitivity import probe_of
 from fxprune.consumers import consumers
-from fxprune.geometry import LayerGeometry, laid_out_like
+from fxprune.geometry import LayerGeometry
 from fxprune.graph import Runner
 from fxprune.layers.problem import layer_of, mean_product
 from fxprune.options import Options
@@ -30,8 +29,6 @@ from fxprune.solvers.problem import LayerProblem
 from fxprune.statistics import InputStatistics
 from fxprune.widths.network import Width, columns_of, rows_of
 from fxprune.widths.plan import Curve
-
-PROBES = (0.25, 0.5, 0.75)  # Shares of a width's units that are gone where the model's output is measured.
 
 
 @dataclass(frozen=True)
@@ -103,38 +100,27 @@ def survey(
     *,
     multiple: int,
 ) -> list[SurveyedWidth]:
-    """Order and price the units of every width; the graph is as it was afterwards.
+    """Order and price the units of every width.
 
     Args:
-        graph_module: with observers in front of the layers.
-        channels: analysis of the graph without observers, whose nodes its layouts and the widths name.
-        widths: of that graph.
-        readers: problems of their readers, by node of that graph.
-        calibration: the output is measured on the first images.
+        graph_module: as it is.
+        channels: its analysis.
+        widths: of the graph.
+        readers: problems of the layers that read them.
+        calibration: variances are measured on the first images.
         multiple: channels stay in multiples of it.
     """
-    nodes = {node.name: node for node in graph_module.graph.nodes}
-    with observers_off(graph_module):
-        probe = probe_of(graph_module, calibration)
-        of_readers = {nodes[reader.name] for width in widths for reader in width.readers}
-        variances, dense = _variances(graph_module, of_readers, probe)
-        found: list[SurveyedWidth] = []
-        for width in widths:
-            calibration.on_layer(f"channels of {width.name}", len(widths) if not found else 0)
-            units = len(width.units)
-            choices = width.choices(multiple)
-            with calibration.stopwatch.measure("solve"):
-                columns = {node: columns_of(channels, width, node) for node in width.readers}
-                read = [
-                    _read(readers, node, of.to(readers.inverse(node).device), variances[node.name])
-                    for node, of in columns.items()
-                ]
-                elimination = eliminate(read, units, least=choices[-1])
-            order = _whole_order(elimination, units)
-            errors = elimination.errors.tolist()
-            scale = _scale(graph_module, readers, columns, order, errors, nodes, probe, dense)
-            costs = tuple(errors[units - left] * scale[units - left] for left in choices)
-            found.append(SurveyedWidth(order, Curve(choices, _rising(costs))))
+    variances = _variances(graph_module, {node for width in widths for node in width.readers}, calibration)
+    found: list[SurveyedWidth] = []
+    for width in widths:
+        calibration.on_layer(f"channels of {width.name}", len(widths) if not found else 0)
+        units, choices = len(width.units), width.choices(multiple)
+        with calibration.stopwatch.measure("solve"):
+            read = [_read(readers, node, columns_of(channels, width, node), variances[node]) for node in width.readers]
+            elimination = eliminate(read, units, least=choices[-1])
+        errors = (max(1, len(read)) * elimination.errors).tolist()
+        curve = Curve(choices, tuple(errors[units - left] for left in choices))
+        found.append(SurveyedWidth(_whole_order(elimination, units), curve))
     return found
 
 
@@ -167,7 +153,7 @@ def _relative(score: Tensor) -> Tensor:
 
 
 def _read(readers: Readers, node: Node, columns: Tensor, variance: float) -> ReadUnits:
-    flat = columns.flatten()
+    flat = columns.flatten().to(readers.inverse(node).device)
     inverse, weight = readers.inverse(node), readers.problem(node).weight
     return ReadUnits(inverse[flat][:, flat], weight[:, flat], 1 / variance)
 
@@ -180,69 +166,21 @@ def _whole_order(elimination: Elimination, units: int) -> Tensor:
     return torch.cat([removed, left.nonzero()[:, 0]])
 
 
-def _scale(
-    graph_module: GraphModule,
-    readers: Readers,
-    columns: Mapping[Node, Tensor],
-    order: Tensor,
-    errors: Sequence[float],
-    nodes: Mapping[str, Node],
-    probe: list[list[object]],
-    dense: list[Tensor],
-) -> list[float]:
-    """What an error of the readers is at the model's output, for each number of units that are gone."""
-    gone = sorted({min(len(errors) - 1, max(1, round(share * len(order)))) for share in PROBES if len(errors) > 1})
-    points, ratios = [], []
-    for number in gone:
-        if errors[number] <= 0:
-            continue
-        originals = []
-        for node, of in columns.items():
-            module = layer_of(nodes[node.name])
-            left = torch.ones(readers.problem(node).weight.shape[1], dtype=torch.bool)
-            left[of[order[:number]].flatten()] = False
-            matrix, shift = readers.fitted(node, left.nonzero()[:, 0].to(module.weight.device))
-            originals.append((module, module.weight.data, module.bias))
-            weight = LayerGeometry.of(module).to_weight(matrix[None])
-            module.weight.data = laid_out_like(module.weight, weight.to(module.weight))
-            if shift is not None:
-                shift = shift.to(module.weight)
-                module.bias = nn.Parameter(shift if module.bias is None else module.bias + shift)
-        change = OutputError(channel_dim=1)
-        for wanted, output in zip(dense, outputs_of(graph_module, probe), strict=True):
-            change.update(wanted, output)
-        for module, data, bias in originals:
-            module.weight.data, module.bias = data, bias
-        points.append(number)
-        ratios.append(change.relative / errors[number])
-    if not points:
-        return [1.0] * len(errors)
-    scale: list[float] = np.interp(np.arange(len(errors)), points, ratios).tolist()
-    return scale
-
-
-def _rising(costs: Sequence[float]) -> tuple[float, ...]:
-    """Costs that never fall as more goes: a measured dip is noise."""
-    return tuple(np.maximum.accumulate(np.asarray(costs, dtype=np.float64)).tolist())
-
-
-def _variances(
-    graph_module: GraphModule, readers: set[Node], probe: list[list[object]]
-) -> tuple[dict[str, float], list[Tensor]]:
-    """By name of each reader the variance of what its output is added into; and the outputs of the dense model."""
+def _variances(graph_module: GraphModule, readers: set[Node], calibration: Calibration) -> dict[Node, float]:
+    """For each reader the variance of what its output is added into, on the first images."""
     watched: dict[Node, OutputError] = {}
-    of_reader: dict[str, OutputError] = {}
+    of_reader = {}
     for node in readers:
-        value = consumers(node).value
-        of_reader[node.name] = watched.setdefault(value, OutputError(channel_dim(node)))
+        of_reader[node] = watched.setdefault(consumers(node).value, OutputError(channel_dim(node)))
 
     class Watch(Runner):
         def run_node(self, n: Node) -> object:
-            value = super().run_node(n)
+            value: Any = super().run_node(n)
             if n in watched:
                 watched[n].update(value, value)
             return value
 
-    dense = outputs_of(graph_module, probe, Watch(graph_module))
+    for inputs in probe_of(graph_module, calibration):
+        Watch(graph_module).run(*inputs)
     tiny = torch.finfo(torch.float64).tiny
-    return {name: max(error.variance, tiny) for name, error in of_reader.items()}, dense
+    return {node: max(error.variance, tiny) for node, error in of_reader.items()}

@@ -246,3 +246,19 @@ def test_a_measured_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.report.macs[1] < found.report.macs[0]
     with pytest.raises(OptionsError, match="a speed-up of 50 is out of reach"):
         compiled(network("Residual"), "channels:speedup=50", channel_multiple=1)
+
+
+def test_a_layer_of_too_many_columns_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxprune.passes import insert_observers, remove_channels
+
+    for module in (insert_observers, remove_channels):
+        monkeypatch.setattr(module, "MAX_COLUMNS", 100)
+    monkeypatch.setattr(insert_observers.InsertObservers.__init__, "__kwdefaults__", {
+        **insert_observers.InsertObservers.__init__.__kwdefaults__, "max_columns": 100,
+    })  # fmt: skip
+    found = compiled(network("Residual"), "channels:0.8", channel_multiple=1)
+    assert found.report["b"].channels[:2] in (
+        (),
+        (16, 16),
+    )  # 144 columns; "c" reads the stream too, but so does "a" with 108.
+    assert found.report["d"].channels[0] > found.report["d"].channels[1]
