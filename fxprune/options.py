@@ -102,7 +102,8 @@ class Options:
             raise OptionsError(f"global_budget: {recipe} says what each layer gets; use a sparsity, or 'mixed:0.6'")
         own = PUBLISHED if solver.published else OURS
         missing = {f.name: getattr(own, f.name) for f in fields(self) if getattr(self, f.name) is None}
-        if missing.get("target") == "relu_aware" and recipe.sparsity <= LIGHT_SPARSITY:
+        light = recipe.sparsity <= LIGHT_SPARSITY and not recipe.removes_channels
+        if missing.get("target") == "relu_aware" and light:
             missing["target"] = "skip"
         missing["permute"] = grouped and bool(own.permute if self.permute is None else self.permute)
         return replace(self, **missing)

@@ -158,7 +158,7 @@ class PruneReport:
             what = f"{kinds.pop() if len(kinds) == 1 and not pruned else 'compressed'} ({self.pattern}) with {self.method}; "
             what += f"{before / 1e6:.1f} M MACs a sample became {after / 1e6:.1f} M ({before / max(after, 1):.2f} times fewer)"
             if self.parameters:
-                what += f", {self.parameters[0] / 1e6:.2f} M parameters {self.parameters[1] / 1e6:.2f} M"
+                what += f", {self.parameters[0]:,} parameters {self.parameters[1]:,}"
             what += f"; {self.sparsity:.1%} of all weights are zero" if pruned else ""
         else:
             recipe = f"by the recipe {self.pattern}" if ": " in self.pattern else f"to {self.pattern}"

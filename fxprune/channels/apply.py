@@ -96,8 +96,8 @@ def reordered(
 
     Args:
         weight: (R, C/G, *kernel) or (R, C); of a transposed convolution (C, R/G, *kernel).
-        inputs: (C,) for the input's channels, which stay within their groups; None leaves them.
-        outputs: (R,) for the output's channels; None leaves them.
+        inputs: (C,) for the input's channels, which stay within their groups, or fewer; None leaves them.
+        outputs: (R,) for the output's channels, or fewer; None leaves them.
         groups: G.
         transposed: whether it is of a transposed convolution.
     """
@@ -108,17 +108,16 @@ def reordered(
         return weight
     if groups == 1:
         return weight.index_select(1 - rows_dim, _index(inputs, weight))
-    if groups == len(inputs):  # A depthwise filter has one column.
+    if weight.shape[1] == 1:  # A depthwise filter has one column.
         return weight
-    columns = _index(_columns_of_rows(inputs, len(weight), groups), weight)
+    columns = _index(_columns_of_rows(inputs, len(weight), weight.shape[1]), weight)
     return weight[torch.arange(len(weight), device=weight.device)[:, None], columns]
 
 
-def _columns_of_rows(inputs: Classes, rows: int, groups: int) -> Classes:
-    """For each row, where its columns come from within the row's group, (rows, C / groups)."""
-    grouped = inputs.reshape(groups, -1)
-    within = grouped - np.arange(groups)[:, None] * grouped.shape[1]
-    return np.repeat(within, rows // groups, axis=0)
+def _columns_of_rows(inputs: Classes, rows: int, columns: int) -> Classes:
+    """For each row, where its columns come from within the row's group, (rows, columns); groups may be gone as a whole."""
+    within = (inputs % columns).reshape(-1, columns)
+    return np.repeat(within, rows // len(within), axis=0)
 
 
 def _index(places: Classes, like: Tensor) -> Tensor:

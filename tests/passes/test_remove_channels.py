@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -25,7 +26,7 @@ def batches(count: int = 96) -> list[Tensor]:
     return list(images(count, 1).split(32))
 
 
-def compiled(model: nn.Module, recipe: object, **options: object) -> fxprune.CompiledModule:
+def compiled(model: nn.Module, recipe: object, **options: Any) -> fxprune.CompiledModule:
     method = str(options.pop("method", "admm"))
     exclude = options.pop("exclude", ())
     return fxprune.compile(
@@ -262,3 +263,16 @@ def test_a_layer_of_too_many_columns_keeps_them(monkeypatch: pytest.MonkeyPatch)
         (16, 16),
     )  # 144 columns; "c" reads the stream too, but so does "a" with 108.
     assert found.report["d"].channels[0] > found.report["d"].channels[1]
+
+
+@pytest.mark.parametrize("recipe", ["channels:0.7", "channels:0.7+2:4"])
+@pytest.mark.parametrize(
+    "name", [name for name in NETWORKS if name != "Halves"]
+)  # torch.fx alone cannot trace that one.
+def test_the_diff_shows_which_channels_are_gone(name: str, recipe: str) -> None:
+    model = network(name)
+    found = compiled(model, recipe, channel_multiple=2)
+    shown = str(fxprune.diff(model, found, example_inputs=images(2)))
+    assert "channels removed" in shown
+    assert fxprune.diff(found, found).is_empty
+    assert str(fxprune.diff(found, model))
