@@ -105,8 +105,8 @@ class Change:
 
     Attributes:
         pass_name: class name of the pass.
-        action: "folded", "inserted", "removed", "replaced", "pruned", "factored", "narrowed", "reconstructed", "permuted" or
-            "kept".
+        action: "folded", "inserted", "removed", "replaced", "pruned", "factored", "narrowed", "reconstructed", "permuted",
+            "moved" or "kept".
         node: name of the node that the pass looked at (it may be gone from the graph afterwards).
         target: name of the module behind the node, or "".
         into: name of the node that took over its work, or "".

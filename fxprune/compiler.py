@@ -28,6 +28,7 @@ from fxprune.passes import (
     RemoveChannels,
     RemoveInplace,
     RemoveObservers,
+    ShortcutsFirst,
     SolveLayers,
     verify,
 )
@@ -126,6 +127,8 @@ def solving_passes(recipe: Recipe, method: Method, *, exclude: Sequence[str] = (
     passes: list[Pass] = [CheckHooks(), CheckImages(), RemoveInplace()]
     if options.fold_batchnorm:
         passes.append(FoldBatchNorm(exclude=exclude))
+    if options.target in ("skip", "relu_aware"):
+        passes.append(ShortcutsFirst())
     if recipe.removes_channels:
         passes.append(RemoveChannels(recipe, method, exclude=exclude))
     if options.permute:

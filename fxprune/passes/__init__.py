@@ -17,6 +17,7 @@ from fxprune.passes.reestimate_batchnorm import ReestimateBatchNorm
 from fxprune.passes.remove_channels import RemoveChannels
 from fxprune.passes.remove_inplace import RemoveInplace
 from fxprune.passes.remove_observers import RemoveObservers
+from fxprune.passes.shortcuts_first import ShortcutsFirst
 from fxprune.passes.solve_layers import SolveLayers
 from fxprune.passes.to_semi_structured import ToSemiStructured
 from fxprune.passes.verify import verify
@@ -38,6 +39,7 @@ __all__ = [
     "RemoveChannels",
     "RemoveInplace",
     "RemoveObservers",
+    "ShortcutsFirst",
     "SolveLayers",
     "ToSemiStructured",
     "changes",
