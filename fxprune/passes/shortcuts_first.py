@@ -1,8 +1,8 @@
 """ShortcutsFirst: computes what is added to a layer's output before the layer, where no layer has to run for it.
 
 A layer can make up for the error that a shortcut brings, if the shortcut's value is known when the layer is solved. Models
-often write the shortcut down last: a slice, a pooling or padding of the block's input, which could as well come first. A shortcut
-with a layer of its own stays behind: that layer is then the one that makes up for the other's error.
+often write the shortcut down last: a slice, a pooling or padding of the block's input, which could as well come first. A
+shortcut with a layer of its own stays behind: that layer is then the one that makes up for the other's error.
 """
 
 from __future__ import annotations

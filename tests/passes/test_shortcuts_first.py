@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Options
 from fxprune.consumers import skip_operands
-from fxprune.passes import ShortcutsFirst
+from fxprune.passes import FoldBatchNorm, ShortcutsFirst
 from fxprune.tracing import trace
 from tests.channels_nets import images, network
 
@@ -42,6 +42,7 @@ def skips_after(model: nn.Module) -> tuple[bool, tuple[str, ...]]:
 def test_a_shortcut_without_layers_comes_first() -> None:
     assert skips_after(Late(nn.AvgPool2d(1))) == (True, ("shortcut",))
     graph_module = trace(fxprune.models.create("resnet20").eval())
+    FoldBatchNorm()(graph_module)
     ShortcutsFirst()(graph_module)
     layer = next(node for node in graph_module.graph.nodes if node.target == "layer2.0.conv2")
     assert [node.name for node in skip_operands(layer)] == ["pad"]
