@@ -38,7 +38,9 @@ class Annotation:
         chain: the constraints under which the layer is solved, in order.
         report: what was done to the layer, once it is done.
         changed: why a module's value is not what its parameters say (a hook changes it), or "".
-        order: (inputs, outputs): which of the layer's first channels stands where after a permutation, or None each.
+        order: (inputs, outputs): which of the layer's first channels stands where after a permutation, and after the removal
+            of others, or None each.
+        narrowing: what the removal of channels has done to the layer; None where none was asked for.
     """
 
     role: Role | Literal[""] = ""
@@ -48,6 +50,53 @@ class Annotation:
     report: LayerReport | None = None
     changed: str = ""
     order: tuple[Tensor | None, Tensor | None] = (None, None)
+    narrowing: Narrowing | None = None
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """What the removal of channels has done to one layer, (before, after) each.
+
+    Attributes:
+        inputs: input channels.
+        outputs: output channels.
+        macs: of the layer for one sample.
+        reason: why no input channel of it went; "" if some did.
+    """
+
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+    macs: tuple[int, int]
+    reason: str = ""
+
+    def __str__(self) -> str:
+        sides = ((*self.inputs, "in"), (*self.outputs, "out"))
+        return f"channels {', '.join(f'{a} to {b} {side}' for a, b, side in sides if b < a)}" if self.lost_any else ""
+
+    @property
+    def lost_inputs(self) -> bool:
+        """Whether it reads fewer channels."""
+        return self.inputs[1] < self.inputs[0]
+
+    @property
+    def lost_any(self) -> bool:
+        """Whether it has fewer channels on either side."""
+        return self.lost_inputs or self.outputs[1] < self.outputs[0]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What the removal of channels has done to a graph.
+
+    Attributes:
+        rule: how the numbers of channels were chosen, in words.
+        macs: of all Conv and Linear modules for one sample, (before, after).
+        parameters: in all, (before, after).
+    """
+
+    rule: str
+    macs: tuple[int, int]
+    parameters: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -56,7 +105,8 @@ class Change:
 
     Attributes:
         pass_name: class name of the pass.
-        action: "folded", "inserted", "removed", "replaced", "pruned", "factored", "reconstructed", "permuted" or "kept".
+        action: "folded", "inserted", "removed", "replaced", "pruned", "factored", "narrowed", "reconstructed", "permuted",
+            "moved" or "kept".
         node: name of the node that the pass looked at (it may be gone from the graph afterwards).
         target: name of the module behind the node, or "".
         into: name of the node that took over its work, or "".
@@ -80,6 +130,7 @@ class GraphAnnotation:
         report: of the run.
         zeros: where the zeros of pruned layers were when the run ended.
         intake: how the model came in.
+        removal: what the removal of channels has done, if there was one.
         origins: of which parameters of the user's model a parameter was made, where it is not what it was.
     """
 
@@ -87,6 +138,7 @@ class GraphAnnotation:
     report: PruneReport | None = None
     zeros: tuple[ZeroMask, ...] = ()
     intake: Intake | None = None
+    removal: Removal | None = None
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
 

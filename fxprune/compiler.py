@@ -32,8 +32,10 @@ from fxprune.passes import (
     Pass,
     PermuteChannels,
     Polish,
+    RemoveChannels,
     RemoveInplace,
     RemoveObservers,
+    ShortcutsFirst,
     SolveLayers,
     verify,
 )
@@ -217,6 +219,10 @@ def solving_passes(recipe: Recipe, method: Method, *, exclude: Sequence[str] = (
     passes: list[Pass] = [CheckHooks(), CheckImages(), RemoveInplace()]
     if options.fold_batchnorm:
         passes.append(FoldBatchNorm(exclude=exclude))
+    if options.target in ("skip", "relu_aware"):
+        passes.append(ShortcutsFirst())
+    if recipe.removes_channels:
+        passes.append(RemoveChannels(recipe, method, exclude=exclude))
     if options.permute:
         passes.append(PermuteChannels(recipe, exclude=exclude, damping=options.damping, seed=options.seed))
     if options.polish:

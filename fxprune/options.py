@@ -41,6 +41,8 @@ class Options:
             that every layer leaves out are not run. 0 takes all patches.
         permute: choose which input channels share an N:M group, on the first 64 images.
         global_budget: for unstructured patterns: spread the zeros over the layers by what each costs.
+        channel_multiple: where channels are removed, a multiple of so many stays, and at least so many: 8 for CPUs and most
+            NPUs, 32 or 64 for GPUs. A layer that loses none may have any number.
         polish: epochs afterwards in which the activations learn the dense model's, masks fixed; 0 for none.
         flip: polish on mirrored images too; right for photographs, wrong for digits.
         holdout: share of the images, at most 0.5, that takes no part in the statistics; agreement, KL and layer errors in
@@ -60,6 +62,7 @@ class Options:
     patches: int | None = None
     permute: bool | None = None
     global_budget: bool = False
+    channel_multiple: int = 8
     polish: int = 0
     flip: bool = False
     holdout: float | None = None
@@ -91,6 +94,8 @@ class Options:
             raise OptionsError(f"target is {self.target!r}; it should be 'weights', 'dense', 'skip' or 'relu_aware'")
         if self.patches is not None and self.patches < 0:
             raise OptionsError(f"patches is {self.patches}; it is a number for each column, 0 for all there are")
+        if not isinstance(self.channel_multiple, int) or self.channel_multiple < 1:
+            raise OptionsError(f"channel_multiple is {self.channel_multiple!r}; it is a number of channels, at least 1")
         if self.polish < 0:
             raise OptionsError(f"polish is {self.polish}; it is a number of epochs, 0 for none")
         if self.holdout is not None and not 0 <= self.holdout <= 0.5:
@@ -112,7 +117,8 @@ class Options:
             raise OptionsError(f"global_budget: {recipe} says what each layer gets; use a sparsity, or 'mixed:0.6'")
         own = PUBLISHED if solver.published else OURS
         missing = {f.name: getattr(own, f.name) for f in fields(self) if getattr(self, f.name) is None}
-        if missing.get("target") == "relu_aware" and recipe.sparsity <= LIGHT_SPARSITY:
+        light = recipe.sparsity <= LIGHT_SPARSITY and not recipe.removes_channels
+        if missing.get("target") == "relu_aware" and light:
             missing["target"] = "skip"
         missing["permute"] = grouped and bool(own.permute if self.permute is None else self.permute)
         return replace(self, **missing)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from fxprune.constraints import Chain, chain_text, parse_chain
+from fxprune.constraints.channels import Channels as Channels  # Read by parse_chain once it is imported.
 from fxprune.constraints.mask import Mask
 from fxprune.constraints.rank import Rank as Rank  # Read by parse_chain once it is imported.
 from fxprune.errors import PatternError
@@ -66,6 +67,11 @@ class Recipe:
     def patterns(self) -> tuple[Pattern, ...]:
         """The sparsity patterns in it."""
         return tuple(c.pattern for _, chain in self.entries for c in chain if isinstance(c, Mask))
+
+    @property
+    def removes_channels(self) -> bool:
+        """Whether it asks some layer for fewer channels."""
+        return any(constraint.is_of_graph for _, chain in self.entries for constraint in chain)
 
     @property
     def sparsity(self) -> float:

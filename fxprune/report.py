@@ -25,7 +25,7 @@ COLUMNS = (
     Column("rel. error", right=True, leaves=4),
     Column("s", right=True, leaves=1),
 )
-STATUS_STYLE = {"pruned": "green", "factored": "green", "reconstructed": "cyan", "kept": "yellow"}
+STATUS_STYLE = {"pruned": "green", "factored": "green", "narrowed": "green", "reconstructed": "cyan", "kept": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,10 @@ class LayerReport:
         op: module class, such as "Conv2d".
         shape: weight shape (R, C/G, *kernel); () if it is computed on the way.
         pattern: the pattern that the weight now satisfies, or "" if it was not pruned.
-        status: "pruned", "factored" (replaced by two layers), "reconstructed" (dense, re-fitted to the dense model's
-            output) or "kept" (as it was).
-        reason: why the layer was not pruned, or how it was factored; of a pruned layer, what is unusual about it, or "".
+        status: "pruned", "factored" (replaced by two layers), "narrowed" (dense, with fewer channels), "reconstructed" (dense,
+            re-fitted to the dense model's output) or "kept" (as it was).
+        reason: why the layer was not pruned, or how it was factored or narrowed; of a pruned layer, what is unusual about it,
+            or "".
         sparsity: share of zeros in the weight.
         relative_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on the held-out images, or None if not measured; without
             such images on those that were fitted, a quarter of the patches whose statistics were taken.
@@ -51,7 +52,8 @@ class LayerReport:
         seconds: time spent in the solver.
         verdict: deployment verdict, in a word or two.
         rank: of a factored layer; 0 for any other.
-        macs: of a factored layer for one sample, (before, after).
+        macs: of a factored or narrowed layer for one sample, (before, after).
+        channels: of a narrowed layer, (input channels before, after, output channels before, after).
     """
 
     name: str
@@ -70,6 +72,12 @@ class LayerReport:
     verdict: str = ""
     rank: int = 0
     macs: tuple[int, ...] = ()
+    channels: tuple[int, ...] = ()
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether it was pruned, factored or narrowed."""
+        return self.status in ("pruned", "factored", "narrowed")
 
     @property
     def weights(self) -> int:
@@ -96,7 +104,8 @@ class PruneReport:
         agreement: share of the held-out samples on which dense and pruned outputs have the same top class; None without such
             samples, or if the model's output is not a single (N, classes) tensor.
         kl: mean KL(dense || pruned) of the softmax outputs there, in nats, or None likewise.
-        macs: of all Conv and Linear modules for one sample, (before, after), where layers were factored.
+        macs: of all Conv and Linear modules for one sample, (before, after), where layers were factored or narrowed.
+        parameters: of the whole model, (before, after), where layers were narrowed.
         warnings: what is wrong with the images, in sentences.
         notes: what has happened to the model since, such as zeros that were filled in.
     """
@@ -113,6 +122,7 @@ class PruneReport:
     agreement: float | None = None
     kl: float | None = None
     macs: tuple[int, ...] = ()
+    parameters: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -145,12 +155,15 @@ class PruneReport:
     @property
     def summary(self) -> str:
         """The run in a line or two."""
-        done = sum(layer.status in ("pruned", "factored") for layer in self.layers)
+        done = sum(layer.is_compressed for layer in self.layers)
         if self.macs:
             before, after = self.macs
             pruned = any(layer.status == "pruned" for layer in self.layers)
-            what = f"{'compressed' if pruned else 'factored'} ({self.pattern}) with {self.method}; "
+            kinds = {layer.status for layer in self.layers if layer.is_compressed}
+            what = f"{kinds.pop() if len(kinds) == 1 and not pruned else 'compressed'} ({self.pattern}) with {self.method}; "
             what += f"{before / 1e6:.1f} M MACs a sample became {after / 1e6:.1f} M ({before / max(after, 1):.2f} times fewer)"
+            if self.parameters:
+                what += f", {self.parameters[0]:,} parameters {self.parameters[1]:,}"
             what += f"; {self.sparsity:.1%} of all weights are zero" if pruned else ""
         else:
             recipe = f"by the recipe {self.pattern}" if ": " in self.pattern else f"to {self.pattern}"

@@ -23,7 +23,7 @@ from fxprune.constraints import Chain, Constraint, parse_chain
 from fxprune.constraints.mask import Mask
 from fxprune.constraints.rank import Rank
 from fxprune.constraints.sensitivity import sensitivities
-from fxprune.errors import OptionsError
+from fxprune.errors import OptionsError, PatternError
 from fxprune.options import Method, Options, given_options
 from fxprune.passes import CheckHooks, CheckImages, FoldBatchNorm, InsertObservers, RemoveInplace
 from fxprune.ranks.plan import RankRule
@@ -143,6 +143,11 @@ def scan(
         FxPruneError: a subclass that names what is wrong, and the remedy.
     """
     chains = [_by_layer(parse_chain(recipe)) for recipe in recipes]
+    if of_graph := [str(constraint) for chain in chains for constraint in chain if constraint.is_of_graph]:
+        raise PatternError(
+            f"{of_graph[0]} is decided over the whole network, since layers share channels: it has no price for one layer "
+            "alone; leave it out, or use fxprune.compile"
+        )
     solver = solvers.get(method)
     together = Recipe(tuple((f"recipe {i}", chain) for i, chain in enumerate(chains)))
     how = Method(solver, replace(given_options(options).resolved(solver, together), global_budget=False))

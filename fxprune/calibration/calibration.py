@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxprune.calibration.batches import count, inputs_of, map_tensors, peek, read_all, take
+from fxprune.calibration.dense_twin import DenseTwin
 from fxprune.calibration.holdout import drawn, held_out_count
 from fxprune.calibration.observers import observers_off
 from fxprune.calibration.shapes import Example, KnownShapes
@@ -38,7 +39,7 @@ class Calibration:
         on_layer: called with a layer's name and the number of stages, for progress bars.
         stopwatch: takes the time of "stream", "statistics" and "solve".
         warnings: what is wrong with the images, in sentences.
-        dense: the graph before its layers were solved, where a later pass needs it.
+        dense: the graph before channels were removed or layers solved, where a later pass needs it.
         shapes: of the values of the run's graphs, as far as they are known.
         is_part: whether the graph is one of several parts of the user's model.
     """
@@ -52,7 +53,7 @@ class Calibration:
     on_layer: OnLayer = lambda name, stages: None
     stopwatch: Stopwatch = None  # type: ignore[assignment]  # Of the device, by default.
     warnings: list[str] = field(default_factory=list)
-    dense: GraphModule | None = None
+    dense: DenseTwin | None = None
     shapes: KnownShapes = field(default_factory=KnownShapes)
     is_part: bool = False
     _first: Any = field(default=None, repr=False)

@@ -78,11 +78,18 @@ class OutputError:
         if self.sums is None or self.shift is None:
             return 0.0
         shift = self.shift.double().flatten()
-        variance = self.squares - float(self.sums.square().sum()) / self.count
+        variance = self.variance * self.count
         energy = self.squares + float((2 * self.sums + self.count * shift) @ shift)
         if variance <= ROUNDING * energy:
             return float(self.squared_error > ROUNDING * energy)
         return self.squared_error / variance
+
+    @property
+    def variance(self) -> float:
+        """Of the dense values at one position, summed over the channels; 0 if nothing was added."""
+        if self.sums is None:
+            return 0.0
+        return (self.squares - float(self.sums.square().sum()) / self.count) / self.count
 
 
 @dataclass

@@ -17,6 +17,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 from fxprune.annotations import annotation
 from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.dense_twin import DenseTwin
 from fxprune.calibration.failures import node_failure, remedy_for, stays_as_it_is
 from fxprune.calibration.lifetimes import last_uses, overwrite, spare_input
 from fxprune.calibration.observers import observer_of, observers_off
@@ -149,6 +151,7 @@ class CalibrationStream:
         patches, least_images: those that a layer's statistics are taken from, see `sample_patches`.
         check: whether the moments of every fourth image are kept by themselves, for layers without patches to spare.
         fit: whether statistics are taken at all; if not, only held-out images run, where there are any.
+        dense: what runs as the dense model where that has more channels than the graph; None: the graph itself.
     """
 
     def __init__(
@@ -162,6 +165,7 @@ class CalibrationStream:
         least_images: int | None = None,
         check: bool = False,
         fit: bool = True,
+        dense: DenseTwin | None = None,
     ) -> None:
         self.graph_module = graph_module
         self.device = device_of(graph_module)
@@ -179,7 +183,11 @@ class CalibrationStream:
         self._position = {node: i for i, node in enumerate(self._nodes)}
         self._dying = last_uses(self._nodes)
         self._spare = {node: spare_input(node) for node in self._nodes}
-        self._diverged: set[Node] = set()  # Nodes whose values differ between the two models.
+        self._twin = dense
+        self._twin_calls = {} if dense is None else dense.calls(self._nodes)
+        self._twin_interpreter = None if dense is None else Interpreter(dense.graph_module)
+        # Nodes whose values differ between the two models.
+        self._diverged = {node for node in self._nodes if dense is not None and node.name in dense.kept}
         # On a CPU, convolutions then need not reorder every activation before and after.
         self._channels_last = self.device.type == "cpu" and not any_reads_strides(self._nodes)
         self._store = BatchStore(self.device, calibration.memory_limit)
@@ -195,7 +203,13 @@ class CalibrationStream:
 
     @classmethod
     def of(
-        cls, graph_module: GraphModule, calibration: Calibration, options: Options, *, fit: bool = True
+        cls,
+        graph_module: GraphModule,
+        calibration: Calibration,
+        options: Options,
+        *,
+        fit: bool = True,
+        dense: DenseTwin | None = None,
     ) -> CalibrationStream:
         """A stream as resolved options ask for it."""
         return cls(
@@ -206,6 +220,7 @@ class CalibrationStream:
             patches=options.patches or 0,
             check=bool(options.shrink or options.temperature),
             fit=fit,
+            dense=dense,
         )
 
     @property
@@ -334,8 +349,13 @@ class CalibrationStream:
 
     def observed(self, values: BatchValues, source: Node) -> Tensor:
         """The input from which a layer's statistics are taken."""
-        x: Tensor = values.dense(source) if self.observe_dense else values.pruned(source)
+        x: Tensor = self.wanted(values, source) if self.observe_dense else values.pruned(source)
         return x
+
+    def wanted(self, values: BatchValues, node: Node) -> Any:
+        """The value of a node in the dense model, of those channels that the pruned model has."""
+        value = values.dense(node)
+        return value if self._twin is None else self._twin.wanted(node, value)
 
     def sample(self, geometry: LayerGeometry, x: Tensor, place: BatchPlace, *, share: float = 1.0) -> PatchSample:
         """What the statistics of a layer with input x are taken from in a batch, or a share of so many patches."""
@@ -390,7 +410,7 @@ class CalibrationStream:
         """Add to the error of a layer that has been replaced: all of a batch, or a share of the patches it was solved on."""
         if self.source.held_out and not slot.held_out:
             return
-        geometry, of_both = observer_of(cut).geometry, (values.dense(cut), values.pruned(cut))
+        geometry, of_both = observer_of(cut).geometry, (self.wanted(values, cut), values.pruned(cut))
         if slot.place is not None:
             sample = self.sample(geometry, values.pruned(input_of(cut)), slot.place, share=ERROR_SHARE)
             geometry, of_both = sample.geometry, (sample.output(of_both[0]), sample.output(of_both[1]))
@@ -408,7 +428,12 @@ class CalibrationStream:
             return {}
         self._calibration.hold()
         stream = CalibrationStream(
-            self.graph_module, self._calibration, patches=self.patches, least_images=self.least_images
+            self.graph_module,
+            self._calibration,
+            observe_dense=self._twin is not None,
+            patches=self.patches,
+            least_images=self.least_images,
+            dense=self._twin,
         )
         with _gathered(stream, nodes) as statistics:
             return statistics
@@ -419,18 +444,21 @@ class CalibrationStream:
         if spare is not None and (spare in self._diverged) == (node in self._diverged):  # Else both models read it.
             if (value := overwrite(node, spare, value_of)) is not None:
                 return value
-        run = getattr(self._interpreter, node.op)
-        if dense and node in self._dense_modules:
+        run, target, arguments = getattr(self._interpreter, node.op), node.target, partial(arguments_of, node, value_of)
+        if dense and node in self._twin_calls:
+            twin = self._twin_calls[node]
+            run, target = getattr(self._twin_interpreter, node.op), twin.node.target
+            arguments = partial(twin.arguments, value_of)
+        elif dense and node in self._dense_modules:
             run = self._run_dense_module(self._dense_modules[node])
         try:
             try:
-                return run(node.target, *arguments_of(node, value_of))
+                return run(target, *arguments())
             except RuntimeError:
                 if not self._channels_last:
                     raise
                 # As view needs.
-                contiguous = tree_map_only(Tensor, torch.Tensor.contiguous, arguments_of(node, value_of))
-                return run(node.target, *contiguous)
+                return run(target, *tree_map_only(Tensor, torch.Tensor.contiguous, arguments()))
         except Exception as error:  # A forward may raise what it likes.
             if stays_as_it_is(error):
                 raise

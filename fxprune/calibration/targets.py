@@ -63,7 +63,7 @@ def cross_statistics(
     def visit(place: BatchPlace, values: BatchValues) -> None:
         x = stream.observed(values, source)
         sample = stream.sample(geometry, x, place)
-        y = _compensated(values, node, skips, sample)
+        y = _compensated(stream, values, node, skips, sample)
         of_both = geometry.batched(sample.input(x)), geometry.batched(y)
         pool.put(sample.geometry, *of_both)
         if stream.check and sample.is_whole and len(of_both[0]) == place.images:
@@ -112,11 +112,11 @@ def relu_aware_statistics(
     def visit(place: BatchPlace, values: BatchValues) -> None:
         x = stream.observed(values, source)
         sample = stream.sample(geometry, x, place, share=RELU_AWARE_SHARE)
-        output = dense = sample.output(values.dense(node))
+        output = dense = sample.output(stream.wanted(values, node))
         added: list[Tensor] = []
         for operand in reached.added:
             if isinstance(operand, Node):
-                dense = dense + sample.output(values.dense(operand))
+                dense = dense + sample.output(stream.wanted(values, operand))
                 added.append(sample.output(values.pruned(operand)))
             else:
                 dense = dense + operand
@@ -148,7 +148,7 @@ def outputs_of_both(
 
     def visit(place: BatchPlace, values: BatchValues) -> None:
         chosen = slice(-place.first % CHECK_EVERY, None, CHECK_EVERY) if check else slice(None)
-        x, dense = stream.observed(values, source)[chosen], values.dense(node)[chosen]
+        x, dense = stream.observed(values, source)[chosen], stream.wanted(values, node)[chosen]
         outputs.append((dense, geometry.apply(x, part.weight, part.bias)))
 
     stream.revisit(visit)
@@ -156,12 +156,14 @@ def outputs_of_both(
     return dense, found
 
 
-def _compensated(values: BatchValues, node: Node, skips: Iterable[Node], sample: PatchSample) -> Tensor:
+def _compensated(
+    stream: CalibrationStream, values: BatchValues, node: Node, skips: Iterable[Node], sample: PatchSample
+) -> Tensor:
     """The dense output of a layer, plus the errors of the values that will be added to it."""
-    output: Tensor = values.dense(node)
+    output: Tensor = stream.wanted(values, node)
     y = sample.output(output)
     for skip in skips:
-        dense, pruned = values.dense(skip), values.pruned(skip)
+        dense, pruned = stream.wanted(values, skip), values.pruned(skip)
         if dense is not pruned and dense.shape == output.shape:
             y = y + (sample.output(dense) - sample.output(pruned))
     return y

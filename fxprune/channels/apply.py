@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from fxprune.annotations import annotate, annotation
+from fxprune.calibration.dense_twin import Kept
 from fxprune.channels.layout import Channels, Classes, Layout, new_places
 from fxprune.geometry import laid_out_like
 from fxprune.graph import input_of, module_of
@@ -23,13 +24,16 @@ def channel_order(node: Node) -> tuple[Tensor | None, Tensor | None]:
 
 
 @torch.no_grad()
-def permute_channels(graph_module: GraphModule, channels: Channels, source: Classes) -> None:
+def permute_channels(graph_module: GraphModule, channels: Channels, source: Classes) -> dict[str, Kept]:
     """Put the channels of class `source[c]` in the place of those of class c, everywhere at once, in place.
 
     Args:
         graph_module: the graph that was analysed.
         channels: its analysis.
         source: (count,) a permutation of all classes that moves classes only within their atoms.
+
+    Returns:
+        By name of the node, where the channels of its value come from, where they have moved.
     """
     for node, layout in channels.layouts.items():
         module, operation = module_of(node), operation_of(node)
@@ -45,6 +49,12 @@ def permute_channels(graph_module: GraphModule, channels: Channels, source: Clas
             _permute_matrix(module, inputs, outputs)
         before = channel_order(node)
         annotate(node, order=(_after(before[0], inputs), _after(before[1], outputs)))
+    places = {node: _places(layout, source) for node, layout in channels.layouts.items()}
+    return {
+        node.name: Kept(channels.layouts[node].dim, torch.from_numpy(of))
+        for node, of in places.items()
+        if of is not None
+    }
 
 
 def _after(before: Tensor | None, places: Classes | None) -> Tensor | None:
@@ -86,8 +96,8 @@ def reordered(
 
     Args:
         weight: (R, C/G, *kernel) or (R, C); of a transposed convolution (C, R/G, *kernel).
-        inputs: (C,) for the input's channels, which stay within their groups; None leaves them.
-        outputs: (R,) for the output's channels; None leaves them.
+        inputs: (C,) for the input's channels, which stay within their groups, or fewer; None leaves them.
+        outputs: (R,) for the output's channels, or fewer; None leaves them.
         groups: G.
         transposed: whether it is of a transposed convolution.
     """
@@ -98,17 +108,16 @@ def reordered(
         return weight
     if groups == 1:
         return weight.index_select(1 - rows_dim, _index(inputs, weight))
-    if groups == len(inputs):  # A depthwise filter has one column.
+    if weight.shape[1] == 1:  # A depthwise filter has one column.
         return weight
-    columns = _index(_columns_of_rows(inputs, len(weight), groups), weight)
+    columns = _index(_columns_of_rows(inputs, len(weight), weight.shape[1]), weight)
     return weight[torch.arange(len(weight), device=weight.device)[:, None], columns]
 
 
-def _columns_of_rows(inputs: Classes, rows: int, groups: int) -> Classes:
-    """For each row, where its columns come from within the row's group, (rows, C / groups)."""
-    grouped = inputs.reshape(groups, -1)
-    within = grouped - np.arange(groups)[:, None] * grouped.shape[1]
-    return np.repeat(within, rows // groups, axis=0)
+def _columns_of_rows(inputs: Classes, rows: int, columns: int) -> Classes:
+    """For each row, where its columns come from within the row's group, (rows, columns); groups may be gone as a whole."""
+    within = (inputs % columns).reshape(-1, columns)
+    return np.repeat(within, rows // len(within), axis=0)
 
 
 def _index(places: Classes, like: Tensor) -> Tensor:

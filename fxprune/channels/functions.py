@@ -123,6 +123,7 @@ def _reduce(context: Context, node: Node, layout: Layout, shape: Size) -> Value 
         return f"{describe(node)} reduces dimensions that are not written in the graph"
     reduced = {d % len(shape) for d in dims}
     if layout.dim in reduced:  # The order of the channels makes no difference to what is taken over all of them.
+        context.relations.need(layout.classes, f"{describe(node)} takes something over all channels")
         return context.fixed(context.shapes[node], f"{describe(node)} has no channels of its own")
     if min(reduced) < layout.dim:
         return f"{describe(node)} reduces a dimension before the channels"

@@ -1,14 +1,15 @@
-"""Channel classes: which channels of which tensors are one and the same, and which of them may change places.
+"""Channel classes: which channels of which tensors are one and the same, and which of them may change places, or go.
 
 Every tensor of a graph gets a `Layout`, one class a channel. Channels that an operation ties together, such as those an
 add puts on top of each other, are of one class. Two classes may change places everywhere at once if they occur equally
-often in every tensor and nothing fixes either: that leaves each tensor with the same classes in another order.
+often in every tensor and nothing fixes either: that leaves each tensor with the same classes in another order. A class may
+go, everywhere at once, if nothing fixes it and no operation takes anything over all channels; some go together only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -39,18 +40,33 @@ class Channels:
         atoms: sets of at least two classes that may be permuted among themselves, each in increasing order.
         reasons: why a class is fixed.
         count: number of classes; they are numbered from 0.
+        needed: why a class that is not fixed cannot go.
+        units: sets of classes, each in increasing order, that can go, each as a whole: one class mostly, those of a group of
+            a grouped convolution.
+        alike: units by number, in lists of those that occur equally often in every tensor.
     """
 
     layouts: dict[Node, Layout]
     atoms: tuple[Classes, ...]
     reasons: dict[int, str]
     count: int
+    needed: dict[int, str] = field(default_factory=dict)
+    units: tuple[Classes, ...] = ()
+    alike: tuple[tuple[int, ...], ...] = ()
 
     def reason(self, node: Node) -> str:
         """Why no two channels of a node's value may change places."""
         classes = self.layouts[node].classes if node in self.layouts else ()
         reasons = [self.reasons[c] for c in map(int, classes) if c in self.reasons]
         return reasons[0] if reasons else "no two of them are read by the same layers"
+
+    def why_needed(self, node: Node) -> str:
+        """Why no channel of a node's value can go; "" if some can."""
+        classes = list(map(int, self.layouts[node].classes)) if node in self.layouts else []
+        if not classes:
+            return "its channels are not known"
+        reasons = [self.reasons.get(c) or self.needed.get(c, "") for c in classes]
+        return "" if "" in reasons else reasons[0]
 
 
 class Relations:
@@ -62,6 +78,8 @@ class Relations:
         self._fixed: list[tuple[Classes, str]] = []
         self._parts: list[Classes] = []
         self._pads: list[tuple[Classes, Classes, Classes]] = []
+        self._needed: list[tuple[Classes, str]] = []
+        self._together: list[Classes] = []
 
     def new(self, count: int) -> Classes:
         """Classes that have not been seen before, (count,)."""
@@ -80,6 +98,14 @@ class Relations:
         """Channels of different parts must not change places."""
         self._parts.extend(parts)
 
+    def need(self, classes: Classes, reason: str) -> None:
+        """These classes may change places, but none of them can go."""
+        self._needed.append((classes, reason))
+
+    def together(self, classes: Classes) -> None:
+        """If one of these classes goes, all of them do."""
+        self._together.append(classes)
+
     def pad(self, before: Classes, inner: Classes, after: Classes) -> None:
         """`before` and `after` are constant channels around `inner`, all with one value."""
         self._pads.append((before, inner, after))
@@ -91,8 +117,15 @@ class Relations:
         for classes, reason in self._fixed:
             for c in names[classes].tolist():
                 reasons.setdefault(c, reason)
+        needed: dict[int, str] = {}
+        for classes, reason in self._needed:
+            for c in names[classes].tolist():
+                needed.setdefault(c, reason)
         renamed = {node: Layout(layout.dim, names[layout.classes]) for node, layout in layouts.items()}
         tensors = [layout.classes for layout in renamed.values()]
+        in_tensors = _occurrences(
+            tensors
+        )  # Groups of a convolution, which channels must not leave, are alike as a whole.
         tensors += [names[part] for part in self._parts]
         for before, inner, after in ([names[part] for part in pad] for pad in self._pads):
             # Constants before and after are alike, unless one of them is tied to a channel between: then the second
@@ -101,7 +134,25 @@ class Relations:
             apart = np.intersect1d(constants, inner).size > 0
             tensors += [before, after] if apart else [constants]
             tensors.append(inner)
-        return Channels(renamed, tuple(_atoms(tensors, reasons)), reasons, self._count)
+        atoms = tuple(_atoms(_occurrences(tensors), reasons))
+        units = self._units(names, list(in_tensors), needed | reasons)
+        return Channels(renamed, atoms, reasons, self._count, needed, units, tuple(_alike(units, in_tensors)))
+
+    def _units(self, names: Classes, classes: list[int], needed: dict[int, str]) -> tuple[Classes, ...]:
+        """The sets of classes that can go. What goes only with a class that is needed is needed too, for that reason."""
+        tied = [(np.full(len(of) - 1, of[0]), of[1:]) for of in (names[together] for together in self._together)]
+        unit_of = _components(self._count, tied)
+        members: dict[int, list[int]] = {}
+        for c in sorted(classes):
+            members.setdefault(int(unit_of[c]), []).append(c)
+        found = []
+        for unit in members.values():
+            reason = next((needed[c] for c in unit if c in needed), None)
+            if reason is None:
+                found.append(np.array(unit, dtype=np.int64))
+            else:
+                needed.update(dict.fromkeys(unit, reason))
+        return tuple(found)
 
 
 def new_places(classes: Classes, source: Classes) -> Classes:
@@ -131,16 +182,36 @@ def _components(count: int, ties: list[tuple[Classes, Classes]]) -> Classes:
             return names
 
 
-def _atoms(tensors: Iterable[Classes], reasons: dict[int, str]) -> Iterator[Classes]:
-    """Sets of two or more classes that occur equally often in every tensor, and are not fixed."""
-    occurrences: dict[int, list[tuple[int, int]]] = {}
+Occurrences = dict[int, list[tuple[int, int]]]  # By class: (number of the tensor, how often it occurs there) each.
+
+
+def _occurrences(tensors: Iterable[Classes]) -> Occurrences:
+    """How often each class occurs in which tensor; tensors with the same channels count as one."""
+    found: Occurrences = {}
     distinct = {tensor.tobytes(): tensor for tensor in tensors}
     for number, tensor in enumerate(distinct.values()):
         classes, counts = np.unique(tensor, return_counts=True)
         for c, count in zip(classes.tolist(), counts.tolist(), strict=True):
-            if c not in reasons:
-                occurrences.setdefault(c, []).append((number, count))
+            found.setdefault(c, []).append((number, count))
+    return found
+
+
+def _atoms(occurrences: Occurrences, reasons: dict[int, str]) -> Iterator[Classes]:
+    """Sets of two or more classes that occur equally often in every tensor, and are not fixed."""
     alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for c, where in occurrences.items():
-        alike.setdefault(tuple(where), []).append(c)
+        if c not in reasons:
+            alike.setdefault(tuple(where), []).append(c)
     return (np.array(sorted(atom), dtype=np.int64) for atom in alike.values() if len(atom) > 1)
+
+
+def _alike(units: Sequence[Classes], occurrences: Occurrences) -> Iterator[tuple[int, ...]]:
+    """Units that occur equally often in every tensor, by number."""
+    alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for number, unit in enumerate(units):
+        counts: dict[int, int] = {}
+        for c in unit.tolist():
+            for tensor, count in occurrences[c]:
+                counts[tensor] = counts.get(tensor, 0) + count
+        alike.setdefault(tuple(sorted(counts.items())), []).append(number)
+    return map(tuple, alike.values())

@@ -53,6 +53,8 @@ def _matrix(context: Context, node: Node, module: nn.Module, layout: Layout, sha
         return Layout(dim, np.repeat(layout.classes, R // C))  # Each channel is filtered by itself.
     out = context.relations.new(R)
     context.relations.divide(*np.split(layout.classes, groups), *np.split(out, groups))
+    for group in zip(np.split(layout.classes, groups), np.split(out, groups), strict=True):
+        context.relations.together(np.concatenate(group))
     return Layout(dim, out)
 
 
@@ -63,8 +65,10 @@ def _parameters_of_channels(
     fits = layout.dim == 1 and takes_dimensions(node, shape)
     if isinstance(module, nn.LayerNorm):
         fits = layout.dim == len(shape) - 1 and len(module.normalized_shape) == 1
+        context.relations.need(layout.classes, f"{describe(node)} takes something over all channels")
     elif isinstance(module, nn.GroupNorm) and fits:
         context.relations.divide(*np.split(layout.classes, module.num_groups))
+        context.relations.need(layout.classes, f"{describe(node)} takes something over the channels of a group")
     if not fits:
         return f"{describe(node)} reads a tensor of shape {tuple(shape)} with its channels in dimension {layout.dim}"
     return context.kept(node, layout)

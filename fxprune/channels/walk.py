@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Size, nn
 from torch.fx import GraphModule, Node
 
 from fxprune.channels.context import Context, Value, holds_tensor
@@ -12,7 +14,7 @@ from fxprune.channels.functions import function_rule
 from fxprune.channels.layout import Channels, Layout
 from fxprune.channels.modules import module_rule
 from fxprune.graph import Shape, call_sites, has_hooks, module_of
-from fxprune.operations import describe, operation_of
+from fxprune.operations import Argument, called_name, describe, operation_of
 from fxprune.tracing import matches
 
 
@@ -39,6 +41,8 @@ def analyse_channels(
                 context.fix(context.values[source], value)
             value = context.fixed(shapes.get(node), value)
         context.values[node] = value
+    for node in graph_module.graph.nodes:
+        _need_what_is_counted(context, node)
     layouts = {node: value for node, value in context.values.items() if isinstance(value, Layout)}
     return context.relations.solve(layouts)
 
@@ -86,9 +90,70 @@ def _reason_to_fix(
         return f"{describe(node)} is called at {len(sites[module])} places"
     if any(id(p) in shared for p in module.parameters()):
         return f"{describe(node)} shares a parameter with another part of the model"
-    if hasattr(module, "weight") and "weight" not in module._parameters:
-        return f"the weight of {describe(node)} is computed"
+    for name in ("weight", "bias"):
+        if hasattr(module, name) and name not in module._parameters:
+            return f"the {name} of {describe(node)} is computed"
     return None
+
+
+def _need_what_is_counted(context: Context, node: Node) -> None:
+    """Channels whose number the model computes with cannot go; only a reshape may read it, as `x.view(n, x.size(1), -1)` does.
+
+    `x.shape[-2:]` says nothing of the channels, and may go anywhere.
+    """
+    operation = operation_of(node)
+    if operation is None or not operation.is_metadata or holds_tensor(context.shapes.get(node)):
+        return
+    for source in context.tensors(node):
+        layout, shape = context.values[source], context.shapes[source]
+        if (
+            not isinstance(layout, Layout)
+            or not isinstance(shape, Size)
+            or not _reads_dim(node, layout.dim, len(shape))
+        ):
+            continue
+        for user in _computed_from(context, node, layout.dim, len(shape)):
+            reached = operation_of(user)
+            if reached is None or reached.channels != "reshape":
+                context.relations.need(layout.classes, f"{describe(user)} is given the number of channels")
+
+
+def _reads_dim(node: Node, dim: int, dims: int) -> bool:
+    """Whether a node that asks something of a tensor of so many dimensions may learn the size of one of them."""
+    if called_name(node) in ("dim", "ndimension", "is_floating_point", "get_device", "element_size"):
+        return False
+    if called_name(node) == "getattr" and node.args[1] in (
+        "ndim",
+        "dtype",
+        "device",
+        "layout",
+        "is_cuda",
+        "requires_grad",
+    ):
+        return False
+    asked: Any = Argument(1, "dim").of(node) if called_name(node) == "size" else None
+    if called_name(node) == "len":
+        return dim == 0
+    return asked is None or not isinstance(asked, int) or asked % dims == dim
+
+
+def _computed_from(context: Context, node: Node, dim: int, dims: int) -> Iterator[Node]:
+    """The nodes with a tensor for a value that are given what a node has learned of a dimension."""
+    whole = node.target is getattr or (called_name(node) == "size" and Argument(1, "dim").of(node) is None)
+    for user in node.users:
+        if holds_tensor(context.shapes.get(user)) or user.op == "output":
+            yield user
+        elif not (whole and user.target is operator.getitem and dim not in _picked(user.args[1], dims)):
+            yield from _computed_from(context, user, dim, dims)
+
+
+def _picked(index: object, dims: int) -> range | tuple[int, ...]:
+    """Which of so many dimensions an index picks; all where that is not written in the graph."""
+    if isinstance(index, int):
+        return (index % dims,)
+    if isinstance(index, slice) and all(end is None or isinstance(end, int) for end in (index.start, index.stop)):
+        return range(dims)[slice(index.start, index.stop)]
+    return range(dims)
 
 
 def _shared_parameters(graph_module: GraphModule) -> set[int]:

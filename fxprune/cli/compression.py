@@ -111,7 +111,7 @@ def compress(
         if splits.labelled:
             results["accuracy"] = score(compiled, test, place).accuracy
         close = agreement(model, compiled, test, place)
-    done = sum(layer.status in ("pruned", "factored") for layer in report.layers)
+    done = sum(layer.is_compressed for layer in report.layers)
     results |= {
         "agreement": close.top1,
         "kl": close.kl,

@@ -82,7 +82,7 @@ def sensitivities(
     with torch.inference_mode(), full_precision():
         with dense_statistics(graph_module, calibration, method.options, list(chains)) as statistics:
             with observers_off(graph_module):
-                probe = _probe(graph_module, calibration)
+                probe = probe_of(graph_module, calibration)
                 dense = _outputs(graph_module, probe)
                 found, calls = {}, weight_calls(graph_module)
                 for number, (node, own) in enumerate(chains.items()):
@@ -150,7 +150,7 @@ def _sparsity(parts: Sequence[Part]) -> float:
     return sum(int((part.matrix == 0).sum()) for part in parts) / numel if numel else 0.0
 
 
-def _probe(graph_module: GraphModule, calibration: Calibration) -> list[Inputs]:
+def probe_of(graph_module: GraphModule, calibration: Calibration) -> list[Inputs]:
     """The model's arguments in the first batches, PROBE_IMAGES together."""
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     probe: list[Inputs] = []

@@ -192,7 +192,7 @@ class _Prepared:
             "agreement": close.top1,
             "kl": close.kl,
             "sparsity": compiled.report.sparsity,
-            "layers_pruned": sum(layer.status in ("pruned", "factored") for layer in compiled.report.layers),
+            "layers_pruned": sum(layer.is_compressed for layer in compiled.report.layers),
             "seconds": round(compiled.report.seconds, 3),
         }
 

@@ -160,7 +160,7 @@ def _notes(comparison: Comparison, nodes: list[NodeDiff]) -> tuple[str, ...]:
         )
     if comparison.has_unknown_order:
         notes.append("Channels were permuted, and it is not recorded how: by how much weights changed cannot be told.")
-    if permuted := sum("channels permuted" in node.changes for node in nodes):
+    if permuted := sum(any("permuted" in change for change in node.changes) for node in nodes):
         how = " The order was found by matching the weights." if comparison.orders_found else ""
         notes.append(
             f"Channels of {permuted} nodes were permuted; before and after are compared in the same order.{how}"

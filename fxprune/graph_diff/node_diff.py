@@ -105,7 +105,7 @@ class Comparison:
         if REARRANGED in phrases or (change and not ordered):
             change = None
         if after in self.orders:
-            phrases.append("channels permuted")
+            phrases.append(_what_moved(self.orders[after]))
         phrases += [f"{_short(norm, v)} folded in" for norm in norms]
         phrases += self._input_changes(u, v)
         if u.name != v.name and u.weights.weight is not None:
@@ -271,7 +271,7 @@ def _reason(node: GraphNode) -> str:
     """Why a layer was not pruned; how it was factored."""
     if not node.reason or node.status == "pruned":
         return ""
-    return node.reason if node.status == "factored" else f"{NOT_PRUNED}{node.reason}"
+    return node.reason if node.status in ("factored", "narrowed") else f"{NOT_PRUNED}{node.reason}"
 
 
 def _change_of_composed(node: GraphNode, norm: GraphNode | None, heirs: list[GraphNode]) -> float | None:
@@ -352,9 +352,23 @@ def _recorded_order(before: GraphNode, after: GraphNode) -> Order:
 
 
 def _from_one_to_other(before: Tensor | None, after: Tensor | None) -> Tensor | None:
-    """New channel i is old channel result[i], if new channel i was first channel `after[i]`, and old `before[i]`."""
-    if before is None:
-        return after
-    order = torch.argsort(before)
-    order = order if after is None else order[after]
-    return None if torch.equal(order, torch.arange(len(order))) else order
+    """New channel i is old channel result[i], if new channel i was first channel `after[i]`, and old `before[i]`.
+
+    None where all stayed, and where the old ones do not hold all of the new: they cannot be compared one by one.
+    """
+    if before is None or after is None:
+        if before is None or not torch.equal(before.sort().values, torch.arange(len(before))):
+            return after
+        return torch.argsort(before)
+    places = {int(channel): i for i, channel in enumerate(before)}
+    order = torch.tensor([places.get(int(channel), -1) for channel in after])
+    if bool((order < 0).any()) or (len(before) == len(after) and torch.equal(order, torch.arange(len(order)))):
+        return None
+    return order
+
+
+def _what_moved(order: Order) -> str:
+    """Whether channels were removed, permuted, or both."""
+    moved = any(places is not None and not torch.equal(places, places.sort().values) for places in order)
+    fewer = any(places is not None and len(places) <= int(places.max()) for places in order)
+    return "channels removed and permuted" if fewer and moved else f"channels {'permuted' if moved else 'removed'}"

@@ -83,8 +83,9 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
 
 def _what_was_done(report: PruneReport) -> str:
     """In two or three words, such as "pruned to 2:4" or "factored (channel)"."""
-    factored = any(layer.status == "factored" for layer in report.layers)
-    return f"factored ({report.pattern})" if factored else f"pruned to {report.pattern}"
+    kinds = {layer.status for layer in report.layers}
+    kind = next((kind for kind in ("factored", "narrowed") if kind in kinds), "")
+    return f"{kind} ({report.pattern})" if kind else f"pruned to {report.pattern}"
 
 
 def _title(graph_module: GraphModule, report: PruneReport | None, filled: FilledZeros) -> str:

@@ -55,7 +55,7 @@ def fold(weights: Weights, norm: Weights) -> Weights:
 
 
 def reorder(weights: Weights, inputs: Tensor | None, outputs: Tensor | None) -> Weights:
-    """The same layer with its channels in another order: new channel i is old channel `inputs[i]` or `outputs[i]`.
+    """The same layer with its channels in another order, or some of them: new channel i is old `inputs[i]` or `outputs[i]`.
 
     Args:
         weights: of a convolution, a matrix product, or of a normalisation of R channels.
@@ -63,11 +63,14 @@ def reorder(weights: Weights, inputs: Tensor | None, outputs: Tensor | None) -> 
         outputs: (R,) for the output's channels; None leaves them.
     """
     weight = weights.weight
+    rows = None if weight is None else weight.shape[1 if weights.transposed else 0]
     into, out = (None if places is None else places.numpy() for places in (inputs, outputs))
     if weight is not None:
         weight = reordered(weight, into, out, groups=weights.groups, transposed=weights.transposed)
     others = {
-        name: tensor[outputs] if outputs is not None and tensor.dim() and len(tensor) == len(outputs) else tensor
+        name: tensor[outputs]
+        if outputs is not None and tensor.dim() and len(tensor) in (rows, len(outputs))
+        else tensor
         for name, tensor in weights.others.items()
     }
     return replace(weights, weight=weight, others=others)

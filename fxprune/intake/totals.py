@@ -48,12 +48,12 @@ def little(model: nn.Module, rows: Sequence[LayerReport], recipe: str) -> str:
         recipe: what was asked for.
     """
     total = sum(row.weights for row in rows)
-    done = sum(row.weights for row in rows if row.status in ("pruned", "factored"))
+    done = sum(row.weights for row in rows if row.is_compressed)
     if 2 * done >= total:
         return ""
     reasons: Counter[str] = Counter()
     for row in rows:
-        if row.status not in ("pruned", "factored"):
+        if not row.is_compressed:
             reasons[row.reason] += row.weights
     (reason, weights), *_ = reasons.most_common(1)
     found = intake(model)

@@ -102,6 +102,11 @@ class Constraint(ABC):
         return False
 
     @property
+    def is_of_graph(self) -> bool:
+        """Whether it is decided on the graph, before the layers are solved, which then have to be as the graph says."""
+        return False
+
+    @property
     def sparsity(self) -> float:
         """Share of weights that it sets to zero."""
         return 0.0
@@ -119,7 +124,7 @@ class Constraint(ABC):
 
 Chain: TypeAlias = tuple[Constraint, ...]
 CONSTRAINTS: list[type[Constraint]] = []
-NOT_YET = ("channels:", "int8")
+NOT_YET = ("int8",)
 
 
 def register(constraint: type[Constraint]) -> type[Constraint]:
@@ -140,6 +145,9 @@ def parse_chain(text: str) -> Chain:
     for kind in {type(constraint) for constraint in chain}:
         if sum(isinstance(constraint, kind) for constraint in chain) > 1:
             raise PatternError(f"recipe {text!r} has two constraints of one kind; a layer can keep one of each")
+    if (first := next((c for c in chain[1:] if c.is_of_graph), None)) is not None:
+        others = "+".join(str(c) for c in chain if c is not first)
+        raise PatternError(f"recipe {text!r}: {first} comes first, write '{first}+{others}'")
     return chain
 
 
@@ -155,7 +163,8 @@ def _parse(piece: str, text: str) -> Constraint:
     raise PatternError(
         f"cannot read {piece!r}{f' in the recipe {text!r}' if piece != text else ''}; write N:M, such as '2:4' (2 kept of "
         "every 4 input channels), a sparsity between 0 and 1, such as '0.9', 'mixed:0.6' (dense, 2:4 and 1:4 layers, at "
-        "most 0.75), 'rank:0.7' (low-rank factors with 70% of the MACs), 'dense', or several joined by '+'"
+        "most 0.75), 'rank:0.7' (low-rank factors with 70% of the MACs), 'channels:0.7' (fewer channels, with 70% of the "
+        "MACs), 'dense', or several joined by '+'"
     )
 
 

@@ -14,8 +14,10 @@ from fxprune.passes.insert_observers import InsertObservers
 from fxprune.passes.permute_channels import PermuteChannels
 from fxprune.passes.polish import KeepDense, Polish
 from fxprune.passes.reestimate_batchnorm import ReestimateBatchNorm
+from fxprune.passes.remove_channels import RemoveChannels
 from fxprune.passes.remove_inplace import RemoveInplace
 from fxprune.passes.remove_observers import RemoveObservers
+from fxprune.passes.shortcuts_first import ShortcutsFirst
 from fxprune.passes.solve_layers import SolveLayers
 from fxprune.passes.to_semi_structured import ToSemiStructured
 from fxprune.passes.verify import verify
@@ -34,8 +36,10 @@ __all__ = [
     "PermuteChannels",
     "Polish",
     "ReestimateBatchNorm",
+    "RemoveChannels",
     "RemoveInplace",
     "RemoveObservers",
+    "ShortcutsFirst",
     "SolveLayers",
     "ToSemiStructured",
     "changes",

@@ -79,7 +79,7 @@ class InsertObservers(Pass):
                 continue
             decided = self._decide(graph_module, node, calls)
             annotate(node, role=decided.role, reason=decided.reason, geometry=decided.geometry, chain=decided.chain)
-            if decided.reason and decided.role != "repeat":
+            if decided.reason and decided.role in ("reconstruct", "keep"):
                 self.record(graph_module, "kept", node, reason=decided.reason)
             if decided.geometry is not None and decided.role == "repeat":
                 source = input_of(node)
@@ -112,19 +112,26 @@ class InsertObservers(Pass):
         assert module is not None
         geometry = LayerGeometry.of(module)
         wanted = self.recipe.chain(str(node.target))
-        chain, declined = keep_possible(wanted or (), geometry, len(together))
-        if not chain and not declined:
-            declined = "dense in the recipe" if wanted is not None else "named by no entry of the recipe"
-        if self.observe and geometry.columns > self.max_columns:
+        narrowing = annotation(node).narrowing
+        of_layer = [constraint for constraint in wanted or () if not constraint.is_of_graph]
+        chain, declined = keep_possible(of_layer, geometry, len(together))
+        whole = geometry.columns <= self.max_columns or not self.observe
+        if not whole:
             in_blocks = geometry.in_blocks(self.block_columns, math.lcm(*map(_group, chain)))
             if in_blocks is None:
                 uncut = f"its {geometry.columns:,} columns cannot be cut into equal blocks to be solved"
-                return Annotation("keep", uncut if chain else declined)
+                return Annotation("keep", declined or uncut)
             geometry = in_blocks
             chain, more = keep_possible(chain, geometry, len(together))
             declined = "; ".join(filter(None, (declined, more)))
         if chain:
             return Annotation("compress", "", geometry, chain)
+        if narrowing is not None and narrowing.lost_inputs and whole:
+            return Annotation("compress", declined, geometry)
+        if narrowing is not None and not declined and len(of_layer) < len(wanted or ()):
+            declined = narrowing.reason or "its input channels are worth their MACs"
+        if not declined:
+            declined = "dense in the recipe" if wanted is not None else "named by no entry of the recipe"
         refitted = self.reconstruct and not keeps_own_target(calls, node, geometry)
         return Annotation("reconstruct", declined, geometry) if refitted else Annotation("keep", declined)
 

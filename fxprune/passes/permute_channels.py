@@ -118,7 +118,9 @@ class PermuteChannels(CalibratedPass):
             grouping = search_grouping([r for of in readers.values() for r in of], channels, pattern, seed=self.seed)
         if np.array_equal(grouping.source, np.arange(channels.count)):
             return PassResult(graph_module, False)
-        permute_channels(graph_module, channels, grouping.source)
+        moved = permute_channels(graph_module, channels, grouping.source)
+        if calibration.dense is not None:
+            calibration.dense.moved(moved)
         losses = iter(zip(grouping.before, grouping.after, strict=True))
         for node, of in readers.items():
             before, after = np.sum([next(losses) for _ in of], axis=0)

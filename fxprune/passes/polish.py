@@ -22,6 +22,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.annotations import annotate, annotate_graph, annotation, report_of
 from fxprune.calibration.batches import count, inputs_of, take
 from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.dense_twin import DenseTwin
 from fxprune.calibration.failures import run_graph
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.consumers import consumers
@@ -43,7 +44,8 @@ class KeepDense(CalibratedPass):
     """Keeps a copy of the graph as it is now, before its layers are solved, for `Polish` to learn from."""
 
     def calibrate(self, graph_module: GraphModule, calibration: Calibration) -> PassResult:  # noqa: D102
-        calibration.dense = copy.deepcopy(graph_module)
+        if calibration.dense is None:  # Where channels were removed, it is the graph from before that.
+            calibration.dense = DenseTwin(copy.deepcopy(graph_module))
         calibration.hold()
         return PassResult(graph_module, False)
 
@@ -128,16 +130,18 @@ class Polish(CalibratedPass):
 class _Distance:
     """How far the activations of two models are apart: the mean, over what the layers feed, of ||d - p||^2 / ||d - mean||^2."""
 
-    def __init__(self, dense: GraphModule, pruned: GraphModule, layers: list[Node]) -> None:
-        self.dense, self.pruned = dense, pruned
-        self._pairs = _counterparts(dense, {_fed(node).name: node for node in layers})
+    def __init__(self, twin: DenseTwin, pruned: GraphModule, layers: list[Node]) -> None:
+        self.twin, self.pruned = twin, pruned
+        self._matched = {fed.name: fed for fed in map(_fed, layers)}
+        self._pairs = _counterparts(twin.graph_module, {_fed(node).name: node for node in layers})
 
     def __call__(self, inputs: Inputs) -> Tensor:
         with torch.no_grad():
-            dense = _Recorder(self.dense, set(self._pairs.values())).outputs(inputs)
+            dense = _Recorder(self.twin.graph_module, set(self._pairs.values())).outputs(inputs)
         pruned = _Recorder(self.pruned, set(self._pairs)).outputs(inputs)
         terms = [
-            F.mse_loss(p, d := dense[self._pairs[name]]) / d.var().clamp_min(torch.finfo(d.dtype).tiny)
+            F.mse_loss(p, d := self.twin.wanted(self._matched[name], dense[self._pairs[name]]))
+            / d.var().clamp_min(torch.finfo(d.dtype).tiny)
             for name, p in pruned.items()
         ]
         return torch.stack(terms).mean()
@@ -221,10 +225,11 @@ def _mirrored(inputs: Inputs, generator: torch.Generator) -> Inputs:
 
 
 def _update_report(
-    dense: GraphModule, graph_module: GraphModule, layers: list[Node], steps: list[Inputs], *, is_score: bool
+    twin: DenseTwin, graph_module: GraphModule, layers: list[Node], steps: list[Inputs], *, is_score: bool
 ) -> None:
     """Measure every layer's error, and the agreement at the output, again: the weights are others now."""
-    calls = weight_calls(graph_module)
+    calls, dense = weight_calls(graph_module), twin.graph_module
+    nodes = {node.name: node for node in graph_module.graph.nodes}
     errors = {node: OutputError(channel_dim(node)) for node in layers}
     of_call = {call.name: errors[node] for node in layers for call in calls[node]}
     pairs = _counterparts(dense, {call.name: node for node in layers for call in calls[node]})
@@ -234,7 +239,7 @@ def _update_report(
         wanted.outputs(inputs)
         found.outputs(inputs)
         for name, error in of_call.items():
-            error.update(wanted.kept[pairs[name]], found.kept[name])
+            error.update(twin.wanted(nodes[name], wanted.kept[pairs[name]]), found.kept[name])
         if is_score:
             agreement.update(wanted.result, found.result)
     measured = {}

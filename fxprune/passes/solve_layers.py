@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.annotations import Annotation, annotate, annotate_graph, annotation, report_of
+from fxprune.annotations import (
+    Annotation,
+    Narrowing,
+    Removal,
+    annotate,
+    annotate_graph,
+    annotation,
+    graph_annotation,
+    report_of,
+)
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.macs import macs_per_sample
 from fxprune.calibration.stream import CalibrationStream, Outcome, StreamedLayer
@@ -67,11 +76,14 @@ class SolveLayers(CalibratedPass):
             return PassResult(graph_module, False)
         if roles:
             self._require_something(roles)
+        removal = graph_annotation(graph_module).removal
         before = _macs(graph_module, calibration) if _has_ranks(roles) else 0
         with torch.no_grad(), full_precision():
             found, outcome = self._solve_all(graph_module, roles, calibration)
         for node, decided in roles.items():
-            annotate(node, report=found.get(node) or kept_layer(node, decided.reason))
+            annotate(
+                node, report=_with_channels(found.get(node) or kept_layer(node, decided.reason), decided.narrowing)
+            )
         for node in roles:
             if isinstance(module_of(node), nn.Sequential):
                 self._split(graph_module, node)
@@ -84,7 +96,7 @@ class SolveLayers(CalibratedPass):
         report = PruneReport(
             layers=tuple(layers),
             method=self.method.name,
-            pattern=self._asked_for(roles),
+            pattern=self._asked_for(roles, removal),
             images=outcome.source.images,
             images_read=outcome.source.images_read,
             images_held_out=outcome.source.held_out,
@@ -92,7 +104,10 @@ class SolveLayers(CalibratedPass):
             peak_memory=outcome.peak_bytes,
             agreement=outcome.agreement,
             kl=outcome.kl,
-            macs=(before, _macs(graph_module, calibration)) if before else (),
+            macs=(removal.macs[0] if removal else before, _macs(graph_module, calibration))
+            if before or removal
+            else (),
+            parameters=(removal.parameters[0], _parameters(graph_module)) if removal else (),
         )
         annotate_graph(graph_module, report=report)
         return PassResult(graph_module, any(layer.status != "kept" for layer in layers))
@@ -134,10 +149,15 @@ class SolveLayers(CalibratedPass):
 
     def _tell_of_little(self, graph_module: GraphModule, rows: Sequence[LayerReport], calibration: Calibration) -> None:
         """Warn if less than half of the weights were compressed, though the recipe is one for all layers."""
-        done = any(row.status in ("pruned", "factored") for row in rows)
         if calibration.is_part:
             return  # It is the whole that counts.
-        if self.recipe.is_uniform and (done or any(annotation(node).changed for node in graph_module.graph.nodes)):
+        done = any(row.is_compressed for row in rows)
+        within_budget = all(constraint.is_of_graph for _, chain in self.recipe.entries for constraint in chain)
+        if (
+            self.recipe.is_uniform
+            and not (done and within_budget)
+            and (done or any(annotation(node).changed for node in graph_module.graph.nodes))
+        ):
             if message := little(graph_module, rows, str(self.recipe)):
                 calibration.warn(message)
 
@@ -150,7 +170,8 @@ class SolveLayers(CalibratedPass):
         to_solve = [n for n, a in roles.items() if a.role in ("compress", "reconstruct") and n not in exact]
         checkpoint = LayerCheckpoint.open(calibration.checkpoint_dir, graph_module, self.method)
         fit = self.method.needs_statistics
-        stream = CalibrationStream.of(graph_module, calibration, self.method.options, fit=fit)
+        dense = calibration.dense if graph_annotation(graph_module).removal else None
+        stream = CalibrationStream.of(graph_module, calibration, self.method.options, fit=fit, dense=dense)
 
         def report(node: Node, layer: SolvedLayer) -> LayerReport:
             return self._report(graph_module, node, roles[node], layer, len(calls[node]))
@@ -202,7 +223,7 @@ class SolveLayers(CalibratedPass):
         rank = next((c for c in decided.chain if isinstance(c, Rank)), None)
         pattern = next((part.pattern for part in parts if part.pattern), "")
         factored = len(parts) > 1
-        status = "factored" if factored else "pruned" if decided.role == "compress" else "reconstructed"
+        status = "factored" if factored else "pruned" if decided.chain else "reconstructed"
         geometry = parts[0].geometry
         unusual = [f"one weight at {calls} places"] if calls > 1 else []
         if geometry.blocks > 1:
@@ -210,7 +231,7 @@ class SolveLayers(CalibratedPass):
         reason = "; ".join([decided.reason, *unusual] if decided.reason else unusual)
         if rank is not None and rank.choice is not None and factored:
             reason = f"{rank.choice.split} split"
-        else:
+        elif decided.chain or decided.narrowing is None or not decided.narrowing.lost_any:
             self.record(graph_module, status, node, reason=reason)
         numel = sum(part.weight.numel() for part in parts)
         return LayerReport(
@@ -230,15 +251,19 @@ class SolveLayers(CalibratedPass):
             macs=rank.macs if rank is not None and factored else (),
         )
 
-    def _asked_for(self, roles: Mapping[Node, Annotation]) -> str:
-        """The recipe in words; where all layers share one rule for ranks, with what came of it."""
+    def _asked_for(self, roles: Mapping[Node, Annotation], removal: Removal | None) -> str:
+        """The recipe in words; where all layers share one rule for ranks or channels, with what came of it."""
         rules = {
             c.rule.rule for a in roles.values() for c in a.chain if isinstance(c, Rank) and isinstance(c.rule, RankPlan)
         }
-        if not self.recipe.is_uniform or len(rules) != 1:
+        if not self.recipe.is_uniform or not (len(rules) == 1 or removal):
             return str(self.recipe)
-        (rule,) = rules
-        return "+".join(rule if isinstance(c, Rank) else str(c) for c in self.recipe.entries[0][1])
+        rule = next(iter(rules)) if len(rules) == 1 else ""
+        of_graph = removal.rule if removal else ""
+        return "+".join(
+            rule if rule and isinstance(c, Rank) else of_graph if of_graph and c.is_of_graph else str(c)
+            for c in self.recipe.entries[0][1]
+        )
 
     def _split(self, graph_module: GraphModule, node: Node) -> None:
         """Turn the call of an nn.Sequential of two layers into two calls, each with its own row where it is masked."""
@@ -288,6 +313,21 @@ def unaffected(graph_module: GraphModule, roles: Mapping[Node, Annotation], call
     return found
 
 
+def _with_channels(row: LayerReport, narrowing: Narrowing | None) -> LayerReport:
+    """A layer's row with what the removal of channels has done to it."""
+    if narrowing is None or not narrowing.lost_any:
+        return row
+    status = "narrowed" if row.status in ("reconstructed", "kept") else row.status
+    after = row.macs[1] if row.macs else narrowing.macs[1]
+    return replace(
+        row,
+        status=status,
+        reason="; ".join(filter(None, (str(narrowing), row.reason))),
+        channels=(*narrowing.inputs, *narrowing.outputs),
+        macs=(narrowing.macs[0], after),
+    )
+
+
 def _as_it_is(node: Node) -> SolvedPart:
     module = layer_of(node)
     bias: Tensor | None = module.bias
@@ -296,6 +336,10 @@ def _as_it_is(node: Node) -> SolvedPart:
 
 def _has_ranks(roles: Mapping[Node, Annotation]) -> bool:
     return any(isinstance(constraint, Rank) for decided in roles.values() for constraint in decided.chain)
+
+
+def _parameters(graph_module: GraphModule) -> int:
+    return sum(parameter.numel() for parameter in graph_module.parameters())
 
 
 def _macs(graph_module: GraphModule, calibration: Calibration) -> int:

@@ -39,7 +39,7 @@ def layer_sparsity_and_error(report: PruneReport, name: str = "") -> Figure:
     height = 1.5 + (0.27 * len(layers) if not many else 0.27 * MANY + 0.06 * (min(len(layers), 3 * LARGEST) - MANY))
     with figure(height, 6.4) as picture:
         left, right = picture.subplots(1, 2, sharey=True, width_ratios=[1, 1.1])
-        factored = any(layer.status == "factored" for layer in layers)
+        factored = any(layer.status in ("factored", "narrowed") for layer in layers)
         shares = [_macs_left(layer) if factored else 100 * layer.sparsity for layer in layers]
         colors = [STATUS[layer.status] for layer in layers]
         left.barh(rows, [100.0] * len(layers), color=ZERO, height=0.66)

@@ -42,7 +42,13 @@ METHODS = {
 _OTHER_COLORS, _OTHER_SHAPES = ("#CC79A7", "#56B4E9", "#E69F00", "#000000"), ("v", "P", "X", "*", "<")
 # Recipes have no colour of their own: these in their order.
 RECIPES = (*METHODS.values(), *map(Mark, _OTHER_COLORS, _OTHER_SHAPES))
-STATUS = {"pruned": "#0072B2", "factored": "#009E73", "reconstructed": "#56B4E9", "kept": "#B0B0B0"}
+STATUS = {
+    "pruned": "#0072B2",
+    "factored": "#009E73",
+    "narrowed": "#CC79A7",
+    "reconstructed": "#56B4E9",
+    "kept": "#B0B0B0",
+}
 
 _RC: Any = {
     "font.size": 12,

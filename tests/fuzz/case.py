@@ -30,7 +30,7 @@ from tests.fuzz.network import Network, tensors
 
 RECIPES: tuple[Any, ...] = (
     "2:4", "2:4", "2:4", "1:4", "0.5", "0.9", "mixed:0.6", "rank:0.9", "rank:ratio=0.5+2:4", "rank:energy=0.9", "dense",
-    "1:2", "4:8", "by name", "by name",
+    "1:2", "4:8", "by name", "by name", "channels:0.8", "channels:0.7", "channels:0.8+2:4", "channels:0.8+rank:0.9",
 )  # fmt: skip
 METHODS = ("admm", "admm", "admm", "magnitude", "sparsegpt", "exact_obs")
 
@@ -164,7 +164,8 @@ class Case:
             for step in passes:
                 if type(step).__name__ == "InsertObservers":
                     return graph_module
-                step(graph_module, calibration)
+                if type(step).__name__ != "RemoveChannels":  # Fewer channels compute something else.
+                    step(graph_module, calibration)
         raise AssertionError("no InsertObservers among the passes")
 
 
@@ -210,6 +211,8 @@ def cases(draw: Any) -> Case:
         options[key] = d.one(*values)
     if options.get("global_budget") and recipe not in ("0.5", "0.9"):
         recipe = "0.5"
+    if "channels" in recipe:
+        options["channel_multiple"] = d.one(1, 2, 4)
     lines = [line.split() for line in network.script.splitlines() if "nn.Conv" in line]
     layers = [line[0].removeprefix("self.") for line in lines if line[1] == "=" and "unused" not in line[0]]
     if recipe == "by name":

