@@ -14,6 +14,10 @@ class TraceError(FxPruneError):
     """The model could not be traced by torch.fx."""
 
 
+class NoGraphError(TraceError):
+    """No way leads to one graph of the whole model; parts of it may be graphs."""
+
+
 class PatternError(FxPruneError, ValueError):
     """A sparsity pattern cannot be parsed, or does not fit a weight."""
 

@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from fxprune.calibration.batches import model_inputs, names_in
-from fxprune.errors import TraceError
+from fxprune.errors import NoGraphError, TraceError
 from fxprune.graph import device_of
 from fxprune.graph.code_names import allow_any_name, refuse_reserved_names
 from fxprune.graph.model_argument import not_a_model
@@ -149,7 +149,7 @@ def _first_way(task: _Task) -> GraphModule:
     found = _with_leaves(task)
     if isinstance(found, GraphModule):
         return found
-    raise TraceError("\n".join([first.problem, *later, found.problem])) from first.cause
+    raise NoGraphError("\n".join([first.problem, *later, found.problem])) from first.cause
 
 
 def _symbolically(task: _Task) -> GraphModule | _Failure:
