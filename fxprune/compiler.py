@@ -17,7 +17,7 @@ from fxprune import solvers
 from fxprune.calibration.calibration import Calibration
 from fxprune.compiled import CompiledModule
 from fxprune.compiled_parts import CompiledParts
-from fxprune.errors import CalibrationError, FxPruneError, GraphError, OptionsError, TraceError
+from fxprune.errors import CalibrationError, FxPruneError, GraphError, NoGraphError, OptionsError
 from fxprune.graph import device_of
 from fxprune.intake.record import intake
 from fxprune.options import Method, Options, given_options
@@ -183,7 +183,7 @@ def _prepared(
             graph_module.to(calibration.device)
             for step in passes:
                 step(graph_module, calibration)
-        except (TraceError, GraphError, CalibrationError) as error:
+        except (NoGraphError, GraphError, CalibrationError) as error:
             return _Prepared(None, home, [], error)
     return _Prepared(graph_module, home, told, _much_inside_leaves(graph_module))
 
@@ -194,11 +194,11 @@ def _divided(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:
     return list(passes[: last + 1]), list(passes[last + 1 :])
 
 
-def _much_inside_leaves(graph_module: GraphModule) -> TraceError | None:
+def _much_inside_leaves(graph_module: GraphModule) -> NoGraphError | None:
     """What is wrong with a graph if much of the model is in modules that could not be traced, and are called as a whole."""
     found = intake(graph_module)
     leaves = () if found is None else found.leaves
-    return TraceError("; ".join(map(str, leaves))) if sum(leaf.share for leaf in leaves) > MUCH else None
+    return NoGraphError("; ".join(map(str, leaves))) if sum(leaf.share for leaf in leaves) > MUCH else None
 
 
 def default_passes(

@@ -18,6 +18,10 @@ class OnnxImportError(TraceError):
     """An ONNX file holds something that cannot be taken in as a model."""
 
 
+class NoGraphError(TraceError):
+    """No way leads to one graph of the whole model; parts of it may be graphs."""
+
+
 class PatternError(FxPruneError, ValueError):
     """A sparsity pattern cannot be parsed, or does not fit a weight."""
 

@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from fxprune.calibration.batches import model_inputs, names_in
-from fxprune.errors import TraceError
+from fxprune.errors import NoGraphError, TraceError
 from fxprune.graph import device_of
 from fxprune.graph.code_names import allow_any_name, refuse_reserved_names
 from fxprune.graph.model_argument import not_a_model
@@ -105,15 +105,17 @@ class _Task:
 
     def finished(self, graph_module: GraphModule) -> GraphModule:
         """The graph in the normal form."""
+        nodes = len(graph_module.graph.nodes)
         attention.drop_unread_weights(graph_module)
         changed = normalise(graph_module, self.model, exclude=self.exclude)
-        questions.redirect(graph_module)
+        redirected = questions.redirect(graph_module)
         names = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
         composed = {name: _before(origin, self.origins) for name, origin in changed.items()}
         set_origins(graph_module, {n: o for n, o in (self.origins | composed).items() if n in names})
         exported.drop_examples(graph_module)
         graph_module.graph.lint()
-        graph_module.recompile()
+        if redirected or len(graph_module.graph.nodes) != nodes:  # Otherwise its code is written already.
+            graph_module.recompile()
         return graph_module
 
 
@@ -149,7 +151,7 @@ def _first_way(task: _Task) -> GraphModule:
     found = _with_leaves(task)
     if isinstance(found, GraphModule):
         return found
-    raise TraceError("\n".join([first.problem, *later, found.problem])) from first.cause
+    raise NoGraphError("\n".join([first.problem, *later, found.problem])) from first.cause
 
 
 def _symbolically(task: _Task) -> GraphModule | _Failure:

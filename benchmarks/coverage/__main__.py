@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"[{number}/{len(chosen)}] {name}: {told.strip('; ') or 'through'} ({row.seconds:.0f} s)", flush=True)
         rows = [done[n] for n in known if n in done]
         write_rows(table, Row, rows, number=".4g")
-        write_markdown(given.output.with_suffix(".md"), rows, given.pattern, given.method)
+        write_markdown(given.output.with_suffix(".md"), rows, given.pattern, given.method, of=len(known))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,8 +21,8 @@ HEADINGS = {
 }
 
 
-def write_markdown(path: Path, rows: Sequence[Row], pattern: str, method: str) -> None:
-    """The counts by zoo, what fails and why, and every network."""
+def write_markdown(path: Path, rows: Sequence[Row], pattern: str, method: str, *, of: int | None = None) -> None:
+    """The counts by zoo, what fails and why, and every network; `of` how many there are, where not all have been run."""
     installed = [row for row in rows if row.is_installed]
     minutes = sum(row.seconds for row in rows) / 60
     lines = [
@@ -33,6 +33,11 @@ def write_markdown(path: Path, rows: Sequence[Row], pattern: str, method: str) -
         'with `exclude=("*",)`, which has to give exactly the model\'s outputs. Weights are random, but for '
         "the packages that ship some.",
         "",
+        *(
+            [f"**{len(rows)} of {of} networks so far**; the command below runs the others.", ""]
+            if of and of > len(rows)
+            else []
+        ),
         f"`python -m benchmarks.coverage`, {minutes:.0f} minutes on one core of {machine()}. Versions: {_versions()}.",
         "",
         "*Of possible* is the share pruned of those weights that the pattern could hold: layers whose input channels are a "
@@ -44,14 +49,14 @@ def write_markdown(path: Path, rows: Sequence[Row], pattern: str, method: str) -
     ]
     zoos = list(dict.fromkeys(row.zoo for row in rows))
     for zoo in zoos:
-        of = [row for row in installed if row.zoo == zoo]
-        if not of:
+        own = [row for row in installed if row.zoo == zoo]
+        if not own:
             lines.append(f"| {zoo} | 0 | not installed |" + " |" * (len(HEADINGS) + 1))
             continue
-        counts = [sum(getattr(row, stage) in (OK, "-") for row in of) for stage in HEADINGS]
-        possible = sorted(row.of_possible for row in of if row.of_possible is not None)
+        counts = [sum(getattr(row, stage) in (OK, "-") for row in own) for stage in HEADINGS]
+        possible = sorted(row.of_possible for row in own if row.of_possible is not None)
         spread = f"{possible[0]:.1%}, {possible[len(possible) // 2]:.1%}" if possible else ""
-        cells = [zoo, str(len(of)), f"{sum(row.is_through for row in of)}", *map(str, counts), spread]
+        cells = [zoo, str(len(own)), f"{sum(row.is_through for row in own)}", *map(str, counts), spread]
         lines.append(f"| {' | '.join(cells)} |")
     failed = [row for row in installed if not row.is_through]
     if failed:
@@ -61,15 +66,15 @@ def write_markdown(path: Path, rows: Sequence[Row], pattern: str, method: str) -
             if row.note and not row.compile:
                 lines.append(f"| {row.zoo}/{row.model} | | {_cell(row.note)} |")
     for zoo in zoos:
-        of = [row for row in installed if row.zoo == zoo]
-        if of:
+        own = [row for row in installed if row.zoo == zoo]
+        if own:
             lines += [
                 "",
                 f"## {zoo}",
                 "",
                 "| network | M parameters | way in | stages | of possible | of all | the rest | s |",
             ]
-            lines += ["|---|---|---|---|---|---|---|---|", *map(_line, of)]
+            lines += ["|---|---|---|---|---|---|---|---|", *map(_line, own)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
