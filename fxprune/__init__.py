@@ -22,6 +22,7 @@ __all__ = [
     "diff",
     "export_onnx",
     "filled_zeros",
+    "import_onnx",
     "inspect_onnx",
     "keep_zeros",
     "load",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from fxprune.fine_tuning.original_class import state_dict_for
     from fxprune.fine_tuning.recorded_zeros import filled_zeros, restore_zeros
     from fxprune.graph_diff import diff
+    from fxprune.onnx_import import import_onnx
     from fxprune.options import Options
     from fxprune.pattern import Pattern
     from fxprune.rank_reduction import low_rank
@@ -76,6 +78,7 @@ else:
             "diff": "fxprune.graph_diff",
             "export_onnx": "fxprune.export",
             "filled_zeros": "fxprune.fine_tuning.recorded_zeros",
+            "import_onnx": "fxprune.onnx_import",
             "inspect_onnx": "fxprune.export",
             "keep_zeros": "fxprune.fine_tuning.keep_zeros",
             "load": "fxprune.saving",

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from fxprune import solvers
 from fxprune.calibration.calibration import Calibration
 from fxprune.compiled import CompiledModule
-from fxprune.errors import OptionsError
+from fxprune.compiled_parts import CompiledParts
+from fxprune.errors import CalibrationError, FxPruneError, GraphError, OptionsError, TraceError
 from fxprune.graph import device_of
+from fxprune.intake.record import intake
 from fxprune.options import Method, Options, given_options
+from fxprune.parts.run import compile_parts
 from fxprune.passes import (
     Allocate,
     CheckHooks,
@@ -41,11 +48,12 @@ from fxprune.solvers import Solver
 from fxprune.tracing import trace
 
 DEFAULT_RECIPE = "2:4"
+MUCH = 0.05  # Of the weights, inside modules that are called as a whole: then parts are tried.
 
 
 @undisturbed
 def compile(
-    model: nn.Module,
+    model: nn.Module | str | PathLike[str],
     calib_loader: Iterable[Any],
     pattern: str | Pattern | Mapping[str, Any] | Recipe = DEFAULT_RECIPE,
     *,
@@ -57,11 +65,11 @@ def compile(
     progress: bool = True,
     memory_limit: int | None = None,
     checkpoint_dir: str | None = None,
-) -> CompiledModule:
+) -> CompiledModule | CompiledParts:
     """Compress a trained CNN in one shot: no retraining, no labels.
 
     Args:
-        model: trained model; it is copied, never modified.
+        model: trained model; it is copied, never modified. An ONNX file, by its path or as a ModelProto, is one too.
         calib_loader: iterable of batches, read once: tensors, (images, labels), or mappings with the names of the model's
             inputs; labels are not read. A few hundred to a few thousand images, preprocessed as for inference.
         pattern: the recipe. "2:4", "1:4", ... (N kept of M consecutive input channels), a sparsity such as "0.9",
@@ -79,13 +87,15 @@ def compile(
         checkpoint_dir: folder in which finished layers are kept; a run that was interrupted goes on from there.
 
     Returns:
-        A GraphModule in eval mode, with `.report`.
+        A GraphModule in eval mode, with `.report`. Of a model whose own forward is no graph, such as a detector: a
+        `CompiledParts`, the model with its largest children that are graphs compiled in place.
 
     Raises:
         FxPruneError: a subclass that names what is wrong, and the remedy.
     """
     started = time.perf_counter()
     options = given_options(options)
+    in_parts = passes is None  # Passes of the caller's own are for one graph.
     if passes is None:
         passes = default_passes(pattern, method=method, exclude=exclude, options=options)
     elif pattern != DEFAULT_RECIPE or method != "admm":
@@ -99,14 +109,96 @@ def compile(
         checkpoint_dir=checkpoint_dir,
     )
     with layer_progress(progress) as calibration.on_layer:
-        graph_module = trace(model, exclude=exclude, example=calibration.first)
-        home = device_of(graph_module)
-        graph_module.to(calibration.device)
-        for step in passes:
+        preparing, solving = _divided(passes)
+        prepared = _prepared(model, calibration, preparing, exclude)
+        if prepared.problem is not None and in_parts and isinstance(model, nn.Module):
+            calibration.warnings.clear()  # Of the images; the parts tell again.
+            parts = compile_parts(
+                model,
+                calibration,
+                Recipe.parse(pattern),
+                options=options,
+                exclude=exclude,
+                passes_of=lambda of, but: default_passes(of, method=method, exclude=but, options=options),
+                problem=prepared.problem,
+            )
+            if parts is not None:
+                return parts
+        graph_module = prepared.accepted()
+        for step in solving:
             step(graph_module, calibration)
         without_inference_tensors(graph_module)
         verify(graph_module)
-    return CompiledModule.of(graph_module.to(home), time.perf_counter() - started, calibration.warnings)
+    return CompiledModule.of(graph_module.to(prepared.home), time.perf_counter() - started, calibration.warnings)
+
+
+def traced(
+    model: nn.Module | str | PathLike[str], calibration: Calibration, *, exclude: Sequence[str] = ()
+) -> GraphModule:
+    """The graph of a model, of whatever kind it is given, checked on the first calibration batch."""
+    example = calibration.first
+    if not isinstance(model, nn.Module):
+        from fxprune.onnx_import import import_onnx, is_onnx  # which brings onnx
+
+        if is_onnx(model):
+            model = import_onnx(model, example)
+    return trace(model, exclude=exclude, example=example)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What became of a model before its layers are solved.
+
+    Attributes:
+        graph_module: None where there is no graph that could be worked with.
+        home: the device on which the model was.
+        told: warnings of the way.
+        problem: what speaks against this graph; without one there is always something.
+    """
+
+    graph_module: GraphModule | None
+    home: torch.device
+    told: list[warnings.WarningMessage]
+    problem: FxPruneError | None
+
+    def accepted(self) -> GraphModule:
+        """The graph, warnings told; raises the problem if there is none."""
+        if self.graph_module is None:
+            assert self.problem is not None
+            raise self.problem
+        for warning in self.told:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        return self.graph_module
+
+
+def _prepared(
+    model: nn.Module | str | PathLike[str], calibration: Calibration, passes: Sequence[Pass], exclude: Sequence[str]
+) -> _Prepared:
+    """Trace a model, and run the passes that say whether its graph can be worked with."""
+    home = torch.device("cpu")
+    with warnings.catch_warnings(record=True) as told:
+        try:
+            graph_module = traced(model, calibration, exclude=exclude)
+            home = device_of(graph_module)
+            graph_module.to(calibration.device)
+            for step in passes:
+                step(graph_module, calibration)
+        except (TraceError, GraphError, CalibrationError) as error:
+            return _Prepared(None, home, [], error)
+    return _Prepared(graph_module, home, told, _much_inside_leaves(graph_module))
+
+
+def _divided(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:
+    """The passes that say whether a graph can be worked with at all, and those after them."""
+    last = max((i for i, step in enumerate(passes) if isinstance(step, RemoveInplace)), default=-1)
+    return list(passes[: last + 1]), list(passes[last + 1 :])
+
+
+def _much_inside_leaves(graph_module: GraphModule) -> TraceError | None:
+    """What is wrong with a graph if much of the model is in modules that could not be traced, and are called as a whole."""
+    found = intake(graph_module)
+    leaves = () if found is None else found.leaves
+    return TraceError("; ".join(map(str, leaves))) if sum(leaf.share for leaf in leaves) > MUCH else None
 
 
 def default_passes(

@@ -64,6 +64,13 @@ def consumers(layer: Node) -> Consumers:
     return Consumers(tuple(added), value)
 
 
+def puts_out(layer: Node) -> bool:
+    """Whether a layer's output, and nothing made of it, is all that the model puts out."""
+    reached = consumers(layer)
+    users = list(reached.value.users)
+    return not reached.added and len(users) == 1 and users[0].op == "output" and users[0].args[0] is reached.value
+
+
 def skip_operands(layer: Node) -> tuple[Node, ...]:
     """The other operands of the adds that a layer's output reaches first-hand, as far as they are computed before it."""
     return consumers(layer).skips

@@ -14,6 +14,10 @@ class TraceError(FxPruneError):
     """The model could not be traced by torch.fx."""
 
 
+class OnnxImportError(TraceError):
+    """An ONNX file holds something that cannot be taken in as a model."""
+
+
 class PatternError(FxPruneError, ValueError):
     """A sparsity pattern cannot be parsed, or does not fit a weight."""
 

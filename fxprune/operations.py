@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
@@ -307,6 +308,19 @@ def operation_name(node: Node) -> str:
     else:
         home = getattr(target, "__module__", None) or "torch"
     return called_name(node).strip("_") if node.op == "call_method" or home.partition(".")[0] in _OURS else ""
+
+
+def named_arguments(node: Node) -> dict[str, Any]:
+    """What a function of torch, a tensor method or an operator is called with, by name; its tensor is called "input"."""
+    target: Any = getattr(node.target, "overloadpacket", node.target)
+    if inspect.isfunction(target):
+        names = list(inspect.signature(target).parameters)
+    else:
+        if not isinstance(target, OpOverloadPacket):
+            target = getattr(torch.ops.aten, operation_name(node))  # Torch's builtins take what their operators take.
+        schema = getattr(target, target.overloads()[0])._schema
+        names = ["input" if argument.name == "self" else argument.name for argument in schema.arguments]
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def describe(node: Node) -> str:

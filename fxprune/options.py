@@ -23,7 +23,9 @@ class Options:
     """How layers are posed and solved. None means: what the method does by itself (`Options.resolved`).
 
     Attributes:
-        damping: lambda / mean(diag H), the pull towards the dense weights.
+        damping: lambda / mean(diag H), the pull towards the dense weights; with `shrink` the least.
+        shrink: settle each layer's damping, and how much of earlier layers' errors it makes up for, on every fourth of the
+            images: where a layer has no patches to spare, it would otherwise fit what is peculiar to these images.
         inputs: where a layer's statistics come from: the "pruned" prefix (sequential), or the "dense" model.
         target: what a layer's output is fitted to: the output of its own "weights" on those inputs; the "dense" model's output;
             "skip", the dense output with the error made up for that a skip connection brings to the add that follows; or
@@ -31,6 +33,7 @@ class Options:
             last is better where fewer than half of the weights stay.
         bias_correction: fit the bias too (means are removed from the statistics); created where there was none.
         refit: solve for the kept weights by least squares after the solver has chosen the mask.
+        temperature: scale the logits of a classifier, so that its softmax is as sure as the dense model's.
         reconstruct: re-fit layers that are not pruned (first conv, depthwise, ...) to the same target.
         fold_batchnorm: fold BatchNorm into the layer before it.
         patches: patches for each column of a layer (each input of an output channel) from which its statistics are taken. Where
@@ -48,10 +51,12 @@ class Options:
     """
 
     damping: float = 0.01
+    shrink: bool | None = None
     inputs: Inputs | None = None
     target: Target | None = None
     bias_correction: bool | None = None
     refit: bool | None = None
+    temperature: bool | None = None
     reconstruct: bool | None = None
     fold_batchnorm: bool = True
     patches: int | None = None
@@ -68,7 +73,17 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, (int, float, type(None))) or isinstance(value, bool):
                 raise OptionsError(f"{name} is {value!r}; it should be a number")
-        for name in ("bias_correction", "refit", "reconstruct", "fold_batchnorm", "permute", "global_budget", "flip"):
+        for name in (
+            "bias_correction",
+            "refit",
+            "shrink",
+            "temperature",
+            "reconstruct",
+            "fold_batchnorm",
+            "permute",
+            "global_budget",
+            "flip",
+        ):
             if getattr(self, name) not in (True, False, None):
                 raise OptionsError(f"{name} is {getattr(self, name)!r}; it should be True or False")
         if not 0 <= self.damping < 1e3:
@@ -126,10 +141,26 @@ def given_options(options: object) -> Options:
 
 
 PUBLISHED = Options(
-    inputs="pruned", target="weights", bias_correction=False, refit=False, reconstruct=False, patches=0, permute=False
+    inputs="pruned",
+    target="weights",
+    bias_correction=False,
+    refit=False,
+    shrink=False,
+    temperature=False,
+    reconstruct=False,
+    patches=0,
+    permute=False,
 )
 OURS = Options(
-    inputs="pruned", target="relu_aware", bias_correction=True, refit=True, reconstruct=True, patches=64, permute=True
+    inputs="pruned",
+    target="relu_aware",
+    bias_correction=True,
+    refit=True,
+    shrink=True,
+    temperature=True,
+    reconstruct=True,
+    patches=64,
+    permute=True,
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
+from os import PathLike
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,7 +24,7 @@ UNUSED = ("permute", "global_budget", "polish")
 
 
 def low_rank(
-    model: nn.Module,
+    model: nn.Module | str | PathLike[str],
     calib_loader: Iterable[Any],
     rank: str | RankRule | RankPlan = "macs:0.7",
     *,
@@ -43,7 +44,7 @@ def low_rank(
     "rank:0.7+2:4": their targets are then the dense model's.
 
     Args:
-        model: trained model; it is copied, never modified.
+        model: trained model, or an ONNX file, as for `compile`; it is copied, never modified.
         calib_loader: iterable of batches as for `compile`.
         rank: "macs:0.7" (the network keeps 70% of them, spread over the layers by the error each rank makes),
             "ratio:0.5" (each layer keeps half of its own), "energy:0.95" (each layer keeps 95% of its output's
@@ -73,7 +74,7 @@ def low_rank(
     recipe = Recipe((("*", (Rank(rule, splits_of(split), multiple),)),))
     solver = Magnitude() if method == "svd" else ADMM()
     options = low_rank_options(options, method)
-    return compile(
+    compiled = compile(
         model,
         calib_loader,
         exclude=exclude,
@@ -84,6 +85,8 @@ def low_rank(
         memory_limit=memory_limit,
         checkpoint_dir=checkpoint_dir,
     )
+    assert isinstance(compiled, CompiledModule)  # Passes are for one graph.
+    return compiled
 
 
 def low_rank_options(options: Options | None, method: Factorisation) -> Options:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from fxprune.constraints import Chain, chain_text, parse_chain
@@ -35,6 +35,7 @@ class Recipe:
         Args:
             recipe: a chain as text ("2:4", "0.9", "mixed:0.6", "rank:0.7+2:4", "dense") for all layers, a `Pattern`, or a
                 mapping from names or fnmatch patterns to such; first match wins, and a layer that nothing matches stays dense.
+                A budget in a mapping ("mixed:0.6", "rank:0.7") is one of the layers that have it together.
 
         Raises:
             PatternError: it cannot be read; the message says what can.
@@ -49,7 +50,7 @@ class Recipe:
         if isinstance(recipe, Mapping):
             if not recipe:
                 raise PatternError("the recipe is an empty mapping; write {'*': '2:4'}, or '2:4'")
-            return Recipe(tuple((str(name), _chain(of)) for name, of in recipe.items()))
+            return Recipe(tuple((str(name), _of_named_layers(_chain(of))) for name, of in recipe.items()))
         return Recipe(((EVERY, _chain(recipe)),))
 
     def __str__(self) -> str:
@@ -102,15 +103,19 @@ class Recipe:
             close = [] if set(pattern) & set("*?[") else difflib.get_close_matches(pattern, names, n=3)
             some = close or (names if len(names) <= SHOWN else [*names[: SHOWN - 1], "...", names[-1]])
             called = ", ".join(name if name == "..." else repr(name) for name in some)
-            raise PatternError(
-                f"the recipe's {pattern!r} matches no layer; {f'did you mean {called}?' if close else f'layers: {called}'}"
-            )
+            there = f"did you mean {called}?" if close else f"layers: {called}"
+            raise PatternError(f"the recipe's {pattern!r} matches no layer that the model calls; {there}")
 
 
 def _matches(name: str, pattern: str) -> bool:
     """Whether a layer's name, or that of a module around it, matches."""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
+
+
+def _of_named_layers(chain: Chain) -> Chain:
+    """A chain whose budget of MACs is one of the layers that it is given to, and not of the network."""
+    return tuple(replace(c, of_network=False) if isinstance(c, Rank) else c for c in chain)
 
 
 def _chain(text: object) -> Chain:

@@ -45,6 +45,9 @@ class LayerReport:
         relative_error: ||y_dense - y_pruned||^2 / ||y_dense - mean||^2 on the held-out images, or None if not measured; without
             such images on those that were fitted, a quarter of the patches whose statistics were taken.
         damping: the damping that the factorisation needed, relative to the mean of the Hessian's diagonal.
+        correction: share of the correction of earlier layers' errors that the layer's target holds (`Options.shrink`); None if
+            it was not chosen.
+        logit_scale: by which a classifier's logits were scaled (`Options.temperature`).
         dead_inputs: columns whose input was zero throughout the calibration set.
         seconds: time spent in the solver.
         verdict: deployment verdict, in a word or two.
@@ -62,6 +65,8 @@ class LayerReport:
     sparsity: float = 0.0
     relative_error: float | None = None
     damping: float | None = None
+    correction: float | None = None
+    logit_scale: float = 1.0
     dead_inputs: int = 0
     seconds: float = 0.0
     verdict: str = ""

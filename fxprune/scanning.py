@@ -18,7 +18,7 @@ from fxprune import solvers
 from fxprune.annotations import annotation
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.macs import macs_per_sample
-from fxprune.compiler import checked_memory
+from fxprune.compiler import checked_memory, traced
 from fxprune.constraints import Chain, Constraint, parse_chain
 from fxprune.constraints.mask import Mask
 from fxprune.constraints.rank import Rank
@@ -33,7 +33,6 @@ from fxprune.runtime.progress import layer_progress
 from fxprune.runtime.surroundings import undisturbed
 from fxprune.solvers import Solver
 from fxprune.tables import Column, as_text, table, terminal_width
-from fxprune.tracing import trace
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Scan:
 
 @undisturbed
 def scan(
-    model: nn.Module,
+    model: nn.Module | str | PathLike[str],
     calib_loader: Iterable[Any],
     recipes: Sequence[str] = ("2:4", "1:4"),
     *,
@@ -130,7 +129,7 @@ def scan(
     are what "mixed:0.6" and `Options(global_budget=True)` go by.
 
     Args:
-        model: trained model.
+        model: trained model, or an ONNX file.
         calib_loader: as for `compile`; read once and held in memory.
         recipes: chains, such as "2:4", "0.9", "rank:0.5" (half of the layer's own MACs), "rank:0.5+2:4".
         method: solver, by name or as an object.
@@ -160,7 +159,7 @@ def scan(
         memory_limit=checked_memory(memory_limit),
     )
     with layer_progress(progress) as calibration.on_layer:
-        graph_module = trace(model, exclude=exclude, example=calibration.first)
+        graph_module = traced(model, calibration, exclude=exclude)
         graph_module.to(calibration.device)
         CheckHooks()(graph_module, calibration)
         CheckImages()(graph_module, calibration)

@@ -59,8 +59,8 @@ def difference(model: nn.Module, graph_module: GraphModule, batch: Any) -> str |
         problem = f"fails on the first calibration batch, and the model does not: {said(found)}"
     elif isinstance(wanted, Exception):
         problem = f"runs on the first calibration batch, and the model does not: {said(wanted)}"
-    elif (distance := _distance(wanted, found)) > TOLERANCE:
-        problem = f"computes something else on the first calibration batch (relative difference {distance:.2g})"
+    elif (apart := distance(wanted, found)) > TOLERANCE:
+        problem = f"computes something else on the first calibration batch (relative difference {apart:.2g})"
         problem += _place(model, graph_module, placeholders, values)
     elif run.unbatched and (remedy := remedy_for(graph_module, values)):
         raise CalibrationError(f"calibration batch 0 does not suit the model. {remedy}")
@@ -120,7 +120,7 @@ def _attempt(run: Any) -> Any:
             return error
 
 
-def _distance(wanted: Any, found: Any) -> float:
+def distance(wanted: Any, found: Any) -> float:
     """The largest relative difference of two nested outputs' tensors; infinite if they are not alike."""
     a, b = (list(tensors_in(value)) for value in (wanted, found))
     if [x.shape for x in a] != [x.shape for x in b]:
@@ -170,7 +170,7 @@ def _parting(
         runs.append(outputs)
     before = ""
     for (name, wanted), (other, found) in zip(*runs, strict=False):
-        if name != other or _distance(wanted, found) > TOLERANCE:
+        if name != other or distance(wanted, found) > TOLERANCE:
             return before, name
         before = name
     return before, ""

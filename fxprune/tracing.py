@@ -26,7 +26,7 @@ from fxprune.errors import TraceError
 from fxprune.graph import device_of
 from fxprune.graph.code_names import allow_any_name, refuse_reserved_names
 from fxprune.graph.model_argument import not_a_model
-from fxprune.intake import attention, batch_sizes, computed_weights, exported, wrapped_functions
+from fxprune.intake import attention, batch_sizes, computed_weights, exported, questions, wrapped_functions
 from fxprune.intake.example_values import Frozen, ValueTracer
 from fxprune.intake.names import check_exclude, matches
 from fxprune.intake.normal_form import is_layer_call, normalise
@@ -63,7 +63,7 @@ def trace(model: nn.Module, *, exclude: Sequence[str] = (), example: Any = None)
         model = exported.module_of_program(model)
     elif exported.is_exported(model):
         model = exported.as_traced(model)
-    task = _Task.of(_copied(_usable(model, exclude)), tuple(exclude), example)
+    task = _Task.of(usable_copy(model, exclude), tuple(exclude), example)
     with _transformers_written_in_python():
         graph_module = _first_way(task)
         graph_module = wrapped_functions.without_weights(graph_module, lambda: _first_way(task))
@@ -107,6 +107,7 @@ class _Task:
         """The graph in the normal form."""
         attention.drop_unread_weights(graph_module)
         changed = normalise(graph_module, self.model, exclude=self.exclude)
+        questions.redirect(graph_module)
         names = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
         composed = {name: _before(origin, self.origins) for name, origin in changed.items()}
         set_origins(graph_module, {n: o for n, o in (self.origins | composed).items() if n in names})
@@ -155,11 +156,10 @@ def _symbolically(task: _Task) -> GraphModule | _Failure:
     if exported.is_in_traced_form(task.model):
         graph_module = task.finished(task.model)
         return _checked(task, graph_module, ()) or _noted(graph_module, "torch.export")
-    into = TRANSFORMERS if task.example is not None else ()
-    found = _excluding(task, lambda leaves: PathTracer(leaves, task.given, into), way="torch.fx")
+    found = _excluding(task, lambda leaves: PathTracer(leaves, task.given, TRANSFORMERS), way="torch.fx")
     stars = tuple(x.name for x in model_inputs(task.model) if x.stars)
     if isinstance(found, _Failure) and stars:  # Nobody seemed to give them; it may be that the model cannot do without.
-        again = _excluding(task, lambda leaves: PathTracer(leaves, (*task.given, *stars), into), way="torch.fx")
+        again = _excluding(task, lambda leaves: PathTracer(leaves, (*task.given, *stars), TRANSFORMERS), way="torch.fx")
         return again if isinstance(again, GraphModule) else found
     return found
 
@@ -355,6 +355,16 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         _restore(before)
+
+
+def usable_copy(model: nn.Module, exclude: Sequence[str] = ()) -> nn.Module:
+    """A deep copy in eval mode, out of a wrapper for parallel runs or torch.compile.
+
+    Raises:
+        TraceError: there is nothing to trace, or it cannot be copied.
+        FxPruneError: if a name in `exclude` matches no module.
+    """
+    return _copied(_usable(model, exclude))
 
 
 def _usable(model: nn.Module, exclude: Sequence[str]) -> nn.Module:

@@ -20,6 +20,7 @@ from fxprune.operations import (
     bounds_of,
     is_identity,
     memory_of,
+    named_arguments,
     operation_of,
     summands,
     writes_in_place,
@@ -245,6 +246,21 @@ def test_plain_adds() -> None:
         graph.call_function(torch.add, (x, y), {"out": x}),
     ):
         assert summands(node) is None
+
+
+def test_arguments_have_their_names() -> None:
+    aten = torch.ops.aten
+    assert list(named_arguments(called(F.batch_norm, 1, 2))) == ["input", "running_mean", "running_var"]
+    assert list(named_arguments(called(torch.batch_norm, 1, 2))) == ["input", "weight", "bias"]
+    assert list(named_arguments(called(aten.batch_norm.default, 1, 2))) == ["input", "weight", "bias"]
+    for target in (F.conv_transpose2d, aten.conv_transpose2d.input):
+        assert (
+            named_arguments(called(target, 1, 2, 3, 4, 5, dilation=6)).items()
+            >= {"output_padding": 5, "dilation": 6}.items()
+        )
+    for target in (operator.matmul, torch.matmul, "matmul", "__matmul__", aten.matmul.default):
+        assert named_arguments(called(target, 1))["other"] == 1
+    assert list(named_arguments(called("addmm", 1, 2, beta=3))) == ["input", "mat1", "mat2", "beta"]
 
 
 def test_attributes() -> None:

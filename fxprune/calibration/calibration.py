@@ -41,6 +41,7 @@ class Calibration:
         warnings: what is wrong with the images, in sentences.
         dense: the graph before channels were removed or layers solved, where a later pass needs it.
         shapes: of the values of the run's graphs, as far as they are known.
+        is_part: whether the graph is one of several parts of the user's model.
     """
 
     loader: Iterable[Any]
@@ -54,6 +55,7 @@ class Calibration:
     warnings: list[str] = field(default_factory=list)
     dense: DenseTwin | None = None
     shapes: KnownShapes = field(default_factory=KnownShapes)
+    is_part: bool = False
     _first: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

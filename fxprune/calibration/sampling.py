@@ -99,6 +99,11 @@ class PatchSample:
     rows: int = 0
 
     @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left out."""
+        return self.step == 1 and self.bands == 1
+
+    @property
     def geometry(self) -> LayerGeometry:
         """Of the layer on what is chosen: bands come with the rows that their patches reach into, padding included."""
         return self.layer if self.bands == 1 else replace(self.layer, padding=((0, 0), *self.layer.padding[1:]))

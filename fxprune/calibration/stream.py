@@ -35,18 +35,18 @@ from fxprune.calibration.observers import observer_of, observers_off
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.calibration.reading import Slot, Source, read_into
 from fxprune.calibration.sampling import BatchPlace, PatchSample, sample_patches
-from fxprune.calibration.targets import cross_statistics, relu_aware_statistics
-from fxprune.consumers import consumers
+from fxprune.calibration.targets import cross_statistics, outputs_of_both, relu_aware_statistics
+from fxprune.consumers import consumers, puts_out
 from fxprune.errors import GraphError
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import arguments_of, device_of, input_of, module_of
 from fxprune.layers.install import install
 from fxprune.layers.problem import layer_of
-from fxprune.layers.shared import weight_calls
+from fxprune.layers.shared import keeps_own_target, weight_calls
 from fxprune.layers.solve import SolvedLayer
 from fxprune.operations import any_reads_strides
 from fxprune.options import Options
-from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics, Pool
+from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics, Moments, Pool
 
 Visit = Callable[[BatchPlace, BatchValues], None]  # Of a batch's place in the set, and the values at the cut.
 ERROR_SHARE = 0.25  # Of the patches, where no image is held out: still thousands. Of held-out images all are taken.
@@ -80,12 +80,14 @@ class StreamedLayer:
         node: its call.
         geometry: how it reads its input.
         cross: cross moment of its target with its input; None where the target is its own output.
+        check: the moments of some of the images by themselves; None where there are patches in plenty, or no cross moment.
     """
 
     def __init__(self, stream: CalibrationStream, node: Node, geometry: LayerGeometry) -> None:
         self.node = node
         self.geometry = geometry
         self.cross: CrossStatistics | None = None
+        self.check: Moments | None = None
         self.is_replaced = False
         self._stream = stream
 
@@ -111,11 +113,26 @@ class StreamedLayer:
 
         return gather
 
+    @property
+    def logits(self) -> Callable[[SolvedLayer, bool], tuple[Tensor, Tensor]] | None:
+        """Where its output is the model's, one row (N, classes) an image: what both models put out, else None.
+
+        The function is given parameters, and whether to run on the images of `check` alone.
+        """
+        if self.cross is None or self.geometry.kernel_size or not puts_out(self.node):
+            return None
+
+        def gather(layer: SolvedLayer, check: bool) -> tuple[Tensor, Tensor]:
+            self._check()
+            return outputs_of_both(self._stream, self.node, self.geometry, layer, check=check)
+
+        return gather
+
     def replace(self, layer: SolvedLayer) -> None:
         """Give the layer its new weights: the pruned model runs with them from here on."""
         self._check()
         self._stream.keep_dense(self.node)
-        install(self._stream.graph_module, self.node, layer)
+        install(self._stream.graph_module, self.node, layer, self._stream.calls[self.node])
         self.is_replaced = True
 
     def _check(self) -> None:
@@ -132,6 +149,7 @@ class CalibrationStream:
         target: what layers regress, as in `Options`.
         observe_dense: let observers see the dense model's values in place of the pruned model's.
         patches, least_images: those that a layer's statistics are taken from, see `sample_patches`.
+        check: whether the moments of every fourth image are kept by themselves, for layers without patches to spare.
         fit: whether statistics are taken at all; if not, only held-out images run, where there are any.
         dense: what runs as the dense model where that has more channels than the graph; None: the graph itself.
     """
@@ -145,6 +163,7 @@ class CalibrationStream:
         observe_dense: bool = False,
         patches: int = 0,
         least_images: int | None = None,
+        check: bool = False,
         fit: bool = True,
         dense: DenseTwin | None = None,
     ) -> None:
@@ -154,6 +173,7 @@ class CalibrationStream:
         self.observe_dense = observe_dense
         self.patches = patches
         self.least_images = least_images
+        self.check = check
         self.stopwatch = calibration.stopwatch
         self.current: StreamedLayer | None = None
         self._calibration = calibration
@@ -175,7 +195,7 @@ class CalibrationStream:
         self._cut: Node | None = None
         self._replaced = False  # Whether the layer at the cut has new weights.
         self._errors: dict[Node, OutputError] = {}
-        self._calls = weight_calls(graph_module)
+        self.calls = weight_calls(graph_module)
         self._first_call: dict[Node, Node] = {}  # Of later calls of layers that have been replaced.
         self._dense_modules: dict[Node, nn.Module] = {}  # What these call in the dense model.
         self.of_all_calls: dict[Node, InputStatistics] = {}  # Of layers with several calls, by the first.
@@ -198,6 +218,7 @@ class CalibrationStream:
             target=options.target or "weights",
             observe_dense=options.inputs == "dense",
             patches=options.patches or 0,
+            check=bool(options.shrink or options.temperature),
             fit=fit,
             dense=dense,
         )
@@ -236,7 +257,7 @@ class CalibrationStream:
         readers: dict[HessianObserver, list[Node]] = {}
         for node in nodes:
             readers.setdefault(observer_of(node), []).append(node)
-        shared = [node for node in nodes if len(self._calls[node]) > 1]
+        shared = [node for node in nodes if len(self.calls[node]) > 1]
         self.of_all_calls = self._dense_statistics(list(filter(gather, shared)))
         with observers_off(self.graph_module):
             for observer, of in readers.items():
@@ -244,10 +265,10 @@ class CalibrationStream:
             for node in nodes:
                 geometry = annotation(node).geometry or LayerGeometry.of(layer_of(node))
                 self.current = layer = StreamedLayer(self, node, geometry)
-                for_itself = node in shared or geometry.blocks > 1  # Its target is its own output.
-                if gather(node) and self._fit and self.target != "weights" and not for_itself:
+                fits_another = self.target != "weights" and not keeps_own_target(self.calls, node, geometry)
+                if gather(node) and self._fit and fits_another:
                     skip = self.target in ("skip", "relu_aware")
-                    layer.cross = cross_statistics(self, node, layer.geometry, skip=skip)
+                    layer.cross, layer.check = cross_statistics(self, node, layer.geometry, skip=skip)
                 else:
                     self.advance(node)
                 yield layer
@@ -278,7 +299,7 @@ class CalibrationStream:
         previous, self._cut, first = self._cut if self._replaced else None, cut, 0
         if previous is not None:
             first = self._position[previous] + 1
-            self._diverged.update(self._calls.get(previous, (previous,)))
+            self._diverged.update(self.calls.get(previous, (previous,)))
             self._errors[previous] = OutputError(channel_dim(previous))
             outputs[previous] = self._errors[previous].pool()
         self._replaced = False
@@ -397,7 +418,7 @@ class CalibrationStream:
 
     def keep_dense(self, node: Node) -> None:
         """Keep what later calls of a layer compute in the dense model, before it is replaced."""
-        for call in self._calls[node][1:]:
+        for call in self.calls[node][1:]:
             self._first_call[call] = node
             self._dense_modules[call] = copy.deepcopy(module_of(call))  # type: ignore[assignment]
 

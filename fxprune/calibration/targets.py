@@ -21,16 +21,22 @@ from fxprune.consumers import consumers, skip_operands
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import input_of
 from fxprune.layers.solve import SolvedLayer
-from fxprune.statistics import CrossStatistics, Pool
+from fxprune.statistics import CrossStatistics, HessianObserver, Moments, Pool
 
 if TYPE_CHECKING:
     from fxprune.calibration.stream import CalibrationStream
 
+CHECK_EVERY = 4  # Of the images of a layer that sees all of them, one in so many checks what is fitted to the others.
 RELU_AWARE_SHARE = 0.25  # Of the patches: only the change of the target is gathered; it is small, and so is its noise.
 
 
-def cross_statistics(stream: CalibrationStream, node: Node, geometry: LayerGeometry, *, skip: bool) -> CrossStatistics:
+def cross_statistics(
+    stream: CalibrationStream, node: Node, geometry: LayerGeometry, *, skip: bool
+) -> tuple[CrossStatistics, Moments | None]:
     """Stream up to a layer, and gather H in its observer and the cross term with the target from the same patches.
+
+    Where the layer takes all patches there are, and so has none too many, the moments of every fourth image are also kept by
+    themselves (`layers.shrinkage`).
 
     Args:
         stream: somewhere before the layer.
@@ -41,24 +47,35 @@ def cross_statistics(stream: CalibrationStream, node: Node, geometry: LayerGeome
     source, observer = input_of(node), observer_of(node)
     skips = skip_operands(node) if skip else ()
     cross = CrossStatistics.empty(geometry, stream.device)
+    check = HessianObserver(geometry), CrossStatistics.empty(geometry, stream.device)
 
     def update(seen: LayerGeometry, x: Tensor, y: Tensor) -> None:
         if observes:
             observer.add(seen, x)
         cross.update(seen, x, y)
 
-    pool = Pool(update)
+    def update_check(seen: LayerGeometry, x: Tensor, y: Tensor) -> None:
+        check[0].add(seen, x)
+        check[1].update(seen, x, y)
+
+    pool, check_pool = Pool(update), Pool(update_check)
 
     def visit(place: BatchPlace, values: BatchValues) -> None:
         x = stream.observed(values, source)
         sample = stream.sample(geometry, x, place)
         y = _compensated(stream, values, node, skips, sample)
-        pool.put(sample.geometry, geometry.batched(sample.input(x)), geometry.batched(y))
+        of_both = geometry.batched(sample.input(x)), geometry.batched(y)
+        pool.put(sample.geometry, *of_both)
+        if stream.check and sample.is_whole and len(of_both[0]) == place.images:
+            chosen = slice(-place.first % CHECK_EVERY, None, CHECK_EVERY)
+            check_pool.put(sample.geometry, of_both[0][chosen], of_both[1][chosen])
 
     with observer.paused() as observes:
         stream.advance(node, visit)
     stream.gather(pool)
-    return cross
+    stream.gather(check_pool)
+    seen = 0 < check[1].count < cross.count
+    return cross, Moments(check[0].statistics(), check[1]) if seen else None
 
 
 def relu_aware_statistics(
@@ -112,6 +129,31 @@ def relu_aware_statistics(
     stream.revisit(visit)
     stream.gather(pool)
     return cross.plus(change)
+
+
+def outputs_of_both(
+    stream: CalibrationStream, node: Node, geometry: LayerGeometry, layer: SolvedLayer, *, check: bool
+) -> tuple[Tensor, Tensor]:
+    """What a layer at which the stream stands puts out in the dense model, and with new parameters: (N, R) each.
+
+    Args:
+        stream: at the layer, a Linear one with one vector for each image.
+        node: the layer's call.
+        geometry: of the layer.
+        layer: its new parameters, one part.
+        check: on every fourth of the fitted images alone (`cross_statistics`).
+    """
+    source, (part,) = input_of(node), layer.parts
+    outputs: list[tuple[Tensor, Tensor]] = []
+
+    def visit(place: BatchPlace, values: BatchValues) -> None:
+        chosen = slice(-place.first % CHECK_EVERY, None, CHECK_EVERY) if check else slice(None)
+        x, dense = stream.observed(values, source)[chosen], stream.wanted(values, node)[chosen]
+        outputs.append((dense, geometry.apply(x, part.weight, part.bias)))
+
+    stream.revisit(visit)
+    dense, found = (torch.cat(of_one) for of_one in zip(*outputs, strict=True))
+    return dense, found
 
 
 def _compensated(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune.cli.command import fail, stdout, warn, working
 from fxprune.cli.parameters import OnnxOptions
-from fxprune.errors import OptionsError
-from fxprune.experiments.tasks import Task, import_user_code, module_classes, scoring_loader
+from fxprune.errors import OptionsError, TraceError
+from fxprune.experiments.tasks import Task, import_user_code, module_classes, number_of_images, scoring_loader
 from fxprune.tables import Column, as_text, table, terminal_width
 
 if TYPE_CHECKING:  # imported when a command starts
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # imported when a command starts
     from torch.utils.data import DataLoader
 
     from fxprune.compiled import CompiledModule
+    from fxprune.compiled_parts import CompiledParts
     from fxprune.experiments.runs import Run
     from fxprune.export import OnnxReport
 
@@ -28,7 +29,6 @@ RUNS_ON = (
     "fxprune.experiments.runs", "fxprune.saving",
 )  # fmt: skip
 PRUNED, ONNX = "pruned.pt", "model.onnx"
-SCORED = 1024  # images without labels that a result is scored on, where there are more
 
 
 def compress(
@@ -82,13 +82,9 @@ def compress(
     model = task.trained_model(splits.info.num_classes)
     chosen, others = calibration_split(splits.train, calibration_images, seed, balanced=splits.labelled)
     calibration = make_loader(chosen, batch_size=batch_size)
-    scored_on = "test images"
-    if splits.test is not None:
-        test = scoring_loader(splits, images=test_images)
-    elif len(others):
-        rest = range(min(len(others), test_images or SCORED))
-        test = make_loader(type(others)(others.dataset, others.indices[: len(rest)]), batch_size=256)
-        scored_on = "images that were not calibrated on"
+    if splits.test is not None or len(others):
+        test = scoring_loader(splits, images=test_images, unsplit=others)
+        scored_on = "test images" if splits.test is not None else "images that were not calibrated on"
     else:
         test, scored_on = calibration, "calibration images: there are no others"
     run = start_run(folder, command, config, overwrite=overwrite)
@@ -137,8 +133,23 @@ def compress(
     if (folder / f"{ONNX}.data").is_file():  # weights beyond 2 GB
         files.append(f"{ONNX}.data")
     run.finish(results, files)
-    images = len(test.dataset) if test.batch_size else sum(len(batch) for batch in test.sampler)  # type: ignore[arg-type]
-    _finish(run, results, exported, f"{images} {scored_on}", layers=len(report.layers))
+    _finish(run, results, exported, f"{number_of_images(test)} {scored_on}", layers=len(report.layers))
+
+
+def one_graph(compiled: CompiledModule | CompiledParts) -> CompiledModule:
+    """What was compiled, if it is one graph.
+
+    Raises:
+        TraceError: it is a model with compiled parts, which has no ONNX file of its own.
+    """
+    from fxprune.compiled import CompiledModule
+
+    if isinstance(compiled, CompiledModule):
+        return compiled
+    raise TraceError(
+        f"{compiled.report.notes[0]}\nThe commands score and export one graph. Compile such a model in Python: fxprune.compile "
+        "gives it back with its parts compiled, each of which can be exported (docs/detectors.md)"
+    )
 
 
 def _export(

@@ -1,4 +1,7 @@
-"""fxprune evaluate: scores a weights file, a pruned graph or an ONNX file, by the same code on the same images."""
+"""fxprune evaluate: scores a weights file, a pruned graph or an ONNX file, by the same code on the same images.
+
+Accuracy needs labels; agreement with another file does not.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,21 @@ import typer
 from fxprune.cli.command import Group, fail, stderr, stdout, working
 from fxprune.cli.parameters import DATA, BatchSize, Device, Register, TestImages
 from fxprune.errors import CheckpointError, DataError, ModelError
-from fxprune.experiments.tasks import Task, import_user_code, module_classes, scoring_loader, task_from
+from fxprune.experiments.tasks import (
+    Task,
+    import_user_code,
+    module_classes,
+    number_of_images,
+    scoring_loader,
+    task_from,
+)
 
 if TYPE_CHECKING:  # imported when a command starts
     import torch
     from torch import nn
+    from torch.utils.data import Dataset
+
+    from fxprune.data import DataSplits
 
 # The file holds the weights.
 TASK = Group(DATA, everyday=("model", "data"), left_out=("weights", "pretrained"))
@@ -35,7 +48,7 @@ def evaluate(
     batch_size: BatchSize = 256,
     device: Device = None,
 ) -> None:
-    """Score a file on a data set's test images.
+    """Score a file on a data set's test images, or with --against on pictures without labels.
 
     What is not given is taken from the config.yaml beside the file, where fxprune train, prune or low-rank made it. The exit
     code is 1 where guessing would have done as well: most likely the data set is not the model's.
@@ -49,14 +62,27 @@ def evaluate(
     import_user_code(register or ())
     task = _with_user_code(task, made, file)
     with working(f"reading {task.data}"):
-        splits = task.load_data()
-    test = scoring_loader(splits, images=test_images or made.get("test_images"), batch_size=batch_size)
+        splits = task.load_data(labelled=False)
+    if against is None and not splits.labelled:
+        raise DataError(
+            f"{task.data} holds no labels, which accuracy needs; --against another file, as a rule the dense model's, measures "
+            "the agreement of the two. A folder with labels has train/ and test/, each with one subfolder a class"
+        )
+    test = scoring_loader(
+        splits,
+        images=test_images or made.get("test_images"),
+        batch_size=batch_size,
+        unsplit=_not_calibrated_on(splits, task, made) if splits.test is None else None,
+    )
     model = open_model(file, task, splits.info.num_classes, place)
-    with working(f"scoring {file}"):
-        found = score(model, test)
-    figures: dict[str, Any] = {
-        "file": str(file), "data": task.data, "images": found.images, "accuracy": found.accuracy
-    }  # fmt: skip
+    found = None
+    if splits.labelled:
+        with working(f"scoring {file}"):
+            found = score(model, test)
+    count = number_of_images(test)
+    figures: dict[str, Any] = {"file": str(file), "data": task.data, "images": count}
+    if found is not None:
+        figures["accuracy"] = found.accuracy
     if against is not None:
         with working(f"comparing with {against}"):
             close = agreement(open_model(against, task, splits.info.num_classes, place), model, test)
@@ -64,14 +90,29 @@ def evaluate(
     if json_file is not None:
         with atomic(json_file) as part:
             part.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    stdout.print(f"{file}: {found.accuracy:.2f}% of {found.images} test images of {task.data}", soft_wrap=True)
+    if found is not None:
+        stdout.print(f"{file}: {found.accuracy:.2f}% of {count} test images of {task.data}", soft_wrap=True)
     if against is not None:
-        stdout.print(f"agrees with {against} on {figures['agreement']:.2%}, KL {figures['kl']:.4f}", soft_wrap=True)
-    if found.says_nothing:
+        where = "" if found is not None else f" of {count} images of {task.data}, which has no labels"
+        stdout.print(
+            f"{file if found is None else ''} agrees with {against} on {close.top1:.2%}{where}, KL {close.kl:.4f}".strip(),
+            soft_wrap=True,
+        )
+    if found is not None and found.says_nothing:
         fail(
             f"{found.accuracy:.2f}% is no better than guessing ({found.guessing:.2f}%). Is {task.data} the data set that the "
             "model was trained on, with the same order of classes, mean and std?"
         )
+
+
+def _not_calibrated_on(splits: DataSplits, task: Task, made: dict[str, Any]) -> Dataset[Any]:
+    """Images that are not split, without those that the run which made the file was calibrated on, where others are left."""
+    from fxprune.data import calibration_split
+
+    images, count = splits.train, made.get("calibration_images", 0)
+    if made.get("data") != task.data or not 0 < count < len(images):  # type: ignore[arg-type]
+        return images
+    return calibration_split(images, count, made.get("seed", 0), balanced=splits.labelled)[1]
 
 
 def filled(task: Task, file: Path) -> tuple[Task, dict[str, Any]]:

@@ -122,5 +122,7 @@ def data_name(data: str | None) -> str:
 
 
 def model_name(model: str | None) -> str:
-    """A model's name as part of a folder's name: of nets/mynet.py:MyNet, MyNet."""
+    """A model's name as part of a folder's name: of nets/mynet.py:MyNet, MyNet; of files/net.onnx, net."""
+    if model is not None and model.endswith(".onnx"):
+        return Path(model).stem
     return (model or "model").rpartition(":")[2].replace("/", "-")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fxprune.cli.command import stderr
-from fxprune.cli.compression import compress
+from fxprune.cli.compression import compress, one_graph
 from fxprune.cli.parameters import (
     ONNX_FILE,
     SOLVER,
@@ -74,9 +74,11 @@ def prune(
     compress(
         "prune",
         task,
-        lambda model, images, place: compile(
-            model, images, recipe, method=method, exclude=tuple(exclude or ()), device=place, options=options,
-            progress=stderr.is_terminal, memory_limit=limit, checkpoint_dir=checkpoint_dir,
+        lambda model, images, place: one_graph(
+            compile(
+                model, images, recipe, method=method, exclude=tuple(exclude or ()), device=place, options=options,
+                progress=stderr.is_terminal, memory_limit=limit, checkpoint_dir=checkpoint_dir,
+            )
         ),
         config=config, folder=out or Path("out", "prune", name), calibration_images=calibration_images,
         batch_size=batch_size, seed=options.seed, test_images=test_images, register=register,

@@ -21,7 +21,10 @@ from fxprune.solvers.magnitude import magnitude
 from fxprune.solvers.problem import LayerProblem
 from fxprune.solvers.refit import refit
 
-SECOND_REFIT = 2**20  # Multiply-adds of R x D x D up to which a second re-fit takes no time that anybody would notice.
+SAMPLED_ROWS = (
+    8  # Of larger layers, to see whether another mask is worth a re-fit of all rows: 0.4% of the time on ResNet-20.
+)
+SMALL_LAYER = 2**20  # R x D x D up to which all rows take no more than that.
 
 
 @register
@@ -102,12 +105,19 @@ def sparse_matrix(problem: LayerProblem, pattern: Pattern, method: Method) -> Te
     statistics, which happens where these are few or alike, they are kept instead; but not in place of a user's solver.
     """
 
-    def fitted(matrix: Tensor) -> Tensor:
+    def fitted(problem: LayerProblem, matrix: Tensor) -> Tensor:
         return refit(problem, matrix != 0, start=matrix) if method.options.refit else matrix
 
-    found = fitted(method.solver(problem, pattern))
-    takes_long = method.options.refit and found.numel() * found.shape[1] > SECOND_REFIT
-    if takes_long or not method.solver.safeguarded:
+    found = fitted(problem, method.solver(problem, pattern))
+    if not method.solver.safeguarded:
         return found
-    largest = fitted(magnitude(problem, pattern))
+    largest = magnitude(problem, pattern)
+    count, columns = found.shape
+    if method.options.refit and count > SAMPLED_ROWS and count * columns**2 > SMALL_LAYER:
+        rows = torch.linspace(0, count - 1, SAMPLED_ROWS, device=found.device).round().long()
+        few = problem.rows(rows)
+        lost = few.losses(fitted(few, largest[rows])) - few.losses(found[rows])
+        if bool(lost.mean() > 2 * lost.std() / SAMPLED_ROWS**0.5):  # Clearly worse; nearly always it is.
+            return found
+    largest = fitted(problem, largest)
     return largest if bool(problem.loss(largest) < problem.loss(found)) else found

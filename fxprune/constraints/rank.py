@@ -44,6 +44,7 @@ class Rank(Constraint):
         multiple: ranks are multiples of it; with 4 both factors can hold 2:4.
         choice: the split and rank of this layer, once allocated.
         macs: of this layer for one sample, (before, after), once allocated.
+        of_network: whether a budget is one of the network's MACs; if not, of those of the layers that share the constraint.
     """
 
     rule: RankRule | RankPlan
@@ -51,6 +52,7 @@ class Rank(Constraint):
     multiple: int = 4
     choice: Choice | None = None
     macs: tuple[int, ...] = ()
+    of_network: bool = True
 
     def __post_init__(self) -> None:
         if self.multiple < 1:
@@ -129,7 +131,7 @@ class Rank(Constraint):
         calibration.on_layer("choosing ranks", 0)
         found = survey(graph_module, layers, calibration, method, splits=self.splits, multiple=self.multiple)
         if self.rule.kind != "speedup":
-            return self.rule.plan(found)
+            return self.rule.plan(found if self.of_network else found.of_its_layers)
         from fxprune.ranks.speedup import plan_for_speedup  # It exports files, for which the rest is not needed.
 
         calibration.on_layer("measuring", 0)

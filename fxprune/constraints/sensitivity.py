@@ -84,11 +84,11 @@ def sensitivities(
             with observers_off(graph_module):
                 probe = probe_of(graph_module, calibration)
                 dense = _outputs(graph_module, probe)
-                found = {}
+                found, calls = {}, weight_calls(graph_module)
                 for number, (node, own) in enumerate(chains.items()):
                     calibration.on_layer(f"scanning {node.target}", len(chains) if number == 0 else 0)
                     found[node] = _of_layer(
-                        graph_module, node, statistics[node], own, method, probe, dense, probe_every
+                        graph_module, node, calls[node], statistics[node], own, method, probe, dense, probe_every
                     )
     return found
 
@@ -96,6 +96,7 @@ def sensitivities(
 def _of_layer(
     graph_module: GraphModule,
     node: Node,
+    calls: tuple[Node, ...],
     inputs: InputStatistics,
     chains: Sequence[Chain | None],
     method: Method,
@@ -114,13 +115,13 @@ def _of_layer(
     none_lost, energy = problem.loss(weight).sum(), float((weight @ hessian * weight).sum())
     errors = [0.0 if s is None else max(0.0, float(problem.loss(s).sum() - none_lost)) for s in solutions]
     original, bias = module.weight.data, module.bias
-    readers = modules_called(weight_calls(graph_module)[node])
+    readers = modules_called(calls)
     cost_per_error: dict[int, float] = {}
     for i, solution in list(enumerate(solutions))[::probe_every]:
         if solution is not None and errors[i] > 0:
             module.weight.data = laid_out_like(original, geometry.to_weight(solution))
             if options.bias_correction:
-                shift = mean_product(geometry, weight - solution, inputs).flatten().to(original)
+                shift = mean_product(geometry, weight - solution, inputs.mean).flatten().to(original)
                 for reader in readers:
                     reader.bias = nn.Parameter(shift if bias is None else bias + shift)
             change = OutputError(channel_dim=1)

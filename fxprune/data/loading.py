@@ -190,7 +190,7 @@ def _has_labels(path: Path) -> bool:
 def _npz_splits(path: Path) -> dict[str, Arrays]:
     if path.suffix == ".npy":
         raise DataError(
-            f"{path} holds images without labels; fxprune prune and low-rank can use them, nothing else can"
+            f"{path} holds images without labels; fxprune prune, low-rank, scan and evaluate --against can use them"
         )
     if not holds_jpeg(path):
         found = splits_of(path)

@@ -12,9 +12,11 @@ from fxprune.errors import DataError, ModelError, OptionsError
 
 if TYPE_CHECKING:  # the commands' help shows a task's fields, and must not wait for torch
     from torch import nn
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, Dataset
 
     from fxprune.data import DataSplits
+
+SCORED = 1024  # Images without labels that a model is scored on, where there are more.
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Task:
 
     Attributes:
         model: name, such as simple_cnn, resnet20, any of torchvision's, timm/...; or a class of your own as
-            mynet.py:MyNet or package.module:MyNet.
+            mynet.py:MyNet or package.module:MyNet; or an ONNX file, which brings its weights.
         data: name (digits, mnist, fashion_mnist, cifar10, cifar100), an .npz file, or a folder with train/ and test/.
         weights: file with the model's trained weights.
         pretrained: download the weights that torchvision or timm publish for the model; a class or function of your own
@@ -61,6 +63,8 @@ class Task:
         from fxprune.models import model_info
         from fxprune.models.user_code import is_own
 
+        if self.model is not None and is_file(self.model):
+            return self._loaded_for_file(self.model, augment=augment, labelled=labelled)
         if self.data is None:
             raise DataError(
                 "no data set is named (--data); `digits` is there after every installation of fxprune[demo]"
@@ -78,6 +82,16 @@ class Task:
             labelled=labelled,
         )  # fmt: skip
 
+    def _loaded_for_file(self, model: str, *, augment: bool, labelled: bool) -> DataSplits:
+        """The data set for an ONNX file, which says how large its images are, and nothing of how they are normalised."""
+        from fxprune.onnx_import.images import image_input
+
+        found = image_input(model)
+        side = self.image_size
+        if side is None and self.data is not None and Path(self.data).is_dir():
+            side = found.height
+        return dataclasses.replace(self, model=None, image_size=side).load_data(augment=augment, labelled=labelled)
+
     def new_model(self, num_classes: int) -> nn.Module:
         """Build the model, untrained unless `pretrained`.
 
@@ -87,6 +101,8 @@ class Task:
         from fxprune.models import create
         from fxprune.models.user_code import is_own, takes
 
+        if self.model is not None and is_file(self.model):
+            return self._imported(self.model)
         if self.model is None:
             raise ModelError("no model is named (--model); simple_cnn, resnet20 and mynet.py:MyNet are three of many")
         given = dict(self.model_args or {})
@@ -100,6 +116,20 @@ class Task:
             classes = given.pop("num_classes")
         return create(self.model, num_classes=classes, in_channels=self.in_channels, **given)
 
+    def _imported(self, path: str) -> nn.Module:
+        from fxprune.onnx_import import import_onnx
+        from fxprune.onnx_import.images import image_input
+
+        given = {
+            name: value
+            for name in ("weights", "pretrained", "num_classes", "in_channels", "model_args")
+            if (value := getattr(self, name))
+        }
+        if given:
+            raise ModelError(f"{path} is a whole model with its weights; leave {', '.join(given)} out")
+        image_input(path)
+        return import_onnx(path)
+
     def trained_model(self, num_classes: int) -> nn.Module:
         """Build the model with its weights, in eval mode.
 
@@ -110,6 +140,8 @@ class Task:
         from fxprune.experiments.checkpoints import load_weights
         from fxprune.models.user_code import is_own
 
+        if self.model is not None and is_file(self.model):
+            return self.new_model(0)
         if self.weights is None and not self.pretrained and self.model is not None:
             otherwise = (
                 f"say --pretrained where {self.model} brings its weights itself"
@@ -125,6 +157,11 @@ class Task:
         return model.eval()
 
 
+def is_file(name: str) -> bool:
+    """Whether a model's name is the path of an ONNX file."""
+    return Path(name).suffix == ".onnx"
+
+
 def task_from(config: Mapping[str, Any]) -> Task:
     """The task that a command's options describe, such as those in a run folder; its other options are left aside."""
     found = {field.name: config[field.name] for field in dataclasses.fields(Task) if field.name in config}
@@ -137,8 +174,16 @@ def module_classes(model: nn.Module) -> tuple[type[nn.Module], ...]:
     return tuple({type(module) for module in model.modules()})
 
 
-def scoring_loader(splits: DataSplits, *, images: int | None = None, batch_size: int = 256) -> DataLoader[Any]:
+def scoring_loader(
+    splits: DataSplits, *, images: int | None = None, batch_size: int = 256, unsplit: Dataset[Any] | None = None
+) -> DataLoader[Any]:
     """Batches of the test split, of its first `images` where given.
+
+    Args:
+        splits: of the data set.
+        images: at most so many.
+        batch_size: images a batch.
+        unsplit: what to take where there is no test split: of its images 1,024 unless `images` says otherwise.
 
     Raises:
         DataError: there are no test images.
@@ -148,14 +193,24 @@ def scoring_loader(splits: DataSplits, *, images: int | None = None, batch_size:
 
     from fxprune.data import make_loader
 
-    if splits.test is None:
+    dataset = splits.test
+    if dataset is None and unsplit is not None:
+        dataset, images = unsplit, SCORED if images is None else images
+    if dataset is None:
         raise DataError(f"{splits.info.name} has no test images to score on")
     if images is None:
-        return make_loader(splits.test, batch_size=batch_size)
+        return make_loader(dataset, batch_size=batch_size)
     if images < 1:
         raise OptionsError(f"test_images is {images}; it must be at least 1")
-    count = min(images, len(splits.test))  # type: ignore[arg-type]
-    return make_loader(Subset(splits.test, range(count)), batch_size=batch_size)
+    count = min(images, len(dataset))  # type: ignore[arg-type]
+    return make_loader(Subset(dataset, range(count)), batch_size=batch_size)
+
+
+def number_of_images(loader: DataLoader[Any]) -> int:
+    """How many images a loader of `make_loader` gives."""
+    if loader.batch_size is not None:
+        return len(loader.dataset)  # type: ignore[arg-type]
+    return sum(len(batch) for batch in loader.sampler)
 
 
 def import_user_code(names: Sequence[str]) -> None:

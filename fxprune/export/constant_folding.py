@@ -33,13 +33,15 @@ _MOVES = {
 }  # fmt: skip
 _SHAPE_ONLY = {"Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 _ELEMENTWISE = {
-    "Abs", "Add", "And", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Ceil", "Div", "Equal", "Erf",
-    "Exp", "Floor", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Log", "Max", "Min", "Mod", "Mul", "Neg", "Not",
-    "Or", "Pow", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Softplus", "Sqrt", "Sub", "Sum", "Tanh", "Where", "Xor",
+    "Abs", "Add", "And", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Ceil", "Cos", "Div", "Equal",
+    "Erf", "Exp", "Floor", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Log", "Max", "Min", "Mod", "Mul", "Neg", "Not",
+    "Or", "Pow", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softplus", "Sqrt", "Sub", "Sum", "Tanh",
+    "Where", "Xor",
 }  # fmt: skip
 _OTHERS = {
     "Concat", "ConstantOfShape", "Range", "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
-    "ReduceSum", "ReduceSumSquare", "Shape", "Size", "MatMul",
+    "ReduceSum", "ReduceSumSquare", "Shape", "Size", "MatMul", "CumSum", "GatherElements", "NonZero", "ScatterElements",
+    "ScatterND",
 }  # fmt: skip
 _FOLDED = _MOVES | _ELEMENTWISE | _OTHERS
 _RANDOM = {
@@ -116,9 +118,7 @@ def fold_constants(model: ModelProto) -> tuple[dict[str, Array], dict[str, str]]
         All known values by name; and for each that was computed, the stored tensor that it is a form of.
     """
     known = {name: constant for name, constant in constants(model).items() if constant is not None}
-    stored = {tensor.name for tensor in model.graph.initializer} | {
-        t.values.name for t in model.graph.sparse_initializer
-    }
+    stored = initializer_names(model)
     kept = []
     for node in model.graph.node:
         outputs = [name for name in node.output if name]
@@ -134,6 +134,20 @@ def fold_constants(model: ModelProto) -> tuple[dict[str, Array], dict[str, str]]
     model.graph.node.extend(kept)
     origins = {name: constant.initializer for name, constant in known.items() if name not in stored}
     return {name: constant.array for name, constant in known.items()}, origins
+
+
+def initializer_names(model: ModelProto) -> set[str]:
+    """The names of all tensors that the main graph stores as initializers."""
+    names = {tensor.name for tensor in model.graph.initializer}
+    return names | {tensor.values.name for tensor in model.graph.sparse_initializer}
+
+
+def evaluated(node: NodeProto, inputs: Mapping[str, Array], opsets: Mapping[str, int]) -> dict[str, Array] | None:
+    """What a node gives for these inputs, by name; None if that cannot be told, or is not the same at every run."""
+    scope: Scope = {name: _as_stored(name, array) for name, array in inputs.items()}
+    found = _fold(node, scope, opsets, _Budget()) or {}
+    results = {name: constant.array for name, constant in found.items() if constant is not None}
+    return results if results and results.keys() == {name for name in node.output if name} else None
 
 
 def nodes_with_constants(model: ModelProto) -> Iterator[tuple[NodeProto, Scope]]:

@@ -13,10 +13,13 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
+from fxprune.compiled_parts import CompiledParts
 from fxprune.errors import ExportError, ValidationError
 from fxprune.export.file_metadata import file_metadata
 from fxprune.export.inputs_outputs import Batch, example_tensors, other_batch
+from fxprune.export.list_inputs import with_tensor_inputs
 from fxprune.export.model_layers import prune_report
 from fxprune.export.onnx_file import OnnxFile, first_line, read_onnx
 from fxprune.export.onnx_report import OnnxReport
@@ -88,8 +91,17 @@ def export_onnx(
         raise ExportError(f"there is no folder {path.parent} to write {path.name} in; make it, or choose another path")
     if not isinstance(compiled, nn.Module):
         raise ExportError(not_a_model(compiled))
+    if isinstance(compiled, CompiledParts):
+        name = next(iter(compiled.paths), "backbone")
+        raise ExportError(
+            f"the forward of this {type(compiled.model).__name__} is Python around compiled parts, which is no graph to write. "
+            f"Each part ({', '.join(compiled.paths)}) has a file of its own: fxprune.export_onnx(compiled.parts[{name!r}], "
+            f"path, compiled.inputs_of({name!r}, batch)[0]); for the whole, see what the model's library exports"
+        )
     if filled := filled_zeros(compiled):
         raise ValidationError(f"{path} would not hold a pruned model ({', '.join(filled.layers)}): {filled}")
+    if isinstance(compiled, GraphModule):
+        compiled, example_inputs = with_tensor_inputs(compiled, example_inputs)
     inputs = example_tensors(example_inputs, compiled)
     first = next(compiled.parameters(), None)
     on_device = tuple(x.to("cpu" if first is None else first.device) for x in inputs)

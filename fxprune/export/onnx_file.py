@@ -15,7 +15,7 @@ import onnx.inliner
 from onnx import FunctionProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 
 from fxprune.errors import ValidationError
-from fxprune.export.constant_folding import DEFAULT_DOMAINS, opset_versions, stored_tensors
+from fxprune.export.constant_folding import DEFAULT_DOMAINS, initializer_names, opset_versions, stored_tensors
 from fxprune.export.constant_folding import Array as Array
 
 _CHUNK = 1 << 24
@@ -112,18 +112,23 @@ def read_onnx(path: str | Path, *, strict: bool = True) -> OnnxFile:
         model, complaint = _inlined(model, complaint)
         if strict and complaint:
             raise ValidationError(f"{path}: {complaint}; export the model again without local functions")
-    stored = {tensor.name for tensor in model.graph.initializer}
     sparse = tuple(tensor.values.name for tensor in model.graph.sparse_initializer)
     return OnnxFile(
         path=path,
         model=model,
         opset=opset_versions(model)[""] if model.opset_import else 0,
         metadata={entry.key: entry.value for entry in model.metadata_props},
-        inputs=tuple(_port(value) for value in model.graph.input if value.name not in stored.union(sparse)),
+        inputs=ports_of(model),
         outputs=tuple(_port(value) for value in model.graph.output),
         sparse=sparse,
         complaint=complaint,
     )
+
+
+def ports_of(model: ModelProto) -> tuple[Port, ...]:
+    """The inputs of a model's graph, without initializers, which give inputs of old files their values."""
+    stored = initializer_names(model)
+    return tuple(_port(value) for value in model.graph.input if value.name not in stored)
 
 
 def initializer_arrays(graph: GraphProto) -> dict[str, Array]:

@@ -14,11 +14,13 @@ import onnxscript
 import torch
 from onnxscript.function_libs.torch_lib.ops.core import aten_as_strided
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from fxprune.errors import ExportError
 from fxprune.export.half_precision import PREFIX, Float16Inside
 from fxprune.export.inputs_outputs import input_names, named_outputs
 from fxprune.export.layer_check import TRANSPOSED
+from fxprune.intake.record import intake
 from fxprune.runtime.quiet import quiet
 
 # What the axes after the channels are called where they are left open, by their number.
@@ -45,8 +47,9 @@ def to_onnx_program(
         dynamic_batch: leave axis 0 open in all inputs that have as many samples as the first.
         dynamic_size: leave the axes after the channels open in all inputs of three axes or more.
         precision: "fp32" or "fp16".
-        names_in: names of the file's inputs; None for those of forward's parameters.
-        names_out: names of its outputs; None for the keys and fields of what forward returns, or "output".
+        names_in: names of the file's inputs; None for those of the ONNX file that the model came from, or of forward's
+            parameters.
+        names_out: names of its outputs; None likewise, or for the keys and fields of what forward returns, or "output".
 
     Raises:
         ExportError: the exporter fails, fixes a size that was to be open, or cannot reach the opset; or the names do not fit.
@@ -67,7 +70,10 @@ def to_onnx_program(
         with quiet(), torch.no_grad():
             own_names = list(named_outputs(module(*inputs)))
             inner = module.model if isinstance(module, Float16Inside) else module
-            names = _names(inner, input_names(model, len(inputs)), own_names, names_in, names_out)
+            file_in, file_out = _names_in_file(model, len(inputs), len(own_names))
+            names = _names(
+                inner, input_names(model, len(inputs)), own_names, names_in or file_in, names_out or file_out
+            )
             program = torch.onnx.export(
                 module,
                 inputs,
@@ -154,6 +160,19 @@ def _runs(module: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
     except Exception:  # whatever the model raises, as where types do not fit each other
         return False
     return True
+
+
+def _names_in_file(
+    model: nn.Module, inputs: int, outputs: int
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """The names that a model's inputs and outputs had in the ONNX file that it came from, if it did."""
+    found = intake(model) if isinstance(model, GraphModule) else None
+    if found is None:
+        return None, None
+    return (
+        found.inputs if len(found.inputs) == inputs else None,
+        found.outputs if len(found.outputs) == outputs else None,
+    )
 
 
 def _names(

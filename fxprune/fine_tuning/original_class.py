@@ -20,17 +20,18 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from fxprune.annotations import changes
+from fxprune.annotations import changes, report_of
 from fxprune.channels.apply import channel_order
 from fxprune.errors import CheckpointError, TraceError
 from fxprune.graph import module_of
 from fxprune.graph.model_argument import not_a_model
+from fxprune.operations import LAYERS
 from fxprune.tracing import trace
 
 _NO_FACTOR = 1e-12  # A smaller factor of BatchNorm's is none to divide by.
 
 
-def state_dict_for(compiled: GraphModule, model: nn.Module) -> dict[str, Any]:
+def state_dict_for(compiled: nn.Module, model: nn.Module) -> dict[str, Any]:
     """A state dict with which a model of the original class computes what the compiled one does.
 
     BatchNorm that was folded away keeps the statistics and factors of `model`, and the layer in front of it gets weights to
@@ -61,7 +62,37 @@ def state_dict_for(compiled: GraphModule, model: nn.Module) -> dict[str, Any]:
         >>> float((again[0].weight == 0).float().mean())
         0.5
     """
-    return _Return(compiled, model).state_dict()
+    inside = _compiled_inside(compiled)
+    if not inside or not isinstance(model, nn.Module):
+        return _Return(compiled, model).state_dict()  # type: ignore[arg-type]
+    around = compiled.state_dict()
+    result = dict(model.state_dict()) | {
+        name: around[key] for name in model.state_dict() if (key := f"model.{name}") in around
+    }
+    for path, part in inside.items():
+        try:
+            own = model.get_submodule(path)
+        except AttributeError as error:
+            raise CheckpointError(
+                f"the compiled model has a part {path!r}, and {type(model).__name__} has none"
+            ) from error
+        alone = isinstance(own, LAYERS)  # A part that is one layer has it under the name "0".
+        state = _Return(part, nn.Sequential(own) if alone else own).state_dict()
+        result |= {f"{path}.{name.removeprefix('0.') if alone else name}": value for name, value in state.items()}
+    return {
+        name: value.detach().cpu().clone() if isinstance(value, Tensor) else value for name, value in result.items()
+    }
+
+
+def _compiled_inside(compiled: nn.Module) -> dict[str, GraphModule]:
+    """The compiled parts of a model whose own forward stayed Python, by their paths in the user's model."""
+    if isinstance(compiled, GraphModule) or report_of(compiled) is None:
+        return {}
+    return {
+        name.removeprefix("model."): module
+        for name, module in compiled.named_modules()
+        if isinstance(module, GraphModule)
+    }
 
 
 @dataclass

@@ -144,9 +144,10 @@ def filled_zeros(model: nn.Module) -> FilledZeros:
             replaced[name] = mask.shape
             continue
         zeros = mask.zeros()
-        recorded += int(zeros.sum())
-        lost = int((weight[zeros] != 0).sum())
-        if lost and not _zeros_moved(module, int(zeros.sum()), mask.pattern):
+        count = int(torch.count_nonzero(zeros))
+        recorded += count
+        lost = int(torch.count_nonzero((weight != 0) & zeros))
+        if lost and not _zeros_moved(module, count, mask.pattern):
             filled[name] = lost
     return FilledZeros(filled, recorded, replaced)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fxprune.errors import GraphError
+from fxprune.compiled_parts import CompiledParts
+from fxprune.errors import GraphError, TraceError
 from fxprune.graph.model_argument import not_a_model
 from fxprune.graph_diff.matching import match_graphs
 from fxprune.graph_diff.model_graph import ModelGraph
 from fxprune.graph_diff.node_diff import Comparison
+from fxprune.graph_diff.parts import parts_diff
 from fxprune.graph_diff.read_fx import read_fx
 from fxprune.graph_diff.read_onnx import read_onnx_graph
 from fxprune.graph_diff.result import Costs, Edge, GraphDiff, NodeDiff, NodeState
@@ -34,15 +37,17 @@ def diff(before: Model, after: Model, *, example_inputs: Any = None) -> GraphDif
     Args:
         before: a module (a traced copy is compared), a GraphModule or compiled result (read as it is, never modified),
             or the path of an ONNX file.
-        after: likewise; an ONNX file is compared with an ONNX file.
+        after: likewise; an ONNX file is compared with an ONNX file. Of a model with compiled parts these are compared, one
+            after the other, with the modules of the same names.
         example_inputs: a tensor, a tuple of the models' inputs, or a dict of them by name: both models are run on them
-            once for the sizes of activations, which MACs need. ONNX files state sizes themselves.
+            once for the sizes of activations, which MACs need; and a module that can be traced on an example only is traced
+            on this one. ONNX files state sizes themselves.
 
     Returns:
         The difference: `print` it, or write it with `.to_html(path)` or `.to_json(path)`.
 
     Raises:
-        TraceError: torch.fx cannot trace a module.
+        TraceError: a module cannot be traced, or only on example_inputs, which were not given.
         GraphError: one side is a model and the other a file, or a model cannot run on the inputs.
         ExportError: example_inputs does not fit a model's inputs.
         ValidationError: a file is not a complete ONNX file.
@@ -55,9 +60,12 @@ def diff(before: Model, after: Model, *, example_inputs: Any = None) -> GraphDif
     for given in (before, after):
         if not isinstance(given, (nn.Module, str, PathLike)):
             raise GraphError(not_a_model(given))
+    if isinstance(before, CompiledParts) or isinstance(after, CompiledParts):
+        if isinstance(before, nn.Module) and isinstance(after, nn.Module):
+            return parts_diff(before, after, example_inputs, diff)
     if isinstance(before, nn.Module) and isinstance(after, nn.Module):
-        old = read_fx(_graph_module(before, after), example_inputs)
-        new = read_fx(_graph_module(after, before), example_inputs)
+        old = read_fx(_graph_module(before, after, example_inputs), example_inputs)
+        new = read_fx(_graph_module(after, before, example_inputs), example_inputs)
     elif isinstance(before, nn.Module) or isinstance(after, nn.Module):
         model, file = (before, after) if isinstance(before, nn.Module) else (after, before)
         raise GraphError(
@@ -102,14 +110,24 @@ def compare_graphs(before: ModelGraph, after: ModelGraph) -> GraphDiff:
     )
 
 
-def _graph_module(model: nn.Module, other: nn.Module) -> GraphModule:
+def _graph_module(model: nn.Module, other: nn.Module, example: Any) -> GraphModule:
     """The model itself if it is a graph, else a traced copy, with the leaves that the other one's graph has."""
     if isinstance(model, GraphModule):
         return model
     names = {name for name, _ in model.named_modules() if name}
     called = other.graph.nodes if isinstance(other, GraphModule) else ()
     leaves = {str(node.target) for node in called if node.op == "call_module"}
-    return trace(model, exclude=sorted(leaves & names))
+    exclude = sorted(leaves & names)
+    try:
+        return trace(model, exclude=exclude)
+    except TraceError as error:
+        if example is None:
+            raise TraceError(
+                f"{error}\nPerhaps on an example: call diff with example_inputs, a batch of images"
+            ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # What stays whole is whole in both graphs, or a difference.
+        return trace(model, exclude=exclude, example=example)
 
 
 def _merged_order(before: ModelGraph, after: ModelGraph, back: dict[str, str]) -> list[tuple[str, str]]:

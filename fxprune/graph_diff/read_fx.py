@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fxprune.annotations import annotation, changes, report_of
+from fxprune.calibration.batches import inputs_of, map_tensors, tensors_in
 from fxprune.channels.apply import channel_order
 from fxprune.errors import GraphError
 from fxprune.export.inputs_outputs import example_tensors
@@ -129,21 +130,29 @@ def _read_node(
 
 def _output_shapes(graph_module: GraphModule, example_inputs: Any) -> dict[Node, tuple[int, ...]]:
     """Sizes of every node's (first) tensor, from one run in eval mode; training flags are put back."""
-    inputs = example_tensors(example_inputs, graph_module)
+    inputs = _values(graph_module, example_inputs)
     first = next((p for p in graph_module.parameters() if p.is_floating_point()), None)
     if first is not None:
-        inputs = tuple(x.to(first.device, first.dtype if x.is_floating_point() else x.dtype) for x in inputs)
+        inputs = map_tensors(inputs, lambda x: x.to(first.device, first.dtype if x.is_floating_point() else x.dtype))
     try:
         with evaluating(graph_module):
             shapes = value_shapes(graph_module, *inputs)
     except Exception as error:
-        sizes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        sizes = ", ".join(str(tuple(x.shape)) for x in tensors_in(inputs))
         raise GraphError(
             f"{graph_module._get_name()} cannot run on example_inputs of shape {sizes}: "
             f"{str(error).splitlines()[0]}. Give inputs of the size that the model takes, or none"
         ) from error
     found = {node: _first_size(shape) for node, shape in shapes.items()}
     return {node: tuple(size) for node, size in found.items() if size is not None}
+
+
+def _values(graph_module: GraphModule, example_inputs: Any) -> tuple[Any, ...]:
+    """A value for each placeholder: a tensor, or for a part of a model what reaches it, which may be a list of them."""
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    if isinstance(example_inputs, dict) and not all(isinstance(x, Tensor) for x in example_inputs.values()):
+        return tuple(inputs_of(example_inputs, placeholders).values())
+    return example_tensors(example_inputs, graph_module)
 
 
 def _first_size(shape: Any) -> Size | None:
@@ -177,14 +186,14 @@ def _macs(node: Node, weights: Weights, shapes: Mapping[Node, tuple[int, ...]]) 
 
 
 def _operation_name(node: Node) -> str:
-    """Module class, function or method; relu_ and iadd are called relu and add."""
+    """Module class, function or method; relu_, iadd and view are called relu, add and reshape."""
     module = module_of(node)
     if module is not None:
         return type(module).__name__
     if node.op in ("placeholder", "output"):
         return "input" if node.op == "placeholder" else "output"
     name = _function_name(node)
-    return name[1:] if is_augmented(node) else name
+    return name[1:] if is_augmented(node) else {"view": "reshape", "view_as": "reshape_as"}.get(name, name)
 
 
 def _operation_arguments(node: Node) -> dict[str, str]:

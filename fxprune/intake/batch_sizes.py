@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxprune.calibration.batches import call_by_name, count, inputs_of, map_tensors, tensors_in
 from fxprune.calibration.failures import stays_as_it_is
 from fxprune.graph import device_of
 from fxprune.runtime.surroundings import same_random_numbers
-from fxprune.trace_check import TOLERANCE, _distance
+from fxprune.trace_check import TOLERANCE, distance
 
 GROWTH = 64  # Pixels; networks that want multiples of something mostly want one of these.
 
@@ -45,29 +45,32 @@ def agree(model: nn.Module, graph_module: GraphModule, batch: Any) -> bool | Non
     if isinstance(wanted, Exception):
         return None
     found = _outcome(graph_module, graph_module, batch)
-    return not isinstance(found, Exception) and _distance(wanted, found) <= TOLERANCE
+    return not isinstance(found, Exception) and distance(wanted, found) <= TOLERANCE
 
 
 def require_size(graph_module: GraphModule, batch: Any, lines: Sequence[str]) -> None:
     """Let a graph refuse images of another height and width than a batch's, naming the lines that are the reason."""
-    graph = graph_module.graph
-    placeholders = graph.find_nodes(op="placeholder")
-    for node, value in inputs_of(batch, placeholders).items():
-        if not isinstance(value, Tensor) or value.dim() != 4:
-            continue
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    images = {n: x for n, x in inputs_of(batch, placeholders).items() if isinstance(x, Tensor) and x.dim() == 4}
+    for node, value in images.items():
         height, width = value.shape[2:]
         message = (
             f"this graph is for images of {height} x {width}: the model decides by their size at {'; '.join(lines)}"
         )
-        with graph.inserting_after(placeholders[-1]):
-            after = graph.call_method("size", (node, 2))
-        with graph.inserting_after(after):
-            second = graph.call_method("size", (node, 3))
-        with graph.inserting_after(second):
-            same = [graph.call_function(operator.eq, (n, size)) for n, size in ((after, height), (second, width))]
-        with graph.inserting_after(same[0]):
-            for check in same:
-                graph.call_function(torch._assert, (check, message))
+        require_axes(graph_module, node, {2: height, 3: width}, message)
+
+
+def require_axes(graph_module: GraphModule, node: Node, sizes: Mapping[int, int], message: str) -> None:
+    """Let a graph refuse inputs of other sizes: by axis, the size that an input must have."""
+    graph = graph_module.graph
+    last = graph.find_nodes(op="placeholder")[-1]
+    for axis, size in sizes.items():
+        with graph.inserting_after(last):
+            found = graph.call_method("size", (node, axis))
+        with graph.inserting_after(found):
+            same = graph.call_function(operator.eq, (found, size))
+        with graph.inserting_after(same):
+            last = graph.call_function(torch._assert, (same, message))
     graph_module.recompile()
 
 

@@ -52,8 +52,13 @@ def is_exported(model: Any) -> TypeGuard[GraphModule]:
 
 
 def is_in_traced_form(model: nn.Module) -> TypeGuard[GraphModule]:
-    """Whether a model is what `as_traced` gives."""
+    """Whether a model is what `as_traced` gives, or marked so."""
     return isinstance(model, GraphModule) and bool(model.meta.get(_TRACED_FORM))
+
+
+def mark_as_traced(graph_module: GraphModule) -> None:
+    """Let a graph be taken as it is, as what `as_traced` gives is."""
+    graph_module.meta[_TRACED_FORM] = True
 
 
 def module_of_program(program: ExportedProgram) -> GraphModule:
@@ -102,7 +107,7 @@ def as_traced(exported: GraphModule) -> GraphModule:
         if not stays and (node.op == "get_attr" or node.target is operator.getitem or _is_size(node)):
             graph.erase_node(node)
     traced = GraphModule(exported, allow_any_name(graph), "Exported")
-    traced.meta[_TRACED_FORM] = True
+    mark_as_traced(traced)
     for node in traced.graph.nodes:
         if node.op == "get_attr" and not hasattr(traced, str(node.target).split(".")[0]):
             raise TraceError(f"the exported graph reads {node.target!r}, which it does not hold")

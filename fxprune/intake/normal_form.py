@@ -3,17 +3,17 @@
 However a model writes it (a subclass, `F.conv2d` on a parameter, `x @ w.t()`, a weight computed of other parameters, an
 operator of torch.export), after this it is a call of nn.ConvNd, nn.ConvTransposeNd or nn.Linear, and BatchNorm written as
 a function is nn.BatchNormNd. So everything behind it knows one form.
+
+`view` becomes `reshape`, which gives the same view where there is one: passes may change how a value lies in memory.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -22,40 +22,8 @@ from fxprune.graph import module_of
 from fxprune.intake.constants import Constants
 from fxprune.intake.names import matches
 from fxprune.intake.origins import Origin
+from fxprune.operations import OPERATIONS, named_arguments, operation_name
 
-aten = torch.ops.aten
-_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-_LINEAR = ("input", "weight", "bias")
-_PRODUCT = ("input", "matrix")
-_ADDMM = ("added", "input", "matrix")
-_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-_ATEN_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
-_ATEN_CONV = (*_CONV[:6], "transposed", "output_padding", "groups")
-# What a function computes, and the names of its arguments in order.
-_FUNCTIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d), ("conv", _CONV)),
-    **dict.fromkeys(
-        (
-            F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-            torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
-        ),
-        ("transposed", _TRANSPOSED),
-    ),
-    F.linear: ("linear", _LINEAR),
-    **dict.fromkeys((operator.matmul, torch.matmul, torch.mm), ("product", _PRODUCT)),
-    **dict.fromkeys(("matmul", "__matmul__", "mm"), ("product", _PRODUCT)),
-    **dict.fromkeys((torch.addmm, "addmm"), ("addmm", _ADDMM)),
-    **dict.fromkeys((F.batch_norm,), ("norm", _NORM)),
-    torch.batch_norm: ("norm", _ATEN_NORM),
-    **dict.fromkeys((aten.conv1d, aten.conv2d, aten.conv3d), ("conv", _CONV)),
-    **dict.fromkeys((aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d), ("transposed", _TRANSPOSED)),
-    aten.convolution: ("conv", _ATEN_CONV),
-    aten.linear: ("linear", _LINEAR),
-    **dict.fromkeys((aten.matmul, aten.mm), ("product", _PRODUCT)),
-    aten.addmm: ("addmm", _ADDMM),
-    aten.batch_norm: ("norm", _ATEN_NORM),
-}  # fmt: skip
 _PLAIN = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -119,24 +87,23 @@ class _Normaliser:
             graph.erase_node(node)
         if layers:
             self._drop_unread()
-            self.graph_module.recompile()
+        _reshape_for_view(self.graph_module)
+        self.graph_module.recompile()
         return self.origins
 
     def _layer(self, node: Node, constants: Constants) -> _Layer | None:
         """The module for a node's call, or None where it is none of those or has to stay."""
-        kind, names = _FUNCTIONS.get(getattr(node.target, "overloadpacket", node.target), ("", ()))
-        if not kind or node.op not in ("call_function", "call_method"):
+        name = operation_name(node)
+        build = _BUILDERS.get(name)
+        if build is None:
             return None
-        arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
-        build = {"norm": _norm, "product": _product, "addmm": _addmm}.get(kind, _convolution_or_linear)
-        layer = build(arguments, kind, constants, self.model)
+        layer = build(named_arguments(node), name, constants, self.model)
         if layer is None or constants.holds(layer.input):
             return None
         sources = [_find(self.graph_module, name) for name in constants.sources(layer.home)]
-        if kind != "norm" and not any(isinstance(source, nn.Parameter) for source in sources):
+        if name != "batch_norm" and not any(isinstance(source, nn.Parameter) for source in sources):
             return None  # A fixed filter or basis, which nobody trained.
-        stays_exact = kind in ("conv", "linear", "transposed") and all(o.how == "same" for o in layer.origins.values())
-        if stays_exact:
+        if build is _convolution_or_linear and all(o.how == "same" for o in layer.origins.values()):
             return layer
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         places = [*constants.sources(layer.home), *(str(place[0]) for place in stack[-1:])]
@@ -218,7 +185,23 @@ class _Normaliser:
                     delattr(module, key)
 
 
-def _convolution_or_linear(a: dict[str, Any], kind: str, constants: Constants, _: nn.Module) -> _Layer | None:
+def _reshape_for_view(graph_module: GraphModule) -> None:
+    """Write `reshape` for `view`, but for a view as another dtype.
+
+    Where a value has one channel, or one pixel, its strides do not say whether it is in channels last. BatchNorm and operations
+    in place each take it for one of the two, and so decide how the values after it lie: without them a `view` may fail.
+    """
+    for node in graph_module.graph.find_nodes(op="call_method", target="view"):
+        first = node.args[1] if len(node.args) > 1 else None
+        is_asked = isinstance(first, Node) and first.target is getattr and first.args[1] == "dtype"
+        if not (is_asked or isinstance(first, torch.dtype) or "dtype" in node.kwargs):
+            node.target = "reshape"
+            node.kwargs = {"shape": node.kwargs["size"]} if node.kwargs else {}
+    for node in graph_module.graph.find_nodes(op="call_method", target="view_as"):
+        node.target = "reshape_as"
+
+
+def _convolution_or_linear(a: dict[str, Any], name: str, constants: Constants, _: nn.Module) -> _Layer | None:
     home, bias = a.get("weight"), a.get("bias")
     if not isinstance(a.get("input"), Node) or not _is_node(home, constants):
         return None
@@ -226,12 +209,12 @@ def _convolution_or_linear(a: dict[str, Any], kind: str, constants: Constants, _
         return None
     weight = constants.value(home)
     added = None if bias is None else constants.value(bias)
-    if kind == "linear":
+    if name == "linear":
         if weight.dim() != 2 or (added is not None and added.shape != weight.shape[:1]):
             return None
         module: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=added is not None, device="meta")
     else:
-        transposed = kind == "transposed" or a.get("transposed") is True
+        transposed = name.startswith("conv_transpose") or a.get("transposed") is True
         options = {key: a[key] for key in ("stride", "padding", "dilation", "groups", "output_padding") if key in a}
         if not transposed:
             options.pop("output_padding", None)
@@ -245,8 +228,8 @@ def _convolution_or_linear(a: dict[str, Any], kind: str, constants: Constants, _
     return _filled(module, a["input"], home, bias, constants)
 
 
-def _product(a: dict[str, Any], kind: str, constants: Constants, _: nn.Module) -> _Layer | None:
-    x, home = a.get("input"), a.get("matrix", a.get("other", a.get("mat2")))
+def _product(a: dict[str, Any], name: str, constants: Constants, _: nn.Module) -> _Layer | None:
+    x, home = a.get("input"), a.get("other", a.get("mat2"))
     if not isinstance(x, Node) or not _is_node(home, constants):
         return None
     matrix = constants.value(home)
@@ -262,10 +245,8 @@ def _product(a: dict[str, Any], kind: str, constants: Constants, _: nn.Module) -
     )
 
 
-def _addmm(a: dict[str, Any], kind: str, constants: Constants, _: nn.Module) -> _Layer | None:
-    by_name = "mat1" in a
-    bias = a.get("added", a.get("input") if by_name else None)
-    x, home = a["mat1"] if by_name else a.get("input"), a.get("matrix", a.get("mat2"))
+def _addmm(a: dict[str, Any], name: str, constants: Constants, _: nn.Module) -> _Layer | None:
+    bias, x, home = a.get("input"), a.get("mat1"), a.get("mat2")
     if not isinstance(x, Node) or not _is_node(home, constants) or not _is_node(bias, constants):
         return None
     matrix = constants.value(home)
@@ -276,7 +257,7 @@ def _addmm(a: dict[str, Any], kind: str, constants: Constants, _: nn.Module) -> 
     )
 
 
-def _norm(a: dict[str, Any], kind: str, constants: Constants, model: nn.Module) -> _Layer | None:
+def _norm(a: dict[str, Any], name: str, constants: Constants, model: nn.Module) -> _Layer | None:
     nodes = {k: a[k] for k in ("running_mean", "running_var", "weight", "bias") if a.get(k) is not None}
     if a.get("training", False) is not False or not isinstance(a.get("input"), Node):
         return None
@@ -293,6 +274,16 @@ def _norm(a: dict[str, Any], kind: str, constants: Constants, model: nn.Module) 
     module.num_batches_tracked = torch.tensor(0, device=values["running_mean"].device)
     found = {key: _origin(node, constants) for key, node in nodes.items()}
     return _Layer(module.eval(), a["input"], nodes["running_mean"], found)
+
+
+_BUILDERS: dict[str, Callable[[dict[str, Any], str, Constants, nn.Module], _Layer | None]] = {
+    **{operation.name: _convolution_or_linear for operation in OPERATIONS if operation.channels == "matrix"},
+    "convolution": _convolution_or_linear,
+    "matmul": _product,
+    "mm": _product,
+    "addmm": _addmm,
+    "batch_norm": _norm,
+}
 
 
 def _norm_class(x: Node, mean: str, model: nn.Module) -> type[nn.Module] | None:

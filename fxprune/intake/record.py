@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import nn
 from torch.fx import GraphModule
 
 from fxprune.annotations import annotate_graph, graph_annotation
@@ -34,23 +35,29 @@ class Intake:
     """How a model came in.
 
     Attributes:
-        way: "torch.fx", "example values" or "torch.export".
+        way: "torch.fx", "example values", "torch.export" or "ONNX".
         leaves: what could not be traced.
-        frozen: lines of the model's code whose answer holds for images of the calibration set's size only.
+        frozen: lines of the model's code, or nodes of its file, that hold for images of the calibration set's size only.
+        notes: what else there is to know, in sentences.
+        inputs: of an ONNX file, the names of its inputs, which a file exported again has as well.
+        outputs: likewise.
     """
 
     way: str
     leaves: tuple[Leaf, ...] = field(default=())
     frozen: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
+    inputs: tuple[str, ...] = field(default=())
+    outputs: tuple[str, ...] = field(default=())
 
     @property
     def lines(self) -> list[str]:
         """For a report: a line for everything that a user has to know."""
         frozen = [f"for images of this height and width only: {line}" for line in self.frozen]
-        return [*map(str, self.leaves), *frozen]
+        return [*map(str, self.leaves), *frozen, *self.notes]
 
 
-def intake(graph_module: GraphModule) -> Intake | None:
+def intake(graph_module: nn.Module) -> Intake | None:
     """How a graph's model came in; None for a graph that `trace` did not make."""
     return graph_annotation(graph_module).intake
 

@@ -39,11 +39,11 @@ def uncovered(graph_module: GraphModule, rows: Iterable[LayerReport]) -> tuple[L
     return tuple(found)
 
 
-def little(graph_module: GraphModule, rows: Sequence[LayerReport], recipe: str) -> str:
+def little(model: nn.Module, rows: Sequence[LayerReport], recipe: str) -> str:
     """Says that less than half of the weights were compressed, and the main reason; "" where it was more.
 
     Args:
-        graph_module: the compressed model.
+        model: the compressed one.
         rows: of its report, those of `uncovered` too.
         recipe: what was asked for.
     """
@@ -56,7 +56,7 @@ def little(graph_module: GraphModule, rows: Sequence[LayerReport], recipe: str) 
         if not row.is_compressed:
             reasons[row.reason] += row.weights
     (reason, weights), *_ = reasons.most_common(1)
-    found = intake(graph_module)
+    found = intake(model)
     leaves = f"; {'; '.join(map(str, found.leaves))}" if found is not None and found.leaves else ""
     return (
         f"only {done / total:.0%} of the weights were compressed to {recipe}; the main reason, for {weights / total:.0%} of "

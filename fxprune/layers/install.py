@@ -10,15 +10,20 @@ from torch.fx import GraphModule, Node
 
 from fxprune.geometry import laid_out_like
 from fxprune.layers.problem import layer_of
-from fxprune.layers.shared import modules_called, weight_calls
+from fxprune.layers.shared import modules_called
 from fxprune.layers.solve import SolvedLayer
 from fxprune.layers.splits import Split, two_layers
 
 
-def install(graph_module: GraphModule, node: Node, layer: SolvedLayer) -> None:
-    """Put a solution in place; a bias is created where there was none.
+def install(graph_module: GraphModule, node: Node, layer: SolvedLayer, calls: tuple[Node, ...]) -> None:
+    """Put the solution of the layer that a node calls in place; a bias is created where there was none.
 
-    Two parts become an `nn.Sequential` under the layer's name: the graph still calls it once (`split_call` makes two of it).
+    Args:
+        graph_module: changed in place.
+        node: the layer's first call.
+        layer: its solution. Two parts become an `nn.Sequential` under the layer's name: the graph still calls it once
+            (`split_call` makes two of it).
+        calls: all that read its weight.
     """
     module = layer_of(node)
     trained = module.weight.requires_grad
@@ -27,7 +32,7 @@ def install(graph_module: GraphModule, node: Node, layer: SolvedLayer) -> None:
         module.weight.data = laid_out_like(module.weight, part.weight)
         if part.bias is not None:
             bias = nn.Parameter(part.bias, requires_grad=trained)
-            for reader in modules_called(weight_calls(graph_module)[node]):
+            for reader in modules_called(calls):
                 reader.bias = bias
         return
     first, second = layer.parts

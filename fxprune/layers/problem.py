@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from fxprune.geometry import LayerGeometry, MatrixLayer, is_matrix_layer
 from fxprune.graph import module_of
+from fxprune.layers.shrinkage import Shrinkage
 from fxprune.options import Options
 from fxprune.solvers.problem import LayerProblem
 from fxprune.statistics import CrossStatistics, InputStatistics
@@ -27,6 +28,7 @@ def pose_problem(
     inputs: InputStatistics,
     cross: CrossStatistics | None,
     options: Options,
+    shrinkage: Shrinkage,
 ) -> LayerProblem:
     """The damped problem of one layer, (G, D, D) and (G, R/G, D).
 
@@ -36,14 +38,16 @@ def pose_problem(
         inputs: moments of the patches.
         cross: cross moment of the target, or None where that is the layer's own output on those inputs; with blocks always
             None, and each block is to give what it gave.
-        options: resolved; `damping` and `bias_correction` count.
+        options: resolved; `bias_correction` counts.
+        shrinkage: damping, and how much of the target's correction is followed.
     """
     dense = geometry.to_matrix(module.weight.detach()).double()
     centred = bool(options.bias_correction)
     hessian = inputs.hessian(centred=centred)
     target = dense @ hessian if cross is None else cross.target(inputs, module.bias, centred=centred)
-    shared = inputs.factors.setdefault((centred, options.damping), {})
-    return LayerProblem(hessian, target, dense).damped(options.damping, shared)
+    target = shrinkage.target(target, hessian, dense)
+    shared = inputs.factors.setdefault((centred, shrinkage.damping), {})
+    return LayerProblem(hessian, target, dense).damped(shrinkage.damping, shared)
 
 
 def weights_alone(module: MatrixLayer, geometry: LayerGeometry) -> LayerProblem:
@@ -64,13 +68,13 @@ def fitted_bias(
     if options.bias_correction:
         # The mean of the target less the mean that the new weights give.
         wanted = cross.mean if cross is not None else _mean_output(module, geometry, inputs)
-        bias = (wanted - mean_product(geometry, matrix, inputs)).flatten()
+        bias = (wanted - mean_product(geometry, matrix, inputs.mean)).flatten()
     return None if bias is None else bias.detach().to(module.weight)
 
 
-def mean_product(geometry: LayerGeometry, matrix: Tensor, inputs: InputStatistics) -> Tensor:
+def mean_product(geometry: LayerGeometry, matrix: Tensor, mean: Tensor) -> Tensor:
     """Mean of W x, (G, R/G) float64, for weights (G, R/G, D); blocks are added up."""
-    of_each = torch.einsum("grd,gd->gr", matrix, inputs.mean)
+    of_each = torch.einsum("grd,gd->gr", matrix, mean)
     return of_each.reshape(geometry.groups, geometry.blocks, -1).sum(1)
 
 
@@ -82,5 +86,5 @@ def dead_inputs(inputs: InputStatistics) -> int:
 def _mean_output(module: MatrixLayer, geometry: LayerGeometry, inputs: InputStatistics) -> Tensor:
     """Mean output of the layer itself, (G, R/G) float64."""
     dense, bias = geometry.to_matrix(module.weight.detach()).double(), module.bias
-    mean = mean_product(geometry, dense, inputs)
+    mean = mean_product(geometry, dense, inputs.mean)
     return mean if bias is None else mean + bias.to(mean).reshape(mean.shape)

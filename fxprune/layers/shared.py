@@ -25,6 +25,14 @@ def weight_calls(graph_module: GraphModule) -> Calls:
     return {node: tuple(calls) for calls in by_weight.values() for node in calls}
 
 
+def keeps_own_target(calls: Calls, node: Node, geometry: LayerGeometry) -> bool:
+    """Whether a layer's target is its own output on its own inputs, whatever `Options.target` says: its weights fit that best.
+
+    With several calls there is no one output to make up for, and with blocks of columns none that each could be fitted to.
+    """
+    return len(calls[node]) > 1 or geometry.blocks > 1
+
+
 def modules_called(calls: tuple[Node, ...]) -> tuple[MatrixLayer, ...]:
     """The modules that these nodes call, each once."""
     modules = [module for node in calls if is_matrix_layer(module := module_of(node))]

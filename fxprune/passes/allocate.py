@@ -8,7 +8,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.annotations import annotate, annotation
 from fxprune.calibration.calibration import Calibration
 from fxprune.constraints import Chain, Constraint, keep_possible
-from fxprune.layers.shared import weight_calls
+from fxprune.layers.shared import Calls, keeps_own_target, weight_calls
 from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
 
@@ -26,16 +26,18 @@ class Allocate(CalibratedPass):
         self.method = method
 
     def calibrate(self, graph_module: GraphModule, calibration: Calibration) -> PassResult:  # noqa: D102
-        modified = False
+        modified, calls = False, weight_calls(graph_module)
         while (found := _first_shared(graph_module, self.method)) is not None:
             shared, layers = found
             given = shared.allocate(graph_module, layers, calibration, self.method)
             for node in layers:
-                self._give(graph_module, node, shared, given[node])
+                self._give(graph_module, node, shared, given[node], calls)
             modified = True
         return PassResult(graph_module, modified)
 
-    def _give(self, graph_module: GraphModule, node: Node, shared: Constraint, own: Constraint | str) -> None:
+    def _give(
+        self, graph_module: GraphModule, node: Node, shared: Constraint, own: Constraint | str, calls: Calls
+    ) -> None:
         chain: Chain = annotation(node).chain
         if not isinstance(own, str):
             annotate(node, chain=tuple(own if constraint == shared else constraint for constraint in chain))
@@ -48,9 +50,7 @@ class Allocate(CalibratedPass):
         if others:
             annotate(node, chain=others)
         else:
-            # Of a layer of several calls, or of blocks, the target is its own output: its weights are the best fit.
-            calls = len(weight_calls(graph_module)[node])
-            refitted = self.method.options.reconstruct and calls == 1 and geometry.blocks == 1
+            refitted = self.method.options.reconstruct and not keeps_own_target(calls, node, geometry)
             annotate(node, chain=(), role="reconstruct" if refitted else "keep", reason=reason)
         self.record(graph_module, "kept", node, reason=reason)
 

@@ -7,7 +7,7 @@ In eval mode BatchNorm is one affine map per channel, so with s = γ / √(σ² 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -19,8 +19,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from fxprune.annotations import annotation
-from fxprune.graph import call_sites, has_hooks, input_of, is_tied, module_of
-from fxprune.operations import Argument, operation_of
+from fxprune.calibration.calibration import Calibration
+from fxprune.graph import Shape, call_sites, has_hooks, input_of, is_tied, module_of
+from fxprune.operations import operation_of
 from fxprune.passes.base import Pass
 from fxprune.tracing import matches
 
@@ -47,10 +48,9 @@ class FoldBatchNorm(Pass):
     3. A BatchNorm is kept, with the reason on record, if it or the layer is in training mode, is a subclass,
        or has hooks; if it has no running statistics; if it does not follow such a layer directly and as its
        only user; or if the layer's parameters are computed or shared.
-    4. BatchNorm1d normalises dimension 1, which holds Linear's features only where the tensor is (N, C). That
-       is known from `node.meta["tensor_meta"]` (torch.fx's ShapeProp writes it), or from a flatten, or a view
-       of two sizes, further up, with nothing but linear layers, BatchNorm and activations between. Otherwise
-       it is kept.
+    4. BatchNorm1d normalises dimension 1, which holds Linear's features only where the tensor is (N, C). The shapes on the
+       calibration images tell, or where there are none those that torch.fx's ShapeProp has left (`node.meta["tensor_meta"]`).
+       Where neither does, it is kept.
 
     Args:
         exclude: module names or fnmatch patterns of layers to leave exactly as they are; a BatchNorm behind one stays.
@@ -67,7 +67,14 @@ class FoldBatchNorm(Pass):
     def __init__(self, *, exclude: Sequence[str] = ()) -> None:
         self.exclude = tuple(exclude)
 
+    def _run(self, graph_module: GraphModule, calibration: Calibration | None) -> PassResult:
+        is_asked = any(isinstance(module, nn.BatchNorm1d) for module in graph_module.modules())
+        return self._fold(graph_module, calibration.example(graph_module).shapes if calibration and is_asked else {})
+
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
+        return self._fold(graph_module, {})
+
+    def _fold(self, graph_module: GraphModule, shapes: Mapping[Node, Shape]) -> PassResult:
         sites = call_sites(graph_module)
         removed: dict[Node, str] = {}
         for node in list(graph_module.graph.nodes):
@@ -77,7 +84,7 @@ class FoldBatchNorm(Pass):
                 self.record(graph_module, "kept", node, reason="a functional call; only modules are folded")
             if not isinstance(norm, _BatchNorm):
                 continue
-            reason = _reason_to_keep(graph_module, node, norm, sites)
+            reason = _reason_to_keep(graph_module, node, norm, sites, shapes)
             if reason is None and any(matches(str(n.target), self.exclude) for n in (node, input_of(node))):
                 reason = "excluded, or the layer in front of it is"
             if reason is None and (annotation(node).changed or annotation(input_of(node)).changed):
@@ -160,7 +167,11 @@ def scaled_outputs(
 
 
 def _reason_to_keep(
-    graph_module: GraphModule, node: Node, norm: _BatchNorm, sites: dict[nn.Module, list[Node]]
+    graph_module: GraphModule,
+    node: Node,
+    norm: _BatchNorm,
+    sites: dict[nn.Module, list[Node]],
+    shapes: Mapping[Node, Shape],
 ) -> str | None:
     """Why a BatchNorm call cannot be folded, or None."""
     if type(norm) not in _NORM_OF.values():
@@ -192,53 +203,21 @@ def _reason_to_keep(
         return f"the output of {name} is also read by {', '.join(others)}"
     if any([module_of(user) for user in site.users] != [norm] for site in sites[layer]):
         return f"{name} is called at {len(sites[layer])} places, not each followed by this BatchNorm alone"
-    return next(filter(None, (_reason_of_rank(site, layer) for site in sites[layer])), None)
+    return next(filter(None, (_reason_of_rank(site, layer, shapes.get(site)) for site in sites[layer])), None)
 
 
-def _reason_of_rank(site: Node, layer: _Layer) -> str | None:
+def _reason_of_rank(site: Node, layer: _Layer, shape: Shape) -> str | None:
     """Why dimension 1 of the layer's output may not be its channels, or None."""
-    rank = _rank(site)
-    if rank is None and isinstance(layer, nn.Linear):
+    if shape is None:
+        shape = getattr(site.meta.get("tensor_meta"), "shape", None)
+    if shape is None and isinstance(layer, nn.Linear):
         return (
             f"whether {site.target} gives (N, C) or (N, L, C) is not known, and BatchNorm1d normalises "
-            "dimension 1; run torch.fx's ShapeProp on an example input first"
+            "dimension 1; call the pass with a Calibration of some images"
         )
-    if rank is not None and rank != layer.weight.dim():
-        return f"dimension 1 of the {rank}-dimensional output of {site.target} is not its channels"
+    if shape is not None and len(shape) != layer.weight.dim():
+        return f"dimension 1 of the {len(shape)}-dimensional output of {site.target} is not its channels"
     return None
-
-
-def _rank(node: Node) -> int | None:
-    """The number of dimensions of a node's value, if it is known without running the graph."""
-    while True:
-        shape = getattr(node.meta.get("tensor_meta"), "shape", None)
-        if shape is not None:
-            return len(shape)
-        if _gives_two_dimensions(node):
-            return 2
-        operation = operation_of(node)
-        keeps_rank = operation is not None and (
-            operation.channels in ("elementwise", "binary", "normalisation") or operation.name == "linear"
-        )
-        if not keeps_rank or len(node.all_input_nodes) != 1:
-            return None
-        node = node.all_input_nodes[0]
-
-
-def _gives_two_dimensions(node: Node) -> bool:
-    """Whether a node is flatten(x, 1), or a view or reshape to two sizes."""
-    operation = operation_of(node)
-    name = "" if operation is None else operation.name
-    if name == "flatten":
-        is_module = module_of(node) is not None  # Its start_dim is 1 by default, the function's 0.
-        start, end = Argument(1, "start_dim", 1 if is_module else 0), Argument(2, "end_dim", -1)
-        return (start.of(node), end.of(node)) == (1, -1)
-    if name in ("view", "reshape"):
-        sizes: Any = node.args[1:] or [node.kwargs.get("shape", node.kwargs.get("size", ()))]
-        if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
-            sizes = sizes[0]
-        return len(sizes) == 2
-    return False
 
 
 def _delete_unused(graph_module: GraphModule, targets: set[str]) -> None:

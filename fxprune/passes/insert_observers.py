@@ -18,7 +18,7 @@ from fxprune.constraints.mask import Mask
 from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
 from fxprune.graph import input_of, is_tied, module_of
 from fxprune.layers.kept import layers_inside, matrices_read
-from fxprune.layers.shared import Calls, not_one_problem, weight_calls
+from fxprune.layers.shared import Calls, keeps_own_target, not_one_problem, weight_calls
 from fxprune.operations import LAYERS, operation_of
 from fxprune.passes.base import Pass
 from fxprune.pattern import MixedPattern, NMPattern
@@ -115,26 +115,24 @@ class InsertObservers(Pass):
         narrowing = annotation(node).narrowing
         of_layer = [constraint for constraint in wanted or () if not constraint.is_of_graph]
         chain, declined = keep_possible(of_layer, geometry, len(together))
-        whole = geometry.columns <= self.max_columns or not self.observe
-        if chain and not whole:
-            multiple = math.lcm(*(_group(constraint) for constraint in chain))
-            in_blocks = geometry.in_blocks(self.block_columns, multiple)
+        fewer = narrowing is not None and narrowing.lost_inputs
+        if narrowing is not None and not fewer and not declined and len(of_layer) < len(wanted or ()):
+            declined = narrowing.reason or "its input channels are worth their MACs"
+        if not chain and not declined and not fewer:
+            declined = "dense in the recipe" if wanted is not None else "named by no entry of the recipe"
+        if self.observe and geometry.columns > self.max_columns:
+            in_blocks = geometry.in_blocks(self.block_columns, math.lcm(*map(_group, chain)))
             if in_blocks is None:
-                return Annotation(
-                    "keep", f"its {geometry.columns:,} columns cannot be cut into equal blocks to be solved"
-                )
+                uncut = f"its {geometry.columns:,} columns cannot be cut into equal blocks to be solved"
+                return Annotation("keep", uncut if chain else declined)
             geometry = in_blocks
-            chain, declined = keep_possible(chain, geometry, len(together))
+            chain, more = keep_possible(chain, geometry, len(together))
+            declined = "; ".join(filter(None, (declined, more)))
         if chain:
             return Annotation("compress", "", geometry, chain)
-        if narrowing is not None and narrowing.lost_inputs and whole:
+        if fewer:
             return Annotation("compress", declined, geometry)
-        if narrowing is not None and not declined and len(of_layer) < len(wanted or ()):
-            declined = narrowing.reason or "its input channels are worth their MACs"
-        if not declined:
-            declined = "dense in the recipe" if wanted is not None else "named by no entry of the recipe"
-        # A layer of several calls, or of blocks, has its own output for a target: its weights are the best fit.
-        refitted = self.reconstruct and len(together) == 1 and whole
+        refitted = self.reconstruct and not keeps_own_target(calls, node, geometry)
         return Annotation("reconstruct", declined, geometry) if refitted else Annotation("keep", declined)
 
     def _reason_to_keep(self, graph_module: GraphModule, node: Node, together: tuple[Node, ...]) -> str | None:

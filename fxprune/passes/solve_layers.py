@@ -38,7 +38,7 @@ from fxprune.intake.totals import little, uncovered
 from fxprune.layers.checkpoint import LayerCheckpoint
 from fxprune.layers.kept import kept_layer, layers_inside, zeros
 from fxprune.layers.problem import layer_of
-from fxprune.layers.shared import weight_calls
+from fxprune.layers.shared import Calls, weight_calls
 from fxprune.layers.solve import SolvedLayer, SolvedPart, solve_layer
 from fxprune.layers.splits import split_call
 from fxprune.options import Method
@@ -119,6 +119,8 @@ class SolveLayers(CalibratedPass):
         by_the_user = {"excluded", *(decided.changed for decided in roles.values() if decided.changed)}  # Hooks, too.
         if not asks or any(decided.role == "compress" for decided in roles.values()) or set(reasons) <= by_the_user:
             return
+        if any(decided.reason == "excluded" and self._could_take(node) for node, decided in roles.items()):
+            return  # What could have been compressed, the user has excluded.
         told = "; ".join(
             f"{reason} ({count} layer{'s' if count > 1 else ''})" for reason, count in reasons.most_common(3)
         )
@@ -126,6 +128,12 @@ class SolveLayers(CalibratedPass):
             f"nothing can be compressed to {self.recipe}: of {len(roles)} layers none can take it. Why: {told}. "
             f"{self._remedy(roles)}"
         )
+
+    def _could_take(self, node: Node) -> bool:
+        """Whether a layer could hold something of what the recipe asks of it."""
+        module = module_of(node)
+        chain = self.recipe.chain(str(node.target)) or ()
+        return is_matrix_layer(module) and bool(keep_possible(chain, LayerGeometry.of(module))[0])
 
     def _remedy(self, roles: Mapping[Node, Annotation]) -> str:
         """What to do where no layer can take the recipe."""
@@ -143,11 +151,9 @@ class SolveLayers(CalibratedPass):
         """Warn if less than half of the weights were compressed, though the recipe is one for all layers."""
         done = any(row.is_compressed for row in rows)
         within_budget = all(constraint.is_of_graph for _, chain in self.recipe.entries for constraint in chain)
-        if (
-            self.recipe.is_uniform
-            and not (done and within_budget)
-            and (done or any(annotation(node).changed for node in graph_module.graph.nodes))
-        ):
+        if calibration.is_part or (done and within_budget):
+            return  # It is the whole that counts, and the budget.
+        if self.recipe.is_uniform and (done or any(annotation(node).changed for node in graph_module.graph.nodes)):
             if message := little(graph_module, rows, str(self.recipe)):
                 calibration.warn(message)
 
@@ -155,13 +161,18 @@ class SolveLayers(CalibratedPass):
         self, graph_module: GraphModule, roles: Mapping[Node, Annotation], calibration: Calibration
     ) -> tuple[dict[Node, LayerReport], Outcome]:
         """Solve layer after layer as the calibration set streams by."""
-        exact = unaffected(graph_module, roles)
+        calls = weight_calls(graph_module)
+        exact = unaffected(graph_module, roles, calls)
         to_solve = [n for n, a in roles.items() if a.role in ("compress", "reconstruct") and n not in exact]
         checkpoint = LayerCheckpoint.open(calibration.checkpoint_dir, graph_module, self.method)
         fit = self.method.needs_statistics
         dense = calibration.dense if graph_annotation(graph_module).removal else None
         stream = CalibrationStream.of(graph_module, calibration, self.method.options, fit=fit, dense=dense)
-        found = {node: self._report(graph_module, node, roles[node], SolvedLayer((_as_it_is(node),))) for node in exact}
+
+        def report(node: Node, layer: SolvedLayer) -> LayerReport:
+            return self._report(graph_module, node, roles[node], layer, len(calls[node]))
+
+        found = {node: report(node, SolvedLayer((_as_it_is(node),))) for node in exact}
         for layer in stream.layers(to_solve, gather=lambda node: not checkpoint.has(str(node.target))):
             name = str(layer.node.target)
             calibration.on_layer(name, len(to_solve) + 1)
@@ -172,13 +183,13 @@ class SolveLayers(CalibratedPass):
                 solved = self._solve(layer, roles[layer.node], stream)
                 solved = replace(solved, seconds=time.perf_counter() - started)
                 checkpoint.save(name, solved)
-            found[layer.node] = self._report(graph_module, layer.node, roles[layer.node], solved)
+            found[layer.node] = report(layer.node, solved)
             layer.replace(solved)
             if layer.node is to_solve[-1]:
                 calibration.on_layer("output", len(to_solve) + 1)
-        for node, report in found.items():
+        for node, row in found.items():
             error = 0.0 if node in exact else stream.outcome.errors[node]
-            found[node] = replace(report, relative_error=error)
+            found[node] = replace(row, relative_error=error)
         return found, stream.outcome
 
     def _solve(self, layer: StreamedLayer, decided: Annotation, stream: CalibrationStream) -> SolvedLayer:
@@ -187,19 +198,29 @@ class SolveLayers(CalibratedPass):
         try:
             with stream.stopwatch.measure("solve"):
                 return solve_layer(
-                    module, layer.geometry, decided.chain, self.method, inputs, layer.cross, layer.relu_aware
+                    module,
+                    layer.geometry,
+                    decided.chain,
+                    self.method,
+                    inputs,
+                    layer.cross,
+                    layer.relu_aware,
+                    layer.check,
+                    layer.logits,
                 )
         except FxPruneError as error:
             raise SolverError(f"layer {layer.node.target!r}: {error}") from error
 
-    def _report(self, graph_module: GraphModule, node: Node, decided: Annotation, layer: SolvedLayer) -> LayerReport:
-        """What is being done to a layer, written down and as the layer's row."""
+    def _report(
+        self, graph_module: GraphModule, node: Node, decided: Annotation, layer: SolvedLayer, calls: int
+    ) -> LayerReport:
+        """What is being done to a layer of so many calls, written down and as the layer's row."""
         module, parts = layer_of(node), layer.parts
         rank = next((c for c in decided.chain if isinstance(c, Rank)), None)
         pattern = next((part.pattern for part in parts if part.pattern), "")
         factored = len(parts) > 1
         status = "factored" if factored else "pruned" if decided.chain else "reconstructed"
-        calls, geometry = len(weight_calls(graph_module)[node]), parts[0].geometry
+        geometry = parts[0].geometry
         unusual = [f"one weight at {calls} places"] if calls > 1 else []
         if geometry.blocks > 1:
             unusual.append(f"in {geometry.blocks} blocks of {geometry.columns:,} columns")
@@ -218,6 +239,8 @@ class SolveLayers(CalibratedPass):
             reason=reason,
             sparsity=sum(zeros(part.weight) * part.weight.numel() for part in parts) / numel,
             damping=layer.damping,
+            correction=layer.correction,
+            logit_scale=layer.logit_scale,
             dead_inputs=layer.dead_inputs,
             seconds=layer.seconds,
             rank=rank.choice.rank if rank is not None and rank.choice is not None and factored else 0,
@@ -267,10 +290,10 @@ class SolveLayers(CalibratedPass):
             annotate(call, report=row)
 
 
-def unaffected(graph_module: GraphModule, roles: Mapping[Node, Annotation]) -> list[Node]:
+def unaffected(graph_module: GraphModule, roles: Mapping[Node, Annotation], calls: Calls) -> list[Node]:
     """The layers to be re-fitted that keep their weights: nothing compressed feeds them, or what they are added to."""
     changed: set[Node] = set()
-    found, calls = [], weight_calls(graph_module)
+    found = []
     for node in graph_module.graph.nodes:
         decided = roles.get(node)
         sources = {*node.all_input_nodes}

@@ -73,6 +73,11 @@ class Survey:
     macs: int
 
     @property
+    def of_its_layers(self) -> Survey:
+        """The same, as if there were no other layers."""
+        return Survey(self.layers, sum(layer.macs for layer in self.layers.values()))
+
+    @property
     def least_macs(self) -> int:
         """Of the whole network with the lowest ranks everywhere."""
         saved = (layer.macs - layer.choices[0].macs for layer in self.layers.values() if layer.choices)
@@ -235,7 +240,7 @@ def within_budget(survey: Survey, budget: int) -> dict[str, Choice | None]:
     ]
     if budget < (least := survey.least_macs):
         raise OptionsError(
-            f"{budget:,} MACs are out of reach: at the lowest ranks the network still has {least:,} of {survey.macs:,}; "
+            f"{budget:,} MACs are out of reach: at the lowest ranks {least:,} of {survey.macs:,} are left; "
             "ask for more, or for a smaller `multiple`"
         )
     try:

@@ -1,36 +1,42 @@
-"""save and load: a CompiledModule, with its report, in one file."""
+"""save and load: what `fxprune.compile` returned, with its report, in one file."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxprune.annotations import KEY
 from fxprune.compiled import CompiledModule
+from fxprune.compiled_parts import CompiledParts
 from fxprune.errors import CheckpointError
 from fxprune.files import read_torch_file, save_tensors
 from fxprune.fine_tuning.recorded_zeros import filled_zeros
 from fxprune.graph.model_argument import not_a_model
+from fxprune.parts.search import put_in
 from fxprune.saving.graphs import decode_graph, encode_graph, encode_meta
 from fxprune.saving.modules import ModuleReader, ModuleWriter
 from fxprune.saving.names import Allowed, is_identifier
 from fxprune.saving.values import Reader, Writer
 
 FORMAT = "fxprune graph"
+PARTS_FORMAT = "fxprune parts"
 VERSION = 1
 
 
-def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> None:
+def save(compiled: GraphModule | CompiledParts, path: str | Path, *, allow: Allowed = ()) -> None:
     """Write a pruned model to a file that `load` reads: graph, weights, report and what every pass did.
 
-    The file is written beside its final place and moved there once complete.
+    The file is written beside its final place and moved there once complete. Of a model with compiled parts it holds these and
+    all weights, and not the Python around them.
 
     Args:
         compiled: what `fxprune.compile` returned, or any GraphModule.
@@ -45,7 +51,7 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
     """
     if not isinstance(compiled, nn.Module):
         raise CheckpointError(not_a_model(compiled))
-    if not isinstance(compiled, GraphModule):
+    if not isinstance(compiled, (GraphModule, CompiledParts)):
         raise CheckpointError(
             f"save takes what fxprune.compile returned, or another GraphModule, not a {type(compiled).__name__}; of a "
             "plain module keep the state_dict, of a compiled or wrapped one the module inside"
@@ -55,6 +61,13 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
             f"{path} would not hold a pruned model: {filled}. To keep the weights as they are, "
             "torch.save(compiled.state_dict(), path)"
         )
+    save_tensors(
+        _parts_written(compiled, allow) if isinstance(compiled, CompiledParts) else _written(compiled, allow), path
+    )
+
+
+def _written(compiled: GraphModule, allow: Allowed) -> dict[str, Any]:
+    """A graph as plain values and tensors."""
     writer = Writer(tuple(allow))
     modules = ModuleWriter(writer)
     try:
@@ -67,33 +80,55 @@ def save(compiled: GraphModule, path: str | Path, *, allow: Allowed = ()) -> Non
         }
     except RecursionError as error:
         raise CheckpointError("the model holds a value that contains itself, or values nested too deeply") from error
+    return _with_digest(FORMAT, json.dumps(content), modules.weights, writer.tensors)
+
+
+def _parts_written(compiled: CompiledParts, allow: Allowed) -> dict[str, Any]:
+    """Compiled parts, and the weights around them, as plain values and tensors."""
+    writer = Writer(tuple(allow))
+    content = {"class_name": type(compiled.model).__name__, "meta": encode_meta(compiled.meta, writer)}
+    whole = _with_digest(PARTS_FORMAT, json.dumps(content), compiled.state_around(), writer.tensors)
+    return whole | {"parts": {path: _written(part, allow) for path, part in compiled.parts.items()}}
+
+
+def _with_digest(kind: str, graph: str, weights: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Any]:
     whole = {
-        "format": FORMAT,
+        "format": kind,
         "version": VERSION,
         "torch": str(torch.__version__),
-        "graph": json.dumps(content),
-        "state_dict": modules.weights,
-        "tensors": writer.tensors,
+        "graph": graph,
+        "state_dict": weights,
+        "tensors": tensors,
     }
-    whole["digest"] = _digest(whole)
-    save_tensors(whole, path)
+    return whole | {"digest": _digest(whole)}
 
 
-def load(path: str | Path, *, allow: Allowed = ()) -> CompiledModule:
+@overload
+def load(path: str | Path, *, into: None = None, allow: Allowed = ()) -> CompiledModule: ...
+
+
+@overload
+def load(path: str | Path, *, into: nn.Module, allow: Allowed = ()) -> CompiledParts: ...
+
+
+def load(path: str | Path, *, into: nn.Module | None = None, allow: Allowed = ()) -> CompiledModule | CompiledParts:
     """Read a model that `save` wrote. No code from the file is run.
 
     Args:
         path: the file.
+        into: for the file of a model with compiled parts an instance of the class that was compiled, whatever its weights;
+            it is copied, not modified.
         allow: as for `save`.
 
     Returns:
         The same graph, weights and report, on the CPU.
 
     Raises:
-        CheckpointError: the file is absent, damaged, of another kind, or names something not on the list.
+        CheckpointError: the file is absent, damaged, of another kind, or names something not on the list; or `into` is left out
+            where it is needed, given where it is not, or of another class.
     """
     content = _read(Path(path))
-    if content.get("format") != FORMAT:
+    if content.get("format") not in (FORMAT, PARTS_FORMAT):
         raise CheckpointError(
             f"{path} is not a file of fxprune.save's. If it holds weights alone, they go into a model: "
             "model.load_state_dict(torch.load(path)), or fxprune evaluate with --model"
@@ -102,10 +137,12 @@ def load(path: str | Path, *, allow: Allowed = ()) -> CompiledModule:
         raise CheckpointError(
             f"{path} has format version {content.get('version')}, this fxprune reads {VERSION}; upgrade it"
         )
+    if into is not None and content["format"] == FORMAT:
+        raise CheckpointError(f"{path} holds a whole graph, which needs no model around it: leave `into` out")
     try:
-        if "digest" in content and content["digest"] != _digest(content):  # absent from files of older versions
-            raise CheckpointError("its content is not what was written; it is damaged: copy or download it again")
-        return _build(json.loads(content["graph"]), content, tuple(allow))
+        if content["format"] == PARTS_FORMAT:
+            return _parts_read(content, into, tuple(allow))
+        return _graph_read(content, tuple(allow))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (
@@ -121,13 +158,58 @@ def load(path: str | Path, *, allow: Allowed = ()) -> CompiledModule:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
+def _graph_read(content: Mapping[str, Any], allow: Allowed) -> CompiledModule:
+    _check_digest(content)
+    return _build(json.loads(content["graph"]), content, allow)
+
+
+def _parts_read(content: Mapping[str, Any], into: nn.Module | None, allow: Allowed) -> CompiledParts:
+    """A model of the user's class with the parts of a file in their places, and the other weights of the file."""
+    _check_digest(content)
+    data = json.loads(content["graph"])
+    name = data["class_name"]
+    if into is None:
+        raise CheckpointError(
+            f"it holds the compiled parts of a {name}, and not the Python around them. Make a {name} as it was made before "
+            f"it was compiled, and call fxprune.load(path, into=that {name})"
+        )
+    if not isinstance(into, nn.Module):
+        raise CheckpointError(f"into: {not_a_model(into)}")
+    parts = {path: _graph_read(part, allow) for path, part in content["parts"].items()}
+    reader = Reader(allow, content["tensors"])
+    report = reader.decode(data["meta"][KEY]).report
+    model = copy.deepcopy(into).cpu()
+    for path, part in parts.items():
+        try:
+            put_in(model, path, part)
+        except AttributeError as error:
+            raise CheckpointError(
+                f"it holds a part {path!r} of a {name}, and the {type(into).__name__} given has no such module"
+            ) from error
+    compiled = CompiledParts(model, tuple(parts), report).eval()
+    own, found = compiled.state_around(), content["state_dict"]
+    if wrong := sorted(own.keys() ^ found.keys()) or [n for n in own if own[n].shape != found[n].shape]:
+        raise CheckpointError(
+            f"{wrong[0]!r} is not the same in the file and in the {type(into).__name__} given: make it with the arguments with "
+            "which the one that was compiled was made"
+        )
+    for key, tensor in own.items():
+        tensor.copy_(found[key])
+    return compiled
+
+
 def is_saved(path: str | Path) -> bool:
     """Whether a file is one of `save`'s, rather than a plain weights file.
 
     Raises:
         CheckpointError: it is absent or unreadable.
     """
-    return _read(Path(path)).get("format") == FORMAT
+    return _read(Path(path)).get("format") in (FORMAT, PARTS_FORMAT)
+
+
+def _check_digest(content: Mapping[str, Any]) -> None:
+    if "digest" in content and content["digest"] != _digest(content):  # Absent from files of older versions.
+        raise CheckpointError("its content is not what was written; it is damaged: copy or download it again")
 
 
 def _build(data: dict[str, Any], content: Mapping[str, Any], allow: Allowed) -> CompiledModule:

@@ -23,7 +23,7 @@ MIN_ITERATIONS = 30
 MAX_ITERATIONS = 300
 RHO_EVERY = 3
 # Large problems: rho moves seldom and far, so that it can be factored in; a third of the iterations for 1% more error.
-LARGE_WORK = 10**8  # MACs of one product R x D x D.
+LARGE_WORK = 3 * 10**7  # MACs of one product R x D x D.
 LARGE_START_RHO = 0.1
 LARGE_RHO_EVERY = 5
 LARGE_RHO_STEP = 1.6

@@ -103,6 +103,11 @@ class LayerProblem:
             factors = self.factors.setdefault(g, {})
             yield replace(self, hessian=hessian, target=target, weight=weight, pull=None, factors=factors)
 
+    def rows(self, chosen: Tensor) -> LayerProblem:
+        """The problem (D, D), (R, D) of some rows, given by their numbers."""
+        pull = None if self.pull is None else self.pull[chosen]
+        return replace(self, target=self.target[chosen], weight=self.weight[chosen], pull=pull)
+
     def once(self, name: str, compute: Callable[[], T]) -> T:
         """What a solver computes from H alone: the first layer with this H computes it, the others find it."""
         if name not in self.factors:
@@ -121,4 +126,8 @@ class LayerProblem:
 
     def loss(self, weight: Tensor) -> Tensor:
         """tr(W H W^T) - 2 tr(T W^T), (...): the squared output error up to a constant."""
-        return ((weight @ self.hessian - 2 * self.target) * weight).sum((-2, -1))
+        return self.losses(weight).sum(-1)
+
+    def losses(self, weight: Tensor) -> Tensor:
+        """Of each row, (..., R)."""
+        return ((weight @ self.hessian - 2 * self.target) * weight).sum(-1)

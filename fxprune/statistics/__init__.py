@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxprune.statistics.accumulators import CrossStatistics, HessianObserver, InputStatistics
+from fxprune.statistics.accumulators import CrossStatistics, HessianObserver, InputStatistics, Moments
 from fxprune.statistics.pool import Pool
 
-__all__ = ["CrossStatistics", "HessianObserver", "InputStatistics", "Pool"]
+__all__ = ["CrossStatistics", "HessianObserver", "InputStatistics", "Moments", "Pool"]

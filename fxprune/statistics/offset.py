@@ -50,8 +50,9 @@ class Offset:
         values = x.detach().movedim(channel_dim, -1)
         count = values[..., 0].numel()
         stride = 1 if count <= SAMPLED else count * 618_034 // 1_000_000  # The golden section: in step with nothing.
-        places = torch.tensor([i * stride % count for i in range(min(count, SAMPLED))], device=x.device)
-        some = values[torch.unravel_index(places, values.shape[:-1])]
+        # NumPy's: torch.unravel_index imports sympy, which takes longer than compiling a small network.
+        places = np.unravel_index([i * stride % count for i in range(min(count, SAMPLED))], values.shape[:-1])
+        some = values[tuple(torch.as_tensor(place, device=x.device) for place in places)]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         ordered = _sorted(some.to(dtype))
         lower, median, upper = (ordered[len(ordered) * quarter // 4] for quarter in (1, 2, 3))

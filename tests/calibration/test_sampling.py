@@ -295,7 +295,7 @@ class Blocks(nn.Module):
 
 @pytest.mark.parametrize("target", ["dense", "skip", "relu_aware"])
 def test_inputs_and_wanted_outputs_come_from_the_same_images(target, monkeypatch):
-    monkeypatch.setattr(solve_layers, "unaffected", lambda graph_module, roles: [])
+    monkeypatch.setattr(solve_layers, "unaffected", lambda graph_module, roles, calls: [])
     torch.manual_seed(0)
     model, images = Blocks(channels=6).eval(), torch.randn(60, 3, 6, 6).split(6)
     # Every layer is fitted whole, and its dense weights are the answer.

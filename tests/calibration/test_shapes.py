@@ -82,8 +82,8 @@ def pool_less(graph_module: GraphModule) -> None:
     graph_module.head = nn.Linear(8 * 4, 5)
 
 
-def view_otherwise(graph_module: GraphModule) -> None:
-    (node,) = graph_module.graph.find_nodes(op="call_method", target="view")
+def reshape_otherwise(graph_module: GraphModule) -> None:
+    (node,) = graph_module.graph.find_nodes(op="call_method", target="reshape")
     node.args = (node.args[0], 2 * 4, -1)
     graph_module.head = nn.Linear(64, 5)
 
@@ -100,7 +100,7 @@ def another_function(graph_module: GraphModule) -> None:
     graph_module.head = nn.Linear(8 * 32, 5)
 
 
-@pytest.mark.parametrize("change", [pool_less, view_otherwise, another_module_under_the_name, another_function])
+@pytest.mark.parametrize("change", [pool_less, reshape_otherwise, another_module_under_the_name, another_function])
 def test_what_changes_shapes_is_seen(change, runs):
     calibration, graph_module = Calibration(images().split(12)), trace(Net())
     calibration.example(graph_module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,27 @@ def test_pruned_on_images_without_labels(fxprune: Fxprune, net: Path, tmp_path: 
     assert "accuracy" not in results
     assert load(tmp_path / "pruned.pt").report.images == 20
     assert read_yaml(tmp_path / "config.yaml")["model_args"] == {"width": 12}
+
+
+@pytest.mark.parametrize("data", ["pictures", "images.npz"])
+def test_two_files_are_compared_without_labels(fxprune: Fxprune, net: Path, tmp_path: Path, data: str) -> None:
+    fxprune("prune", *given(net, data), *GREY, "--image-size", 28, "--calibration-images", 20, "--out", tmp_path)
+    results = json.loads((tmp_path / "run.json").read_text())["results"]
+    for file in ("pruned.pt", "model.onnx"):
+        said = fxprune("evaluate", tmp_path / file, "--against", net / "net.pt", "--json-file", tmp_path / "f.json")
+        assert "of 10 images" in said  # Those that the run was not calibrated on.
+        assert "which has no labels" in said
+        figures = json.loads((tmp_path / "f.json").read_text())
+        assert "accuracy" not in figures
+        assert (figures["images"], figures["agreement"]) == (10, results["agreement"])
+        assert figures["kl"] == pytest.approx(results["kl"], abs=1e-5)
+    for file in ("pruned.pt", "model.onnx"):
+        shutil.copy(tmp_path / file, net)
+    elsewhere = ("--against", net / "model.onnx", "--data", net / data, *GREY, "--image-size", 28)
+    assert "on 100.00% of 30 images" in fxprune("evaluate", net / "pruned.pt", *elsewhere)
+    assert "on 100.00% of 7 images" in fxprune("evaluate", net / "pruned.pt", *elsewhere, "--test-images", 7)
+    said = fxprune("evaluate", tmp_path / "pruned.pt", code=1)
+    assert "holds no labels, which accuracy needs; --against another file" in " ".join(said.split())
 
 
 def test_more_images_than_there_are_is_a_warning(fxprune: Fxprune, net: Path, tmp_path: Path) -> None:

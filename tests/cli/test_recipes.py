@@ -52,7 +52,7 @@ def test_a_mapping_and_a_chain_in_yaml(fxprune: Fxprune, pruned: Path, tmp_path:
 @pytest.mark.parametrize(
     ("patterns", "said"),
     [
-        (("conv*=2:4",), "error: the recipe's 'conv*' matches no layer; layers: '0', '3', '8'"),
+        (("conv*=2:4",), "error: the recipe's 'conv*' matches no layer that the model calls; layers: '0', '3', '8'"),
         (("3=2:4", "3=1:4"), "error: two recipes are for layers '3'"),
         (("8=rank:1.5",), "error: cannot read 'rank:1.5'"),
         (("8=int8", "2:4"), "which this version of fxprune cannot do yet"),

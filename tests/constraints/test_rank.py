@@ -377,6 +377,21 @@ def test_frozen_parameters_dtype_and_eval_mode_are_kept() -> None:
     assert not any(module.training for module in compiled.modules())
 
 
+@pytest.mark.parametrize("share", [0.4, 0.7])
+def test_a_budget_in_a_mapping_is_one_of_the_layers_that_it_names(share: float) -> None:
+    model, x = net(), smooth()
+    recipe = {"block1.*": f"rank:{share}", "block2.conv1": "rank:0.5", "*": "dense"}
+    compiled = fxprune.compile(model, [x], recipe, device="cpu", progress=False)
+    whole = 144 * 16 * 16 * 9  # MACs of each of the four convolutions in the blocks
+    left = {row.name: row.macs[1] if row.macs else whole for row in compiled.report.layers}
+    for names, asked in ((("block1.conv1", "block1.conv2"), share), (("block2.conv1",), 0.5)):
+        part = sum(left[name] for name in names) / (whole * len(names))
+        assert asked - 0.2 < part <= asked, names  # Ranks are multiples of 4.
+    assert left["block2.conv2"] == whole
+    with pytest.raises(OptionsError, match=r"1,658 MACs are out of reach: at the lowest ranks .* of 331,776 are left"):
+        fxprune.compile(model, [x], {"block1.conv1": "rank:0.005"}, device="cpu", progress=False)
+
+
 def test_bad_requests_are_refused_before_any_work() -> None:
     model, x = net(), smooth(8)
     for rank in ("energy", "energy:1.5", "speedup:0.9", "0.5", "half"):

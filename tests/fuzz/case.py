@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import random
+import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch.fx import GraphModule
 
 import fxprune
 from fxprune import CalibrationWarning, CompiledModule, Options, solvers
-from fxprune.errors import GraphError, OptionsError
+from fxprune.errors import GraphError, OptionsError, PatternError
 from fxprune.pattern import Pattern
 from fxprune.solvers.problem import LayerProblem
 from fxprune.solvers.solver import Solver
@@ -93,7 +96,7 @@ class Case:
         """Compile a model as the case says; warnings about the images are expected."""
         arguments: dict[str, Any] = {"exclude": self.exclude, "options": Options(**self.options)} | changes
         recipe = arguments.pop("recipe", self.recipe)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), self.refusals():
             warnings.simplefilter("ignore", CalibrationWarning)
             return fxprune.compile(
                 model, batches, recipe, method=method or self.method, device="cpu", progress=False, **arguments
@@ -116,15 +119,32 @@ class Case:
         np.random.seed(12)  # noqa: NPY002
         torch.manual_seed(13)
         self.before.update(snapshot(model, batches))
-        try:
-            compiled = self.compile(model, batches, method=self.solver)
-        except (OptionsError, GraphError) as error:
-            for reason in ("out of reach", "nothing can be compressed"):
-                if reason in str(error):
-                    raise Refused(reason) from error
-            raise
+        compiled = self.compile(model, batches, method=self.solver)
         self.after.update(snapshot(model, batches))
         return compiled
+
+    @contextlib.contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Turns an error that says rightly that something cannot be done into `Refused`."""
+        try:
+            yield
+        except (OptionsError, GraphError, PatternError) as error:
+            inputs, by_name = "|".join(self.network.names), isinstance(self.recipe, dict)
+            overwritten = (
+                f"overwrites '.*' in place, and node '.*' later reads '({inputs})', which may share its memory"
+            )
+            names = [name for name in self.recipe if f"self.{name}(" not in self.network.script] if by_name else []
+            uncalled = "|".join(map(re.escape, names))
+            reasons = {
+                "out of reach": "",
+                "nothing can be compressed": "",
+                overwritten: "writes into a piece of the input",
+                f"the recipe's '({uncalled})' matches no layer that": "a layer that nobody calls",
+            }
+            for reason, short in reasons.items():
+                if re.search(reason, str(error)):
+                    raise Refused(short or reason) from error
+            raise
 
     def outputs(self, model: nn.Module, n: int = 3, seed: int = 50) -> list[Tensor]:
         """What a model makes of some images; a copy of it runs, in eval mode."""
@@ -139,7 +159,7 @@ class Case:
         passes = fxprune.default_passes(
             self.recipe, method=self.method, exclude=self.exclude, options=Options(**self.options)
         )
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), self.refusals():
             warnings.simplefilter("ignore", CalibrationWarning)
             for step in passes:
                 if type(step).__name__ == "InsertObservers":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+import fxprune
 from fxprune.graph import module_of
 from fxprune.intake.normal_form import is_layer_call
 from fxprune.intake.origins import Origin, origins
@@ -302,3 +304,58 @@ class Products2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.w
+
+
+class Views(nn.Module):
+    """Behind a value of one channel, whose strides do not say whether it is in channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.Conv2d(8, 1, 1)
+        self.bn = nn.BatchNorm2d(1)
+        self.wide = nn.Conv2d(1, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.wide(self.bn(self.narrow(x)))
+        y = y.view(size=(y.size(0), 8, -1)).view(-1, 8, 9, 9).view((y.size(0), -1)).view_as(x.flatten(1))
+        return y.view(torch.int32).view(dtype=torch.float32).view(y.dtype)
+
+
+def test_views_do_not_depend_on_how_a_value_lies_in_memory():
+    model, x = Views().eval(), X.contiguous(memory_format=torch.channels_last)
+    checked(model, x, exact=True)
+    called = [node.target for node in checked.graph_module.graph.find_nodes(op="call_method")]
+    assert called.count("reshape") == 3
+    assert called.count("reshape_as") == 1
+    assert called.count("view") == 3  # As another dtype.
+    compiled = fxprune.compile(
+        model, [x], "2:4", progress=False
+    )  # BatchNorm is folded, and what it gave was contiguous.
+    assert compiled(x).shape == model(x).shape
+
+
+class AsksAboutWeights(nn.Module):
+    """Reads the type, the place and the size of its layers' weights, as many models do before they cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x.to(self.first.weight.dtype).to(device=self.first.weight.device)))
+        x = x.reshape(-1, self.first.weight.shape[0], *x.shape[2:]) / self.second.weight.size(1)
+        return self.second(x.to(self.norm.weight.dtype) * self.second.weight.dim())
+
+
+def test_a_question_about_a_weight_is_no_use_of_it(tmp_path: Path) -> None:
+    model, images = AsksAboutWeights().eval(), torch.randn(32, 8, 9, 9)
+    compiled = fxprune.compile(model, images.split(8), "2:4", method="magnitude", progress=False)
+    assert [row.status for row in compiled.report.layers] == ["pruned", "pruned"]
+    assert not compiled.graph.find_nodes(op="call_module", target="norm")
+    half = copy.deepcopy(compiled).half()
+    assert half(images[:2].half()).dtype == torch.float16
+    fxprune.save(compiled, tmp_path / "model.pt")
+    assert torch.equal(fxprune.load(tmp_path / "model.pt")(images), compiled(images))
+    fxprune.export_onnx(compiled, tmp_path / "model.onnx", images[:4])
+    alone = fxprune.compile(model, images.split(8), exclude=("*",), progress=False)
+    assert torch.equal(alone(images), model(images))

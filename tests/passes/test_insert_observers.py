@@ -299,7 +299,9 @@ def test_what_no_entry_names_stays_dense_and_says_so():
 
 
 def test_a_name_that_matches_nothing_is_an_error():
-    with pytest.raises(PatternError, match=r"'layer9\.\*' matches no layer; layers: 'stem', 'layer1\.0'"):
+    with pytest.raises(
+        PatternError, match=r"'layer9\.\*' matches no layer that the model calls; layers: 'stem', 'layer1\.0'"
+    ):
         observed(Stack(), {"layer9.*": "1:4", "*": "2:4"})
 
 
@@ -310,5 +312,7 @@ def test_an_entry_that_never_counts_is_an_error(recipe):
 
 
 def test_a_misspelt_name_brings_up_the_right_one():
-    with pytest.raises(PatternError, match=r"'layer2\.O' matches no layer; did you mean 'layer2\.1', 'layer2\.0'"):
+    with pytest.raises(
+        PatternError, match=r"'layer2\.O' matches no layer that the model calls; did you mean 'layer2\.1', 'layer2\.0'"
+    ):
         observed(Stack(), {"layer2.O": "1:4", "*": "2:4"})

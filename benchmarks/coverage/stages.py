@@ -1,0 +1,215 @@
+"""Takes one network through every stage, and says how far it came."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from benchmarks.coverage.awkward import RETURNED
+from benchmarks.coverage.row import OK, Row
+from benchmarks.coverage.zoos import Case
+from fxprune.calibration.batches import map_tensors, tensors_in
+from fxprune.errors import ExportError
+from fxprune.experiments.tasks import module_classes
+from fxprune.geometry import LayerGeometry, is_matrix_layer
+from fxprune.intake.record import intake
+from fxprune.report import PruneReport
+
+LONGEST = 240  # Characters of a message.
+HOLDS_MATRICES = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
+PRODUCTS = ("matmul", "einsum", "bmm", "mm", "addmm", "linear", "conv")
+
+
+def run(
+    case: Case, *, pattern: str, method: str, debug: bool = False, tell: Callable[[Row], None] = lambda row: None
+) -> Row:
+    """A row of the table; `tell` is given what is known of it after each stage."""
+    row = Row(case.zoo, case.name)
+    started = time.perf_counter()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    try:
+        model = case.build().eval()
+    except ImportError as error:
+        row.note = f"not installed: {error}"
+        return row
+    row.millions = sum(p.numel() for p in model.parameters()) / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        stages = _Stages(model, case.batches(), pattern, method, Path(folder), row)
+        for name in ("compile", "export", "diff", "save", "load", "exclude"):
+            if stages.compiled is None and name not in ("compile", "exclude"):
+                continue
+            if name == "load" and row.save != OK:
+                continue
+            try:
+                setattr(row, name, getattr(stages, name)() or OK)
+            except Exception as error:
+                if debug:
+                    traceback.print_exc()
+                message = " ".join(str(error).split())
+                setattr(row, name, f"{type(error).__name__}: {message}"[:LONGEST])
+            tell(row)
+    row.seconds = time.perf_counter() - started
+    return row
+
+
+class _Stages:
+    """The stages of one network; each raises where it goes wrong, and gives "-" where it does not apply."""
+
+    def __init__(self, model: nn.Module, batches: list[Any], pattern: str, method: str, folder: Path, row: Row) -> None:
+        self.model = model
+        self.batches = batches
+        self.pattern = pattern
+        self.method = method
+        self.folder = folder
+        self.row = row
+        self.compiled: Any = None
+        self.allow = (*module_classes(model), *RETURNED)  # What a file may name of the user's own code.
+
+    def compile(self) -> None:
+        compiled = fxprune.compile(self.model, self.batches, self.pattern, method=self.method, progress=False)
+        found = intake(compiled)
+        self.row.way = "parts" if hasattr(compiled, "parts") else "" if found is None else found.way
+        if hasattr(compiled, "parts"):
+            self.row.note = f"parts: {', '.join(compiled.parts)}"
+        leaves = [] if found is None else [f"{leaf.name} ({leaf.kind}), {leaf.share:.1%}" for leaf in found.leaves]
+        if leaves:
+            self.row.note = f"called as a whole: {', '.join(leaves)}"
+        self.row.of_possible, self.row.of_all, self.row.rest = shares(self.model, compiled.report, self.pattern)
+        wanted, got = self._outputs(self.model), self._outputs(compiled)
+        if [x.shape for x in wanted] != [x.shape for x in got] and not hasattr(compiled, "parts"):
+            raise ValueError("other shapes of outputs")
+        self.compiled = compiled
+
+    def export(self) -> str | None:
+        try:
+            return self._export()
+        except ExportError as error:
+            if "torch.onnx.export fails" in str(error) and not self._torch_exports():
+                told = f"torch's exporter fails on the model, too: {error}"[:LONGEST]
+                self.row.note = f"{self.row.note}; {told}" if self.row.note else told
+                return "-"
+            raise
+
+    def _torch_exports(self) -> bool:
+        """Whether torch's exporter takes the user's model."""
+        batch = self.batches[0]
+        try:
+            torch.onnx.export(self.model, batch if isinstance(batch, tuple) else (batch,), dynamo=True, verbose=False)
+        except Exception:
+            return False
+        return True
+
+    def _export(self) -> None:
+        if hasattr(self.compiled, "parts"):
+            for name, part in self.compiled.parts.items():
+                calls = self.compiled.inputs_of(name, self.batches[0])
+                fxprune.export_onnx(part, self.folder / "part.onnx", calls[0])
+            return
+        fxprune.export_onnx(self.compiled, self.folder / "model.onnx", self.batches[0])
+
+    def diff(self) -> None:
+        if not str(fxprune.diff(self.model, self.compiled, example_inputs=self.batches[0])):
+            raise ValueError("an empty difference")
+
+    def save(self) -> None:
+        fxprune.save(self.compiled, self.folder / "model.pt", allow=self.allow)
+
+    def load(self) -> None:
+        into = {"into": self.model} if hasattr(self.compiled, "parts") else {}
+        loaded = fxprune.load(self.folder / "model.pt", allow=self.allow, **into)
+        if not _equal(self._outputs(self.compiled), self._outputs(loaded)):
+            raise ValueError("other outputs than what was saved")
+        if loaded.report != self.compiled.report:
+            raise ValueError("another report than what was saved")
+
+    def exclude(self) -> None:
+        alone = fxprune.compile(
+            self.model, self.batches, self.pattern, method=self.method, exclude=("*",), progress=False
+        )
+        wanted, got = self._outputs(self.model), self._outputs(alone)
+        if not _equal(wanted, got):
+            worst = max(
+                (float((a - b).abs().max()) for a, b in zip(wanted, got, strict=False) if a.numel()), default=0.0
+            )
+            raise ValueError(f"not the model's outputs: off by up to {worst:.2g}")
+
+    def _outputs(self, module: nn.Module) -> list[Tensor]:
+        batch = map_tensors(self.batches[0], torch.clone)
+        torch.manual_seed(2)
+        with torch.no_grad():
+            result = module(*batch) if isinstance(batch, tuple) else module(batch)
+        return list(tensors_in(result))
+
+
+def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) > 0 and all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+
+
+def shares(model: nn.Module, report: PruneReport, pattern: str) -> tuple[float, float, str]:
+    """What share of the weights that the pattern could hold was pruned, what share of all, and why not the rest.
+
+    What could hold the pattern is told by the user's model alone, and not by the report: convolutions, transposed ones and
+    linear layers with a number of input channels that suits it, the matrices of attention and recurrent layers, and bare
+    parameters that something multiplies by.
+
+    Args:
+        model: the user's.
+        report: of the result.
+        pattern: "N:M".
+    """
+    rows = {row.name: row for row in report.layers}.values()
+    done = sum(row.weights for row in rows if row.status == "pruned")
+    total = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    could = possible(model, report, pattern)
+    reasons: Counter[str] = Counter()
+    for row in rows:
+        if row.status != "pruned" and "not a multiple" not in row.reason:
+            reasons[row.reason] += row.weights
+    told = [
+        f"{weights / total:.1%}: {reason}"[:160]
+        for reason, weights in reasons.most_common(3)
+        if weights >= 0.01 * total
+    ]
+    return (
+        done / could if could else 1.0,
+        done / total if total else 1.0,
+        "; ".join(told) if done < 0.98 * could else "",
+    )
+
+
+def possible(model: nn.Module, report: PruneReport, pattern: str) -> int:
+    """How many weights of a model could hold a pattern."""
+    chosen = fxprune.Pattern.parse(pattern)
+    multiple = int(pattern.partition(":")[2])
+    found: dict[int, int] = {}
+    bare: dict[str, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        weights = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() > 1}
+        if is_matrix_layer(module):
+            fits = chosen.decline(LayerGeometry.of(module)) is None
+            weight = weights.get("weight", next(iter(weights.values()), None))  # Or weight_orig, weight_v.
+            if weight is not None:
+                found[id(weight)] = weight.numel() * fits
+        elif isinstance(module, HOLDS_MATRICES):
+            found |= {id(p): p.numel() * (p.shape[-1] % multiple == 0) for p in weights.values()}
+        elif not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            bare |= {f"{path}.{name}" if path else name: p for name, p in weights.items()}
+    rows = {row.name: row for row in report.layers}
+    for name, p in bare.items():
+        row = rows.get(name)
+        if id(p) not in found and row is not None and any(f"only {product}" in row.reason for product in PRODUCTS):
+            found[id(p)] = p.numel()
+    pruned = sum(row.weights for row in rows.values() if row.status == "pruned")
+    in_layers = sum(row.weights for row in rows.values() if row.status == "pruned" and row.name in bare)
+    return max(sum(found.values()) + in_layers, pruned)

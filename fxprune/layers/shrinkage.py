@@ -1,0 +1,124 @@
+"""How far a layer's least squares may go, settled on images that the trial fit has not seen.
+
+The target of a layer is T = W0 H + R: what its dense weights W0 give on the inputs as they are now, and the correction R of
+what went wrong before it. With few images, R and the small eigenvalues of H are mostly noise: a layer that follows them repairs
+these images and spoils all others. So the correction is tried on some of the images,
+
+    W(lambda, alpha) = W0 + alpha R (H + lambda I)^-1
+
+and judged on the others. For each lambda the best alpha has a closed form, since the error is quadratic in it. Pruning then
+works with this lambda and the target W0 H + alpha R, and each row is rescaled to fit the whole target.
+
+Ridge regression towards a prior, its constants chosen by validation (Hoerl & Kennard 1970; Stone 1974).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxprune.statistics import Moments
+
+DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # Relative to the mean of H's diagonal.
+
+WORTH = 1.05  # By so much a choice has to help more than the whole correction at the least damping: it has noise of its own.
+LARGEST_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """What is taken of a layer's problem.
+
+    Attributes:
+        damping: lambda / mean(diag H).
+        strength: alpha, the share of the correction R that the target holds; 1 is the whole target.
+    """
+
+    damping: float
+    strength: float = 1.0
+
+    def target(self, target: Tensor, hessian: Tensor, dense: Tensor) -> Tensor:
+        """W0 H + alpha R, for a target (..., R, D), H (..., D, D) and W0 (..., R, D)."""
+        return target if self.strength == 1 else torch.lerp(dense @ hessian, target, self.strength)
+
+
+def choose(dense: Tensor, bias: Tensor | None, whole: Moments, check: Moments, damping: float) -> Shrinkage:
+    """The damping and strength whose correction leaves the least error on the images of `check`.
+
+    Args:
+        dense: (G, R/G, D) float64.
+        bias: of the layer, or None.
+        whole: moments of all images.
+        check: those of some of them.
+        damping: the least; kept, with the whole correction, where nothing else is clearly better.
+    """
+    seen, unseen = Centred.of_others(whole, check, bias), Centred.of(check, bias)
+    wanted = (unseen.target - dense @ unseen.hessian).float()
+    correction = (seen.target - dense @ seen.hessian).float()
+    hessian, fitted_hessian = unseen.hessian.float(), seen.hessian.float()
+    scale = fitted_hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+    best, chosen, whole_gain = 0.0, Shrinkage(damping, 0.0), -math.inf
+    for trial in sorted({max(damping, value) for value in DAMPINGS}):
+        shift = (trial * scale)[:, None].expand(-1, hessian.shape[-1])
+        factor, info = torch.linalg.cholesky_ex(fitted_hessian + torch.diag_embed(shift))
+        if info.any():
+            continue
+        step = torch.cholesky_solve(correction.mT, factor).mT
+        along, curvature = float((wanted * step).sum()), float((step @ hessian * step).sum())
+        if trial == damping:
+            whole_gain = 2 * along - curvature
+        if not (along > 0 and curvature > 0):
+            continue
+        strength = min(1.0, along / curvature)
+        gain = 2 * strength * along - strength**2 * curvature
+        if gain > best:
+            best, chosen = gain, Shrinkage(trial, strength)
+    return Shrinkage(damping) if WORTH * whole_gain >= best and whole_gain > 0 else chosen
+
+
+def rescaled(weight: Tensor, hessian: Tensor, target: Tensor) -> Tensor:
+    """Each row times the factor in [1, LARGEST_FACTOR] with which it fits the whole target best: damping has made it too small.
+
+    One number a row hardly overfits: it is the relaxed fit of Meinshausen (2007).
+
+    Args:
+        weight: (G, R/G, D).
+        hessian: (G, D, D) H, undamped.
+        target: (G, R/G, D) T, with all of the correction.
+    """
+    along, curvature = (weight * target).sum(-1, keepdim=True), (weight @ hessian * weight).sum(-1, keepdim=True)
+    return weight * torch.where(curvature > 0, along / curvature, 1.0).clamp(1.0, LARGEST_FACTOR)
+
+
+@dataclass(frozen=True)
+class Centred:
+    """Moments about the means: H (G, D, D), T (G, R/G, D), and the means (G, D) and (G, R/G), all float64."""
+
+    hessian: Tensor
+    target: Tensor
+    mean: Tensor
+    mean_target: Tensor
+
+    @classmethod
+    def of(cls, moments: Moments, bias: Tensor | None) -> Centred:
+        """Those of all that was seen."""
+        inputs, cross = moments.inputs, moments.cross
+        hessian, target = inputs.hessian(centred=True), cross.target(inputs, bias, centred=True)
+        return cls(hessian, target, inputs.mean, cross.mean)
+
+    @classmethod
+    def of_others(cls, whole: Moments, part: Moments, bias: Tensor | None) -> Centred:
+        """Those of the images that are in the whole and not in the part, by Chan, Golub & LeVeque 1983."""
+        count, own = whole.inputs.count, part.inputs.count
+        left, a, b = count - own, cls.of(whole, bias), cls.of(part, bias)
+        x, y = a.mean - b.mean, a.mean_target - b.mean_target
+        between = count * own / left
+        return cls(
+            (count * a.hessian - own * b.hessian - between * x[:, :, None] * x[:, None, :]) / left,
+            (count * a.target - own * b.target - between * y[:, :, None] * x[:, None, :]) / left,
+            a.mean + x * own / left,
+            a.mean_target + y * own / left,
+        )

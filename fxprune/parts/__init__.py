@@ -1,0 +1,1 @@
+"""Models whose own forward stays Python, such as detectors: their traceable children are compiled in place."""

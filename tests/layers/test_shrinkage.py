@@ -1,0 +1,182 @@
+"""How far a layer's least squares goes, and how sure a classifier is: against naive float64 references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune import Options
+from fxprune.geometry import LayerGeometry
+from fxprune.layers import solve
+from fxprune.layers.shrinkage import DAMPINGS, LARGEST_FACTOR, Centred, Shrinkage, choose, rescaled
+from fxprune.layers.temperature import LARGEST, logit_scale
+from fxprune.statistics import CrossStatistics, HessianObserver, Moments
+
+
+def moments(geometry: LayerGeometry, x: Tensor, y: Tensor) -> Moments:
+    observer, cross = HessianObserver(geometry), CrossStatistics.empty(geometry, torch.device("cpu"))
+    observer.add(geometry, x)
+    cross.update(geometry, x, y)
+    return Moments(observer.statistics(), cross)
+
+
+@pytest.mark.parametrize("mean", [0.0, 300.0])
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(8, 6, 3, stride=2, padding=1, groups=2), nn.Conv2d(4, 4, (3, 1), dilation=2, groups=4), nn.Linear(5, 7)],
+    ids=["grouped", "depthwise", "linear"],
+)
+def test_moments_of_the_other_images_are_those_of_a_run_on_them(layer: nn.Conv2d | nn.Linear, mean: float) -> None:
+    geometry = LayerGeometry.of(layer)
+    shape = (12, 8 if layer.weight.shape[0] == 6 else 4, 7, 9) if isinstance(layer, nn.Conv2d) else (12, 5)
+    x = torch.randn(shape, dtype=torch.float64) + mean
+    with torch.no_grad():
+        y = layer.double()(x) + torch.randn(1, dtype=torch.float64)
+    part = torch.arange(len(x)) % 4 == 1
+    found = Centred.of_others(moments(geometry, x, y), moments(geometry, x[part], y[part]), layer.bias)
+    wanted = Centred.of(moments(geometry, x[~part], y[~part]), layer.bias)
+    for name in ("hessian", "target", "mean", "mean_target"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-7, atol=1e-7)
+
+
+def linear_problem(
+    images: int, noise: float, correction: float, seed: int
+) -> tuple[Tensor, Moments, Moments, Tensor, Tensor]:
+    """Dense weights, moments of all images and of every fourth, and a thousand images more; the wanted output has noise."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = 5, 40
+    dense, change = torch.randn(2, 1, rows, columns, dtype=torch.float64, generator=generator)
+    x = torch.randn(images + 1000, columns, dtype=torch.float64, generator=generator)
+    y = x @ (dense + correction * change)[0].mT
+    y += noise * torch.randn(y.shape, dtype=torch.float64, generator=generator)
+    geometry = LayerGeometry.of(nn.Linear(columns, rows))
+    of_all, check = moments(geometry, x[:images], y[:images]), moments(geometry, x[:images:4], y[:images:4])
+    return dense, of_all, check, x[images:], y[images:]
+
+
+def test_a_correction_that_holds_on_other_images_is_followed_and_noise_is_not() -> None:
+    dense, whole, check, _, _ = linear_problem(4000, noise=0.1, correction=0.5, seed=0)
+    chosen = choose(dense, None, whole, check, 0.01)
+    assert chosen.damping == 0.01
+    assert chosen.strength == 1
+    dense, whole, check, _, _ = linear_problem(60, noise=3.0, correction=0.0, seed=0)
+    assert choose(dense, None, whole, check, 0.01).strength < 0.2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_chosen_errs_less_on_new_images_than_the_whole_correction(seed: int) -> None:
+    dense, whole, check, x, y = linear_problem(60, noise=3.0, correction=0.3, seed=seed)
+    seen = Centred.of(whole, None)
+
+    def error(shrinkage: Shrinkage) -> float:
+        target = shrinkage.target(seen.target, seen.hessian, dense)
+        shift = shrinkage.damping * seen.hessian.diagonal(dim1=1, dim2=2).mean() * torch.eye(40, dtype=torch.float64)
+        weight = torch.linalg.solve(seen.hessian + shift, (target + dense @ shift).mT).mT
+        return float((y - x @ weight[0].mT).square().mean())
+
+    assert error(choose(dense, None, whole, check, 0.01)) < 0.8 * error(Shrinkage(0.01))
+
+
+def test_no_damping_below_the_one_asked_for_is_chosen() -> None:
+    dense, whole, check, _, _ = linear_problem(4000, noise=0.1, correction=0.5, seed=0)
+    assert choose(dense, None, whole, check, 0.5).damping == 0.5
+    assert choose(dense, None, whole, check, 99.0).damping == 99.0 > max(DAMPINGS)
+
+
+def test_rows_are_rescaled_to_fit_best_but_never_shrunk() -> None:
+    weight, x = torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(2, 6, 50, dtype=torch.float64)
+    factor = torch.tensor([[0.5, 1.4, 7.0], [1.0, 1.9, 1.1]], dtype=torch.float64)
+    hessian, target = x @ x.mT, factor[..., None] * weight @ (x @ x.mT)
+    found = rescaled(weight, hessian, target)
+    torch.testing.assert_close(found, weight * factor.clamp(1, LARGEST_FACTOR)[..., None])
+    assert torch.equal(rescaled(weight * 0, hessian, target), weight * 0)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_the_logit_scale_is_the_best_of_a_fine_grid(classes: int) -> None:
+    dense = 3 * torch.randn(200, classes, dtype=torch.float64)
+    found = 0.4 * (dense + torch.randn(200, classes, dtype=torch.float64))
+    scales = torch.linspace(1, LARGEST, 3001, dtype=torch.float64)
+    wanted = dense.softmax(1)
+    kl = [float((wanted * (dense.log_softmax(1) - (s * found).log_softmax(1))).sum(1).mean()) for s in scales]
+    assert logit_scale(dense, found) == pytest.approx(float(scales[min(range(3001), key=kl.__getitem__)]), abs=2e-3)
+    assert logit_scale(dense, dense / 2) == pytest.approx(2, abs=1e-3)
+    assert logit_scale(dense, dense) == 1
+    assert logit_scale(dense, 2 * dense) == 1  # Too sure is left: least squares never is.
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, stride=2), nn.ReLU(), nn.Conv2d(16, 64, 3, padding=1, stride=2), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )  # fmt: skip
+        self.classifier = nn.Linear(64, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.classifier(10 * (self.features(x) - 0.05))
+        return 20 * x if self.training else x
+
+
+@pytest.fixture
+def trained() -> nn.Module:
+    torch.manual_seed(0)
+    model = Classifier().eval()
+    with torch.no_grad():
+        model.classifier.weight *= 6
+    return model
+
+
+def test_few_images_give_a_model_that_is_better_on_others(trained: nn.Module) -> None:
+    images, others = torch.randn(80, 3, 16, 16), torch.randn(1000, 3, 16, 16)
+
+    def kl(**options: bool) -> float:
+        compiled = fxprune.compile(
+            trained, images.split(30), "1:4", options=Options(holdout=0, **options), progress=False
+        )
+        with torch.no_grad():
+            wanted, found = trained(others).double().log_softmax(1), compiled(others).double().log_softmax(1)
+        return float((wanted.exp() * (wanted - found)).sum(1).mean())
+
+    assert kl() < 0.8 * kl(shrink=False, temperature=False)
+
+
+def test_the_report_says_what_was_chosen(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(80, 3, 16, 16)
+    plain = fxprune.compile(trained, images.split(30), "1:4", options=Options(temperature=False), progress=False)
+    seen = []
+    monkeypatch.setattr(solve, "logit_scale", lambda dense, found: seen.append((dense, found)) or 1.5)
+    compiled = fxprune.compile(trained, images.split(30), "1:4", progress=False)
+    rows = compiled.report.layers
+    assert all(0 <= row.correction <= 1 for row in rows[2:])
+    assert rows[-1].logit_scale == 1.5
+    torch.testing.assert_close(compiled(images), 1.5 * plain(images))
+    ((dense, found),) = seen  # On every fourth of the 64 images that are not held out.
+    assert dense.shape == found.shape == (16, 20)
+    assert {tuple(row.tolist()) for row in dense.round(decimals=3)} <= {
+        tuple(row.tolist()) for row in trained(images).detach().round(decimals=3)
+    }
+    assert {row.logit_scale for row in rows[:-1]} == {1}
+    off = Options(shrink=False, temperature=False)
+    rows = fxprune.compile(trained, images.split(30), "1:4", options=off, progress=False).report.layers
+    assert {(row.correction, row.logit_scale) for row in rows} == {(None, 1)}
+    rows = fxprune.compile(trained, images.split(30), "1:4", method="sparsegpt", progress=False).report.layers
+    assert {(row.correction, row.logit_scale) for row in rows} == {(None, 1)}
+
+
+def test_only_what_the_model_puts_out_as_scores_of_an_image_is_scaled() -> None:
+    class Scaled(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return 3 * super().forward(x)
+
+    class Two(Classifier):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(x), x.mean()
+
+    images = torch.randn(80, 3, 16, 16)
+    for model in (Scaled(), Two(), Classifier().features[:5]):
+        report = fxprune.compile(model.eval(), images.split(30), "1:4", progress=False).report
+        assert {row.logit_scale for row in report.layers} == {1}
