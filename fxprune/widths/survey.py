@@ -1,9 +1,8 @@
 """survey(): in which order the units of each width go, and what the network loses, from one run of the dense model.
 
 The order is that of group OBS (`fxprune/solvers/channel_elimination.py`) on all layers that read the units, each error relative
-to the variance of what that layer's output is added into. A budget adds up the roots of these errors: what several widths lose
-adds up in amplitude rather than in energy, so it is better to take much from few than a little from all. The errors of k layers
-that read the same channels count k times: no later layer makes up for them, as it does for what a block has lost inside.
+to the variance of what that layer's output is added into. The errors of k layers that read the same channels count k times: no
+later layer makes up for them, as it does for what a block has lost inside.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ def survey(
         with calibration.stopwatch.measure("solve"):
             read = [_read(readers, node, columns_of(channels, width, node), variances[node]) for node in width.readers]
             elimination = eliminate(read, units, least=choices[-1])
-        errors = (max(1, len(read)) * elimination.errors.sqrt()).tolist()
+        errors = (max(1, len(read)) * elimination.errors).tolist()
         curve = Curve(choices, tuple(errors[units - left] for left in choices))
         found.append(SurveyedWidth(_whole_order(elimination, units), curve))
     return found
