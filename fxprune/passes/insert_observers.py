@@ -115,8 +115,12 @@ class InsertObservers(Pass):
         narrowing = annotation(node).narrowing
         of_layer = [constraint for constraint in wanted or () if not constraint.is_of_graph]
         chain, declined = keep_possible(of_layer, geometry, len(together))
-        whole = geometry.columns <= self.max_columns or not self.observe
-        if not whole:
+        fewer = narrowing is not None and narrowing.lost_inputs
+        if narrowing is not None and not fewer and not declined and len(of_layer) < len(wanted or ()):
+            declined = narrowing.reason or "its input channels are worth their MACs"
+        if not chain and not declined and not fewer:
+            declined = "dense in the recipe" if wanted is not None else "named by no entry of the recipe"
+        if self.observe and geometry.columns > self.max_columns:
             in_blocks = geometry.in_blocks(self.block_columns, math.lcm(*map(_group, chain)))
             if in_blocks is None:
                 uncut = f"its {geometry.columns:,} columns cannot be cut into equal blocks to be solved"
@@ -126,12 +130,8 @@ class InsertObservers(Pass):
             declined = "; ".join(filter(None, (declined, more)))
         if chain:
             return Annotation("compress", "", geometry, chain)
-        if narrowing is not None and narrowing.lost_inputs and whole:
+        if fewer:
             return Annotation("compress", declined, geometry)
-        if narrowing is not None and not declined and len(of_layer) < len(wanted or ()):
-            declined = narrowing.reason or "its input channels are worth their MACs"
-        if not declined:
-            declined = "dense in the recipe" if wanted is not None else "named by no entry of the recipe"
         refitted = self.reconstruct and not keeps_own_target(calls, node, geometry)
         return Annotation("reconstruct", declined, geometry) if refitted else Annotation("keep", declined)
 

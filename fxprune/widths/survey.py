@@ -1,8 +1,8 @@
 """survey(): in which order the units of each width go, and what the network loses, from one run of the dense model.
 
 The order is that of group OBS (`fxprune/solvers/channel_elimination.py`) on all layers that read the units, each error relative
-to the variance of what that layer's output is added into. The errors of k layers come from the same missing channels: they add
-up in step, to k times their sum, and no later layer makes up for them, as it does for what a block has lost inside.
+to the variance of what that layer's output is added into. The errors of k layers that read the same channels count k times: no
+later layer makes up for them, as it does for what a block has lost inside.
 """
 
 from __future__ import annotations
