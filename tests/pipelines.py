@@ -37,9 +37,12 @@ def solve(
     exclude: Sequence[str] = (),
     **options: Any,
 ) -> GraphModule:
-    """Trace a model and solve its layers, without permutation or anything else that happens before or after."""
+    """Trace a model and solve its layers, without permutation or anything else that happens before or after.
+
+    By plain least squares: what `shrink` and `temperature` add has tests of its own.
+    """
     graph_module, parsed = trace(model), Recipe.parse(recipe)
-    method = method_of(solver, recipe, **{"permute": False, **options})
+    method = method_of(solver, recipe, **{"permute": False, "shrink": False, "temperature": False, **options})
     images = calibration(batches)
     InsertObservers(parsed, exclude=exclude, reconstruct=bool(method.options.reconstruct))(graph_module)
     Allocate(method)(graph_module, images)
