@@ -55,11 +55,15 @@ class Part:
             start: (G, R/G, D) weights to fit from, and to keep without a fit; None: those of the part.
         """
         mask = mask if self.mask is None else mask & self.mask
-        matrix = torch.where(mask, self.matrix if start is None else start, 0)
-        if method.options.refit:
-            groups = zip(self.problem.groups(), mask, matrix, strict=True)
-            matrix = torch.stack([refit(problem, m, start=s) for problem, m, s in groups])
-        return replace(self, matrix=matrix, mask=mask)
+        masked = replace(self, matrix=torch.where(mask, self.matrix if start is None else start, 0), mask=mask)
+        return replace(masked, matrix=masked.fitted(self.problem)) if method.options.refit else masked
+
+    def fitted(self, problem: LayerProblem) -> Tensor:
+        """The best weights (G, R/G, D) for a problem on the part's mask, or anywhere if it has none."""
+        if self.mask is None:
+            return problem.optimum()
+        groups = zip(problem.groups(), self.mask, self.matrix, strict=True)
+        return torch.stack([refit(group, mask, start=start) for group, mask, start in groups])
 
 
 Rest: TypeAlias = Callable[[Part], tuple[Part, ...]]

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxprune.statistics import Moments
+from fxprune.statistics import Centred, Moments
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # Relative to the mean of H's diagonal.
-
 WORTH = 1.05  # By so much a choice has to help more than the whole correction at the least damping: it has noise of its own.
 LARGEST_FACTOR = 2.0
 
@@ -45,17 +44,16 @@ class Shrinkage:
         return target if self.strength == 1 else torch.lerp(dense @ hessian, target, self.strength)
 
 
-def choose(dense: Tensor, bias: Tensor | None, whole: Moments, check: Moments, damping: float) -> Shrinkage:
+def choose(dense: Tensor, whole: Moments, check: Moments, damping: float) -> Shrinkage:
     """The damping and strength whose correction leaves the least error on the images of `check`.
 
     Args:
         dense: (G, R/G, D) float64.
-        bias: of the layer, or None.
         whole: moments of all images.
         check: those of some of them.
         damping: the least; kept, with the whole correction, where nothing else is clearly better.
     """
-    seen, unseen = Centred.of_others(whole, check, bias), Centred.of(check, bias)
+    seen, unseen = whole.without(check), check.centred
     wanted = (unseen.target - dense @ unseen.hessian).float()
     correction = (seen.target - dense @ seen.hessian).float()
     hessian, fitted_hessian = unseen.hessian.float(), seen.hessian.float()
@@ -79,46 +77,15 @@ def choose(dense: Tensor, bias: Tensor | None, whole: Moments, check: Moments, d
     return Shrinkage(damping) if WORTH * whole_gain >= best and whole_gain > 0 else chosen
 
 
-def rescaled(weight: Tensor, hessian: Tensor, target: Tensor) -> Tensor:
+def rescaled(weight: Tensor, moments: Centred) -> Tensor:
     """Each row times the factor in [1, LARGEST_FACTOR] with which it fits the whole target best: damping has made it too small.
 
     One number a row hardly overfits: it is the relaxed fit of Meinshausen (2007).
 
     Args:
         weight: (G, R/G, D).
-        hessian: (G, D, D) H, undamped.
-        target: (G, R/G, D) T, with all of the correction.
+        moments: H, undamped, and T with all of the correction.
     """
-    along, curvature = (weight * target).sum(-1, keepdim=True), (weight @ hessian * weight).sum(-1, keepdim=True)
+    along = (weight * moments.target).sum(-1, keepdim=True)
+    curvature = (weight @ moments.hessian * weight).sum(-1, keepdim=True)
     return weight * torch.where(curvature > 0, along / curvature, 1.0).clamp(1.0, LARGEST_FACTOR)
-
-
-@dataclass(frozen=True)
-class Centred:
-    """Moments about the means: H (G, D, D), T (G, R/G, D), and the means (G, D) and (G, R/G), all float64."""
-
-    hessian: Tensor
-    target: Tensor
-    mean: Tensor
-    mean_target: Tensor
-
-    @classmethod
-    def of(cls, moments: Moments, bias: Tensor | None) -> Centred:
-        """Those of all that was seen."""
-        inputs, cross = moments.inputs, moments.cross
-        hessian, target = inputs.hessian(centred=True), cross.target(inputs, bias, centred=True)
-        return cls(hessian, target, inputs.mean, cross.mean)
-
-    @classmethod
-    def of_others(cls, whole: Moments, part: Moments, bias: Tensor | None) -> Centred:
-        """Those of the images that are in the whole and not in the part, by Chan, Golub & LeVeque 1983."""
-        count, own = whole.inputs.count, part.inputs.count
-        left, a, b = count - own, cls.of(whole, bias), cls.of(part, bias)
-        x, y = a.mean - b.mean, a.mean_target - b.mean_target
-        between = count * own / left
-        return cls(
-            (count * a.hessian - own * b.hessian - between * x[:, :, None] * x[:, None, :]) / left,
-            (count * a.target - own * b.target - between * y[:, :, None] * x[:, None, :]) / left,
-            a.mean + x * own / left,
-            a.mean_target + y * own / left,
-        )

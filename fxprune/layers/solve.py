@@ -12,11 +12,10 @@ from fxprune.errors import SolverError
 from fxprune.geometry import LayerGeometry, MatrixLayer
 from fxprune.layers.constraint import Chain, Part
 from fxprune.layers.problem import dead_inputs, fitted_bias, mean_product, pose_problem, weights_alone
-from fxprune.layers.shrinkage import Centred, Shrinkage, choose, rescaled
+from fxprune.layers.shrinkage import Shrinkage, choose, rescaled
 from fxprune.layers.temperature import logit_scale
 from fxprune.options import Method
 from fxprune.solvers.problem import LayerProblem
-from fxprune.solvers.refit import refit
 from fxprune.statistics import CrossStatistics, InputStatistics, Moments
 
 
@@ -95,31 +94,33 @@ def solve_layer(
             of `check` alone, or all.
     """
     options, shrinkage = method.options, Shrinkage(method.options.damping)
-    shrinks = bool(options.shrink and options.bias_correction) and check is not None and cross is not None
+    moments = None if inputs is None or cross is None else Moments(inputs, cross)
+    # Without bias correction nothing is centred, and there is nothing to choose.
+    check = check if options.bias_correction and moments is not None else None
+    shrinks = bool(options.shrink) and check is not None
     if inputs is None:
         problem = weights_alone(module, geometry)
         whole = Part(geometry, problem, problem.weight)
     else:
         dense = geometry.to_matrix(module.weight.detach()).double()
-        if shrinks:
-            assert cross is not None
-            assert check is not None
-            shrinkage = choose(dense, module.bias, Moments(inputs, cross), check, options.damping)
+        if shrinks and moments is not None and check is not None:
+            shrinkage = choose(dense, moments, check, options.damping)
         problem = pose_problem(module, geometry, inputs, cross, options, shrinkage)
         whole = Part(geometry, problem, problem.weight if chain else problem.optimum())
     parts = solve_chain(whole, chain, method)
     damping = None if inputs is None else problem.damping
 
-    def solved(parts: Sequence[Part], cross: CrossStatistics | None) -> SolvedLayer:
-        if shrinks and len(parts) == 1:
-            assert inputs is not None
-            assert cross is not None
-            (part,), moments = parts, Centred.of(Moments(inputs, cross), module.bias)
-            parts = [replace(part, matrix=rescaled(part.matrix, moments.hessian, moments.target))]
+    def solved(parts: Sequence[Part], moments: Moments | None) -> SolvedLayer:
+        if shrinks and moments is not None and len(parts) == 1:
+            parts = [replace(parts[0], matrix=rescaled(parts[0].matrix, moments.centred))]
         matrix = product(geometry, parts)
         if not torch.isfinite(matrix).all():
             raise SolverError("the solution holds NaN or infinite values; use more calibration images, or more damping")
-        bias = module.bias if inputs is None else fitted_bias(module, geometry, matrix, inputs, cross, options)
+        bias = (
+            module.bias
+            if inputs is None
+            else fitted_bias(module, geometry, matrix, inputs, None if moments is None else moments.cross, options)
+        )
         biases = [None] * (len(parts) - 1) + [None if bias is None else bias.detach()]
         return SolvedLayer(
             tuple(_as_parameters(part, own, module.weight) for part, own in zip(parts, biases, strict=True)),
@@ -130,17 +131,17 @@ def solve_layer(
 
     def trial(moments: Moments, check: Moments) -> SolvedLayer:
         """The layer on the same mask, fitted to all images but those of `check`."""
-        (part,), others = parts, Centred.of_others(moments, check, module.bias)
+        (part,), others = parts, moments.without(check)
         target = shrinkage.target(others.target, others.hessian, dense)
-        matrix = fit(LayerProblem(others.hessian, target, dense).damped(shrinkage.damping), part)
+        matrix = part.fitted(LayerProblem(others.hessian, target, dense).damped(shrinkage.damping))
         if shrinks:
-            matrix = rescaled(matrix, others.hessian, others.target)
+            matrix = rescaled(matrix, others)
         bias = (others.mean_target - mean_product(geometry, matrix, others.mean)).flatten().to(module.weight)
         return SolvedLayer((_as_parameters(replace(part, matrix=matrix), bias, module.weight),))
 
-    layer = solved(parts, cross)
-    if logits is not None and cross is not None and inputs is not None and len(parts) == 1 and options.temperature:
-        tried = None if check is None or not options.bias_correction else trial(Moments(inputs, cross), check)
+    layer = solved(parts, moments)
+    if logits is not None and moments is not None and len(parts) == 1 and options.temperature:
+        tried = None if check is None else trial(moments, check)
         layer = layer.scaled(logit_scale(*logits(layer if tried is None else tried, tried is not None)))
     if relu_aware is None or len(parts) > 1 or inputs is None or (chain and parts[0].mask is None):
         return layer  # Only values on a known mask can be fitted again without breaking the constraints.
@@ -148,15 +149,7 @@ def solve_layer(
     (part,) = parts
     target = cross.target(inputs, module.bias, centred=bool(options.bias_correction))
     target = shrinkage.target(target, inputs.hessian(centred=bool(options.bias_correction)), dense)
-    return solved([replace(part, matrix=fit(problem.retargeted(target), part))], cross)
-
-
-def fit(problem: LayerProblem, part: Part) -> Tensor:
-    """The best weights (G, R/G, D) for a problem, on a part's mask if it has one."""
-    if part.mask is None:
-        return problem.optimum()
-    groups = zip(problem.groups(), part.mask, part.matrix, strict=True)
-    return torch.stack([refit(p, mask, start=start) for p, mask, start in groups])
+    return solved([replace(part, matrix=part.fitted(problem.retargeted(target)))], Moments(inputs, cross))
 
 
 def solve_chain(part: Part, chain: Chain, method: Method) -> tuple[Part, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fxprune.statistics.accumulators import CrossStatistics, HessianObserver, InputStatistics, Moments
+from fxprune.statistics.accumulators import CrossStatistics, HessianObserver, InputStatistics
+from fxprune.statistics.moments import Centred, Moments
 from fxprune.statistics.pool import Pool
 
-__all__ = ["CrossStatistics", "HessianObserver", "InputStatistics", "Moments", "Pool"]
+__all__ = ["Centred", "CrossStatistics", "HessianObserver", "InputStatistics", "Moments", "Pool"]

@@ -196,14 +196,6 @@ class CrossStatistics:
         return target.masked_fill_(inputs.constant[:, None, :], 0) if centred else target
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Those of a layer's inputs, and of its wanted output with them, over the same patches."""
-
-    inputs: InputStatistics
-    cross: CrossStatistics
-
-
 def _zero_or(bias: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if bias is None else bias.to(like).reshape(like.shape)
 

@@ -10,9 +10,9 @@ import fxprune
 from fxprune import Options
 from fxprune.geometry import LayerGeometry
 from fxprune.layers import solve
-from fxprune.layers.shrinkage import DAMPINGS, LARGEST_FACTOR, Centred, Shrinkage, choose, rescaled
+from fxprune.layers.shrinkage import DAMPINGS, LARGEST_FACTOR, Shrinkage, choose, rescaled
 from fxprune.layers.temperature import LARGEST, logit_scale
-from fxprune.statistics import CrossStatistics, HessianObserver, Moments
+from fxprune.statistics import Centred, CrossStatistics, HessianObserver, Moments
 
 
 def moments(geometry: LayerGeometry, x: Tensor, y: Tensor) -> Moments:
@@ -35,8 +35,8 @@ def test_moments_of_the_other_images_are_those_of_a_run_on_them(layer: nn.Conv2d
     with torch.no_grad():
         y = layer.double()(x) + torch.randn(1, dtype=torch.float64)
     part = torch.arange(len(x)) % 4 == 1
-    found = Centred.of_others(moments(geometry, x, y), moments(geometry, x[part], y[part]), layer.bias)
-    wanted = Centred.of(moments(geometry, x[~part], y[~part]), layer.bias)
+    found = moments(geometry, x, y).without(moments(geometry, x[part], y[part]))
+    wanted = moments(geometry, x[~part], y[~part]).centred
     for name in ("hessian", "target", "mean", "mean_target"):
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-7, atol=1e-7)
 
@@ -58,17 +58,17 @@ def linear_problem(
 
 def test_a_correction_that_holds_on_other_images_is_followed_and_noise_is_not() -> None:
     dense, whole, check, _, _ = linear_problem(4000, noise=0.1, correction=0.5, seed=0)
-    chosen = choose(dense, None, whole, check, 0.01)
+    chosen = choose(dense, whole, check, 0.01)
     assert chosen.damping == 0.01
     assert chosen.strength == 1
     dense, whole, check, _, _ = linear_problem(60, noise=3.0, correction=0.0, seed=0)
-    assert choose(dense, None, whole, check, 0.01).strength < 0.2
+    assert choose(dense, whole, check, 0.01).strength < 0.2
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_chosen_errs_less_on_new_images_than_the_whole_correction(seed: int) -> None:
     dense, whole, check, x, y = linear_problem(60, noise=3.0, correction=0.3, seed=seed)
-    seen = Centred.of(whole, None)
+    seen = whole.centred
 
     def error(shrinkage: Shrinkage) -> float:
         target = shrinkage.target(seen.target, seen.hessian, dense)
@@ -76,22 +76,23 @@ def test_what_is_chosen_errs_less_on_new_images_than_the_whole_correction(seed: 
         weight = torch.linalg.solve(seen.hessian + shift, (target + dense @ shift).mT).mT
         return float((y - x @ weight[0].mT).square().mean())
 
-    assert error(choose(dense, None, whole, check, 0.01)) < 0.8 * error(Shrinkage(0.01))
+    assert error(choose(dense, whole, check, 0.01)) < 0.8 * error(Shrinkage(0.01))
 
 
 def test_no_damping_below_the_one_asked_for_is_chosen() -> None:
     dense, whole, check, _, _ = linear_problem(4000, noise=0.1, correction=0.5, seed=0)
-    assert choose(dense, None, whole, check, 0.5).damping == 0.5
-    assert choose(dense, None, whole, check, 99.0).damping == 99.0 > max(DAMPINGS)
+    assert choose(dense, whole, check, 0.5).damping == 0.5
+    assert choose(dense, whole, check, 99.0).damping == 99.0 > max(DAMPINGS)
 
 
 def test_rows_are_rescaled_to_fit_best_but_never_shrunk() -> None:
     weight, x = torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(2, 6, 50, dtype=torch.float64)
     factor = torch.tensor([[0.5, 1.4, 7.0], [1.0, 1.9, 1.1]], dtype=torch.float64)
     hessian, target = x @ x.mT, factor[..., None] * weight @ (x @ x.mT)
-    found = rescaled(weight, hessian, target)
+    seen = Centred(hessian, target, x.mean(-1), x.mean(-1))
+    found = rescaled(weight, seen)
     torch.testing.assert_close(found, weight * factor.clamp(1, LARGEST_FACTOR)[..., None])
-    assert torch.equal(rescaled(weight * 0, hessian, target), weight * 0)
+    assert torch.equal(rescaled(weight * 0, seen), weight * 0)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
