@@ -21,14 +21,13 @@ FLOORS = (
     ("annotations", "consumers", "geometry", "graph", "operations", "pattern", "report"),
     ("solvers", "statistics"),
     ("calibration", "layers", "options"),
-    ("channels", "constraints", "intake", "passes", "ranks", "recipe", "trace_check", "tracing", "widths"),
+    ("channels", "constraints", "intake", "passes", "ranks", "recipe", "speedup", "trace_check", "tracing", "widths"),
     ("compiled", "compiled_parts", "compiler", "fine_tuning", "parts", "rank_reduction", "scanning"),
     ("data", "export", "graph_diff", "models", "onnx_import", "saving"),
     ("cli", "experiments", "plots"),
 )
-# Ranks and widths by measured speed-up write the files that they time, and a model may be an ONNX file; imported there, and
-# only then.
-WHERE_NEEDED = {("ranks", "export"), ("widths", "export"), ("compiler", "onnx_import")}
+# A measured speed-up writes the files that it times, and a model may be an ONNX file; imported there, and only then.
+WHERE_NEEDED = {("speedup", "export"), ("compiler", "onnx_import")}
 
 
 def imported(source: str, modules: set[str]) -> Iterator[tuple[str, bool]]:

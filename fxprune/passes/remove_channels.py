@@ -159,7 +159,9 @@ class RemoveChannels(CalibratedPass):
             if constraint.speedup:
                 calibration.on_layer("measuring", 0)
                 example = list(tensors_in(calibration.images(graph_module, 1)))
-                speed = measured_speed(graph_module, found.channels, found.example.shapes, found.widths, example)
+                speed = stack.enter_context(
+                    measured_speed(graph_module, found.channels, found.example.shapes, found.widths, example)
+                )
                 counts, reached = counts_for_speedup(curves, sizes, constraint.speedup, speed)
             else:
                 budget = constraint.share * whole

@@ -1,29 +1,25 @@
-"""Ranks for a wanted speed-up: candidates are exported, and timed in onnxruntime beside the dense model."""
+"""Ranks for a wanted speed-up."""
 
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxprune import speedup
 from fxprune.annotations import annotation
 from fxprune.calibration.observers import remove_observers
 from fxprune.errors import OptionsError
 from fxprune.layers.problem import layer_of
 from fxprune.layers.splits import split_call, two_layers
 from fxprune.ranks.plan import RankPlan, Survey, within_budget
-
-if TYPE_CHECKING:
-    from fxprune.export.latency import Latency
+from fxprune.speedup import Measure
 
 TRIALS = 5
-Measure: TypeAlias = "Callable[[Sequence[Path], Sequence[Tensor]], Sequence[Latency]]"
 
 
 def plan_for_speedup(
@@ -48,21 +44,12 @@ def plan_for_speedup(
     Raises:
         OptionsError: not reached even with the fewest MACs.
     """
-    # The engine imports the export here only, where files are what is measured.
-    from fxprune.export.latency import measure_latency
 
-    measure = measure or measure_latency
-    inputs = [x.cpu() for x in inputs]
-    with tempfile.TemporaryDirectory() as folder:
-        dense, candidate = Path(folder) / "dense.onnx", Path(folder) / "candidate.onnx"
-        write_shape(graph_module, None, inputs, dense)
+    def write(plan: RankPlan | None, path: Path) -> None:
+        write_shape(graph_module, plan, inputs, path)
 
-        def speed(plan: RankPlan) -> float:
-            write_shape(graph_module, plan, inputs, candidate)
-            slow, fast = measure([dense, candidate], inputs)
-            return slow.median / fast.median
-
-        return search(survey, factor, speed)
+    with speedup.beside_dense(lambda path: write(None, path), inputs, measure) as speed:
+        return search(survey, factor, lambda plan: speed(lambda path: write(plan, path)))
 
 
 def search(survey: Survey, factor: float, speed: Callable[[RankPlan], float]) -> RankPlan:
@@ -80,21 +67,15 @@ def search(survey: Survey, factor: float, speed: Callable[[RankPlan], float]) ->
     def plan_of(budget: int) -> RankPlan:
         return RankPlan.of(f"rank speedup:{factor:g}", survey, within_budget(survey, budget))
 
-    best: tuple[RankPlan, float] | None = None
-    low, high = survey.least_macs, survey.macs
-    budget = max(low, int(0.9 * high / factor))
-    for _ in range(TRIALS):
-        plan = plan_of(budget)
-        reached = speed(plan)
-        if reached >= factor:
-            best, low = (plan, reached), budget
-        else:
-            high = budget
-        budget = (low + high) // 2
-    if best is None:
-        plan = plan_of(low)
-        best = plan, speed(plan)
-    plan, reached = best
+    plan, reached = speedup.search(
+        survey.least_macs,
+        survey.macs,
+        factor,
+        lambda budget: plan_of(int(budget)),
+        speed,
+        fewest=lambda: plan_of(survey.least_macs),
+        trials=TRIALS,
+    )
     if reached < factor:
         raise OptionsError(
             f"a speed-up of {factor:g} is out of reach: it was {reached:.2f} with the fewest MACs that low rank "
@@ -105,8 +86,6 @@ def search(survey: Survey, factor: float, speed: Callable[[RankPlan], float]) ->
 
 def write_shape(graph_module: GraphModule, plan: RankPlan | None, inputs: Sequence[Tensor], path: Path) -> None:
     """Write the dense graph, or one of the shape that the plan would give it."""
-    from fxprune.export.torch_export import to_onnx_program
-
     graph_module = copy.deepcopy(graph_module).cpu()
     for node in list(graph_module.graph.nodes):
         choice = plan.choice(str(node.target)) if plan is not None and annotation(node).role else None
@@ -117,6 +96,4 @@ def write_shape(graph_module: GraphModule, plan: RankPlan | None, inputs: Sequen
             split_call(node)
             graph_module.graph.erase_node(node)
     remove_observers(graph_module)
-    graph_module.recompile()
-    program = to_onnx_program(graph_module.eval(), tuple(inputs), opset=None, dynamic_batch=False, precision="fp32")
-    program.save(str(path))
+    speedup.write_onnx(graph_module, inputs, path)

@@ -1,34 +1,26 @@
-"""Widths for a wanted speed-up: candidates are exported, and timed in onnxruntime beside the dense model."""
+"""Widths for a wanted speed-up."""
 
 from __future__ import annotations
 
 import copy
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxprune.channels.layout import Channels
 from fxprune.channels.remove import remove_channels
 from fxprune.errors import OptionsError
 from fxprune.graph import Shape
+from fxprune.speedup import Measure, beside_dense, search, write_onnx
 from fxprune.widths.network import LayerSize, Width
 from fxprune.widths.plan import Curve, least_macs, within_budget
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch.fx import Node
-
-    from fxprune.export.latency import Latency
-
 TRIALS = 6
-Measure: TypeAlias = "Callable[[Sequence[Path], Sequence[Tensor]], Sequence[Latency]]"
 
 
 def counts_for_speedup(
@@ -48,29 +40,28 @@ def counts_for_speedup(
     Raises:
         OptionsError: not reached even with the fewest channels.
     """
-    whole = sum(layer.macs([curve.choices[0] for curve in curves]) for layer in layers)
-    low, high = least_macs(curves, layers), whole
-    best: tuple[list[int], float] | None = None
-    budget = max(low, 0.9 * whole / factor)
-    for _ in range(TRIALS):
-        counts = within_budget(curves, layers, budget)
-        reached = speed(counts)
-        if reached >= factor:
-            best, low = (counts, reached), budget
-        else:
-            high = budget
-        budget = (low + high) / 2
-    if best is None:
-        counts = [curve.choices[-1] for curve in curves]
-        best = counts, speed(counts)
-    if best[1] < factor:
+    whole, least = (
+        sum(layer.macs([curve.choices[0] for curve in curves]) for layer in layers),
+        least_macs(curves, layers),
+    )
+    counts, reached = search(
+        least,
+        whole,
+        factor,
+        lambda budget: within_budget(curves, layers, budget),
+        speed,
+        fewest=lambda: [curve.choices[-1] for curve in curves],
+        trials=TRIALS,
+    )
+    if reached < factor:
         raise OptionsError(
-            f"a speed-up of {factor:g} is out of reach: it was {best[1]:.2f} with as few channels as there may be, "
-            f"{low / 1e6:.1f} M of {whole / 1e6:.1f} M MACs"
+            f"a speed-up of {factor:g} is out of reach: it was {reached:.2f} with as few channels as there may be, "
+            f"{least / 1e6:.1f} M of {whole / 1e6:.1f} M MACs"
         )
-    return best
+    return counts, reached
 
 
+@contextmanager
 def measured_speed(
     graph_module: GraphModule,
     channels: Channels,
@@ -79,8 +70,8 @@ def measured_speed(
     inputs: Sequence[Tensor],
     *,
     measure: Measure | None = None,
-) -> Callable[[Sequence[int]], float]:
-    """What measures the speed-up of so many units left of each width, the ratio of the medians.
+) -> Iterator[Callable[[Sequence[int]], float]]:
+    """Inside, what measures the speed-up of so many units left of each width.
 
     Only sizes matter to speed: which units go makes no difference.
 
@@ -92,12 +83,6 @@ def measured_speed(
         inputs: the model's arguments for one image.
         measure: how to time files; None: `fxprune.export.latency.measure_latency`.
     """
-    # The engine imports the export here only, where files are what is measured.
-    from fxprune.export.latency import measure_latency
-    from fxprune.export.torch_export import to_onnx_program
-
-    measure = measure or measure_latency
-    inputs = [x.cpu() for x in inputs]
 
     def write(path: Path, counts: Sequence[int]) -> None:
         candidate = copy.deepcopy(graph_module).cpu()
@@ -112,16 +97,7 @@ def measured_speed(
         remove_channels(
             candidate, of_candidate, np.array(gone, dtype=np.int64), {twins[n]: shape for n, shape in shapes.items()}
         )
-        candidate.recompile()
-        program = to_onnx_program(candidate.eval(), tuple(inputs), opset=None, dynamic_batch=False, precision="fp32")
-        program.save(str(path))
+        write_onnx(candidate, inputs, path)
 
-    def speed(counts: Sequence[int]) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            dense, narrow = Path(folder) / "dense.onnx", Path(folder) / "narrow.onnx"
-            write(dense, [len(width.units) for width in widths])
-            write(narrow, counts)
-            slow, fast = measure([dense, narrow], inputs)
-        return slow.median / fast.median
-
-    return speed
+    with beside_dense(lambda path: write(path, [len(width.units) for width in widths]), inputs, measure) as speed:
+        yield lambda counts: speed(lambda path: write(path, counts))
