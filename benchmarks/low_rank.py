@@ -32,7 +32,6 @@ from fxprune.experiments.evaluation import agreement, evaluate
 from fxprune.export.latency import Latency, measure_latency
 from fxprune.export.torch_export import to_onnx_program
 from fxprune.layers.problem import layer_of, pose_problem
-from fxprune.layers.shrinkage import Shrinkage
 from fxprune.layers.splits import SPLITS, dense_macs, factored_macs, full_rank
 from fxprune.models import create, model_info
 from fxprune.passes import FoldBatchNorm, InsertObservers, RemoveInplace
@@ -136,7 +135,7 @@ def layer_rows(name: str, data: Path) -> list[LayerRow]:
     for node, inputs, held_out in zip(nodes, *statistics, strict=True):
         module, geometry = layer_of(node), annotation(node).geometry
         dense = geometry.to_matrix(module.weight.detach()).double()[0]
-        problem = next(pose_problem(module, geometry, inputs, None, options, Shrinkage(options.damping)).groups())
+        problem = next(pose_problem(module, geometry, inputs, None, options).groups())
         metric, kernel = held_out.hessian(centred=True)[0], geometry.kernel_size
         variance = ((dense @ metric) * dense).sum()
         for split in SPLITS:

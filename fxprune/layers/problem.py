@@ -8,7 +8,6 @@ from torch.fx import Node
 
 from fxprune.geometry import LayerGeometry, MatrixLayer, is_matrix_layer
 from fxprune.graph import module_of
-from fxprune.layers.shrinkage import Shrinkage
 from fxprune.options import Options
 from fxprune.solvers.problem import LayerProblem
 from fxprune.statistics import CrossStatistics, InputStatistics
@@ -28,7 +27,6 @@ def pose_problem(
     inputs: InputStatistics,
     cross: CrossStatistics | None,
     options: Options,
-    shrinkage: Shrinkage,
 ) -> LayerProblem:
     """The damped problem of one layer, (G, D, D) and (G, R/G, D).
 
@@ -38,16 +36,14 @@ def pose_problem(
         inputs: moments of the patches.
         cross: cross moment of the target, or None where that is the layer's own output on those inputs; with blocks always
             None, and each block is to give what it gave.
-        options: resolved; `bias_correction` counts.
-        shrinkage: damping, and how much of the target's correction is followed.
+        options: resolved; `bias_correction` and `damping` count.
     """
     dense = geometry.to_matrix(module.weight.detach()).double()
     centred = bool(options.bias_correction)
     hessian = inputs.hessian(centred=centred)
     target = dense @ hessian if cross is None else cross.target(inputs, module.bias, centred=centred)
-    target = shrinkage.target(target, hessian, dense)
-    shared = inputs.factors.setdefault((centred, shrinkage.damping), {})
-    return LayerProblem(hessian, target, dense).damped(shrinkage.damping, shared)
+    shared = inputs.factors.setdefault((centred, options.damping), {})
+    return LayerProblem(hessian, target, dense).damped(options.damping, shared)
 
 
 def weights_alone(module: MatrixLayer, geometry: LayerGeometry) -> LayerProblem:

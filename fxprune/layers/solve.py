@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -93,20 +94,23 @@ def solve_layer(
         logits: what the dense layer and one with given parameters put out, where that is the model's output; on the images
             of `check` alone, or all.
     """
-    options, shrinkage = method.options, Shrinkage(method.options.damping)
+    options = method.options
     moments = None if inputs is None or cross is None else Moments(inputs, cross)
     # Without bias correction nothing is centred, and there is nothing to choose.
     check = check if options.bias_correction and moments is not None else None
     shrinks = bool(options.shrink) and check is not None
-    if inputs is None:
-        problem = weights_alone(module, geometry)
-        whole = Part(geometry, problem, problem.weight)
-    else:
-        dense = geometry.to_matrix(module.weight.detach()).double()
-        if shrinks and moments is not None and check is not None:
-            shrinkage = choose(dense, moments, check, options.damping)
-        problem = pose_problem(module, geometry, inputs, cross, options, shrinkage)
-        whole = Part(geometry, problem, problem.weight if chain else problem.optimum())
+    dense = geometry.to_matrix(module.weight.detach()).double()
+    shrinkage = Shrinkage(options.damping, options.damping)
+    if shrinks and moments is not None and check is not None:
+        shrinkage = choose(dense, moments, check, options.damping, _sparsity(chain))
+
+    def posed(inputs: InputStatistics, cross: CrossStatistics | None) -> LayerProblem:
+        if shrinks and cross is not None:
+            return shrinkage.problem(dense, Moments(inputs, cross).centred, inputs.factors)
+        return pose_problem(module, geometry, inputs, cross, options)
+
+    problem = weights_alone(module, geometry) if inputs is None else posed(inputs, cross)
+    whole = Part(geometry, problem, problem.optimum() if inputs is not None and not chain else dense)
     parts = solve_chain(whole, chain, method)
     damping = None if inputs is None else problem.damping
 
@@ -132,8 +136,7 @@ def solve_layer(
     def trial(moments: Moments, check: Moments) -> SolvedLayer:
         """The layer on the same mask, fitted to all images but those of `check`."""
         (part,), others = parts, moments.without(check)
-        target = shrinkage.target(others.target, others.hessian, dense)
-        matrix = part.fitted(LayerProblem(others.hessian, target, dense).damped(shrinkage.damping))
+        matrix = part.fitted(shrinkage.problem(dense, others))
         if shrinks:
             matrix = rescaled(matrix, others)
         bias = (others.mean_target - mean_product(geometry, matrix, others.mean)).flatten().to(module.weight)
@@ -147,9 +150,14 @@ def solve_layer(
         return layer  # Only values on a known mask can be fitted again without breaking the constraints.
     cross = relu_aware(layer)
     (part,) = parts
-    target = cross.target(inputs, module.bias, centred=bool(options.bias_correction))
-    target = shrinkage.target(target, inputs.hessian(centred=bool(options.bias_correction)), dense)
-    return solved([replace(part, matrix=part.fitted(problem.retargeted(target)))], Moments(inputs, cross))
+    return solved([replace(part, matrix=part.fitted(posed(inputs, cross)))], Moments(inputs, cross))
+
+
+def _sparsity(chain: Chain) -> float:
+    """Share of zeros that a chain leaves; a rank counts as half: it leaves less freedom than there is, too."""
+    if any(constraint.changes_geometry for constraint in chain):
+        return 0.5
+    return 1 - math.prod(1 - constraint.sparsity for constraint in chain)
 
 
 def solve_chain(part: Part, chain: Chain, method: Method) -> tuple[Part, ...]:

@@ -14,7 +14,6 @@ from fxprune.calibration.macs import layer_shapes, macs_per_sample
 from fxprune.calibration.stream import dense_statistics
 from fxprune.geometry import LayerGeometry
 from fxprune.layers.problem import layer_of, pose_problem
-from fxprune.layers.shrinkage import Shrinkage
 from fxprune.layers.splits import Split, dense_macs, factored_macs, full_rank
 from fxprune.options import Method
 from fxprune.ranks.plan import Choice, LayerRanks, Survey, pareto
@@ -67,11 +66,7 @@ def survey(
 def _problem(node: Node, inputs: InputStatistics, method: Method) -> LayerProblem:
     """What the layer's own dense output asks of it."""
     module = layer_of(node)
-    return next(
-        pose_problem(
-            module, LayerGeometry.of(module), inputs, None, method.options, Shrinkage(method.options.damping)
-        ).groups()
-    )
+    return next(pose_problem(module, LayerGeometry.of(module), inputs, None, method.options).groups())
 
 
 def _layer_ranks(

@@ -31,7 +31,6 @@ class LayerProblem:
         target: (..., R, D) T, the cross term of the target with the input.
         weight: (..., R, D) the dense weights, towards which damping pulls.
         damping: the largest damping in `hessian`, relative to the mean of its diagonal.
-        pull: (..., R, D) what damping has added to the target, or None.
         factors: what solvers have computed from H alone (`once`); problems of layers that share H share it.
     """
 
@@ -39,7 +38,6 @@ class LayerProblem:
     target: Tensor
     weight: Tensor
     damping: float = 0.0
-    pull: Tensor | None = None
     factors: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -76,8 +74,8 @@ class LayerProblem:
         if "damped" not in factors:
             factors["damped"] = self._damped(damping)
         hessian, shift, damping = factors["damped"]
-        pull = self.weight * shift[..., None, :]
-        return replace(self, hessian=hessian, target=self.target + pull, damping=damping, pull=pull, factors=factors)
+        target = self.target + self.weight * shift[..., None, :]
+        return replace(self, hessian=hessian, target=target, damping=damping, factors=factors)
 
     def _damped(self, damping: float) -> tuple[Tensor, Tensor, float]:
         """H + diag(shift), shift (..., D), and the damping that it took."""
@@ -101,12 +99,11 @@ class LayerProblem:
         """The problem of each group, (D, D) and (R, D)."""
         for g, (hessian, target, weight) in enumerate(zip(self.hessian, self.target, self.weight, strict=True)):
             factors = self.factors.setdefault(g, {})
-            yield replace(self, hessian=hessian, target=target, weight=weight, pull=None, factors=factors)
+            yield replace(self, hessian=hessian, target=target, weight=weight, factors=factors)
 
     def rows(self, chosen: Tensor) -> LayerProblem:
         """The problem (D, D), (R, D) of some rows, given by their numbers."""
-        pull = None if self.pull is None else self.pull[chosen]
-        return replace(self, target=self.target[chosen], weight=self.weight[chosen], pull=pull)
+        return replace(self, target=self.target[chosen], weight=self.weight[chosen])
 
     def once(self, name: str, compute: Callable[[], T]) -> T:
         """What a solver computes from H alone: the first layer with this H computes it, the others find it."""
@@ -114,10 +111,6 @@ class LayerProblem:
             self.factors[name] = compute()
         result: T = self.factors[name]
         return result
-
-    def retargeted(self, target: Tensor) -> LayerProblem:
-        """The same inputs and damping with another cross term T, (..., R, D), given undamped."""
-        return replace(self, target=target if self.pull is None else target + self.pull)
 
     def optimum(self) -> Tensor:
         """W* = T H^-1, (..., R, D), the dense minimiser."""

@@ -10,8 +10,10 @@ import fxprune
 from fxprune import Options
 from fxprune.geometry import LayerGeometry
 from fxprune.layers import solve
-from fxprune.layers.shrinkage import DAMPINGS, LARGEST_FACTOR, Shrinkage, choose, rescaled
+from fxprune.layers.shrinkage import CORRECTION_DAMPINGS, DAMPINGS, LARGEST_FACTOR, Shrinkage, choose, rescaled
 from fxprune.layers.temperature import LARGEST, logit_scale
+from fxprune.solvers.problem import LayerProblem
+from fxprune.solvers.refit import refit
 from fxprune.statistics import Centred, CrossStatistics, HessianObserver, Moments
 
 
@@ -58,11 +60,9 @@ def linear_problem(
 
 def test_a_correction_that_holds_on_other_images_is_followed_and_noise_is_not() -> None:
     dense, whole, check, _, _ = linear_problem(4000, noise=0.1, correction=0.5, seed=0)
-    chosen = choose(dense, whole, check, 0.01)
-    assert chosen.damping == 0.01
-    assert chosen.strength == 1
+    assert choose(dense, whole, check, 0.01, 0.0) == Shrinkage(0.01, 0.01)
     dense, whole, check, _, _ = linear_problem(60, noise=3.0, correction=0.0, seed=0)
-    assert choose(dense, whole, check, 0.01).strength < 0.2
+    assert choose(dense, whole, check, 0.01, 0.0).strength < 0.2
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -71,18 +71,61 @@ def test_what_is_chosen_errs_less_on_new_images_than_the_whole_correction(seed: 
     seen = whole.centred
 
     def error(shrinkage: Shrinkage) -> float:
-        target = shrinkage.target(seen.target, seen.hessian, dense)
-        shift = shrinkage.damping * seen.hessian.diagonal(dim1=1, dim2=2).mean() * torch.eye(40, dtype=torch.float64)
-        weight = torch.linalg.solve(seen.hessian + shift, (target + dense @ shift).mT).mT
+        weight = shrinkage.problem(dense, seen).optimum()
         return float((y - x @ weight[0].mT).square().mean())
 
-    assert error(choose(dense, whole, check, 0.01)) < 0.8 * error(Shrinkage(0.01))
+    assert error(choose(dense, whole, check, 0.01, 0.0)) < 0.8 * error(Shrinkage(0.01, 0.01))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_the_problem_has_the_shrunk_correction_as_its_optimum(strength: float) -> None:
+    dense, whole, _, _, _ = linear_problem(60, noise=1.0, correction=0.3, seed=0)
+    seen = whole.centred
+    identity = seen.hessian.diagonal(dim1=1, dim2=2).mean() * torch.eye(40, dtype=torch.float64)
+    residual = seen.target - dense @ seen.hessian
+    wanted = dense + strength * torch.linalg.solve(seen.hessian + 0.7 * identity, residual.mT).mT
+    problem = Shrinkage(0.02, 0.7, strength).problem(dense, seen, {})
+    torch.testing.assert_close(problem.optimum(), wanted)
+    torch.testing.assert_close(problem.hessian, seen.hessian + 0.02 * identity)
+
+
+def test_the_whole_correction_at_the_least_damping_is_the_ordinary_problem() -> None:
+    dense, whole, _, _, _ = linear_problem(60, noise=1.0, correction=0.3, seed=0)
+    seen = whole.centred
+    found, ordinary = Shrinkage(0.1, 0.1).problem(dense, seen), LayerProblem(seen.hessian, seen.target, dense)
+    torch.testing.assert_close(found.hessian, ordinary.damped(0.1).hessian)
+    torch.testing.assert_close(found.target, ordinary.damped(0.1).target)
+
+
+@pytest.mark.parametrize(("images", "least"), [(50, 0.1), (20_000, 0.01)])
+def test_few_images_need_more_damping_for_what_the_others_make_up_for(images: int, least: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(40, 40, dtype=torch.float64, generator=generator)
+    x = torch.randn(images + 1000, 40, dtype=torch.float64, generator=generator) @ mixing
+    dense = torch.randn(1, 30, 40, dtype=torch.float64, generator=generator)
+    y, geometry = x @ dense[0].mT, LayerGeometry.of(nn.Linear(40, 30))
+    whole, check = moments(geometry, x[:images], y[:images]), moments(geometry, x[:images:4], y[:images:4])
+    chosen = choose(dense, whole, check, 0.01, 0.5)
+    assert chosen.damping >= least if images == 50 else chosen.damping == least
+    # On new inputs, with a mask: no other damping that was tried does better by more than a tenth.
+    mask = dense.abs() >= dense.abs().median(-1, keepdim=True).values
+
+    def error(damping: float) -> float:
+        problem = Shrinkage(damping, 0.01).problem(dense, whole.centred)
+        weight = refit(next(problem.groups()), mask[0])
+        return float((y[images:] - x[images:] @ weight.mT).square().mean())
+
+    assert error(chosen.damping) < 1.1 * min(map(error, (0.01, *DAMPINGS)))
 
 
 def test_no_damping_below_the_one_asked_for_is_chosen() -> None:
     dense, whole, check, _, _ = linear_problem(4000, noise=0.1, correction=0.5, seed=0)
-    assert choose(dense, whole, check, 0.5).damping == 0.5
-    assert choose(dense, whole, check, 99.0).damping == 99.0 > max(DAMPINGS)
+    for sparsity in (0.0, 0.5):
+        for least in (0.5, 99.0):
+            chosen = choose(dense, whole, check, least, sparsity)
+            assert chosen.damping >= least
+            assert chosen.correction_damping >= least
+    assert max(*DAMPINGS, *CORRECTION_DAMPINGS) < 99
 
 
 def test_rows_are_rescaled_to_fit_best_but_never_shrunk() -> None:
@@ -96,14 +139,16 @@ def test_rows_are_rescaled_to_fit_best_but_never_shrunk() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
-def test_the_logit_scale_is_the_best_of_a_fine_grid(classes: int) -> None:
+def test_the_logit_scale_is_the_least_within_a_standard_error_of_the_best(classes: int) -> None:
     dense = 3 * torch.randn(200, classes, dtype=torch.float64)
     found = 0.4 * (dense + torch.randn(200, classes, dtype=torch.float64))
-    scales = torch.linspace(1, LARGEST, 3001, dtype=torch.float64)
-    wanted = dense.softmax(1)
-    kl = [float((wanted * (dense.log_softmax(1) - (s * found).log_softmax(1))).sum(1).mean()) for s in scales]
-    assert logit_scale(dense, found) == pytest.approx(float(scales[min(range(3001), key=kl.__getitem__)]), abs=2e-3)
+    scales = torch.linspace(1, LARGEST, 1501, dtype=torch.float64)
+    kl = torch.stack([(dense.softmax(1) * (dense.log_softmax(1) - (s * found).log_softmax(1))).sum(1) for s in scales])
+    more = kl - kl[kl.mean(1).argmin()]
+    wanted = float(scales[more.mean(1) <= more.std(1) / 200**0.5].min())
+    assert logit_scale(dense, found) == pytest.approx(wanted, abs=4e-3)
     assert logit_scale(dense, dense / 2) == pytest.approx(2, abs=1e-3)
+    assert logit_scale(dense[:1], found[:1]) == 1  # One image says nothing about others.
     assert logit_scale(dense, dense) == 1
     assert logit_scale(dense, 2 * dense) == 1  # Too sure is left: least squares never is.
 
