@@ -30,8 +30,8 @@ from fxprune.intake import attention, batch_sizes, computed_weights, exported, q
 from fxprune.intake.example_values import Frozen, ValueTracer
 from fxprune.intake.names import check_exclude, matches
 from fxprune.intake.normal_form import is_layer_call, normalise
-from fxprune.intake.origins import Origin, set_origins
-from fxprune.intake.record import Intake, Leaf, intake, set_intake
+from fxprune.intake.origins import Origin, origins, set_origins
+from fxprune.intake.record import Intake, Leaf, Unread, intake, set_intake
 from fxprune.intake.symbolic import TRANSFORMERS, PathTracer, explain
 from fxprune.layers.zero_keeper import let_go
 from fxprune.trace_check import difference, parting
@@ -67,7 +67,8 @@ def trace(model: nn.Module, *, exclude: Sequence[str] = (), example: Any = None)
     with _transformers_written_in_python():
         graph_module = _first_way(task)
         graph_module = wrapped_functions.without_weights(graph_module, lambda: _first_way(task))
-    return graph_module
+    unread = _unread(task.reference, graph_module)
+    return _noted(graph_module, "torch.fx", unread=unread) if unread else graph_module
 
 
 @dataclass
@@ -307,6 +308,21 @@ def _frozen(task: _Task, tracer: ValueTracer, batch: Any) -> list[Frozen]:
         except Exception:  # noqa: S110 - what was asked up to here says enough
             pass
     return [a for a, b in zip(tracer.frozen, again.frozen, strict=False) if a != b]
+
+
+def _unread(model: nn.Module, graph_module: GraphModule) -> tuple[Unread, ...]:
+    """The parameters of two or more dimensions of which nothing is in the graph."""
+    held = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
+    held |= {name for origin in origins(graph_module).values() for name in origin.names}
+    names: dict[Tensor, list[str]] = {}  # Of each parameter: it may have several.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    found = []
+    for parameter, known in names.items():
+        if parameter.dim() > 1 and held.isdisjoint(known):
+            owner = model.get_submodule(known[0].rpartition(".")[0])
+            found.append(Unread(known[0], type(owner).__name__, tuple(parameter.shape)))
+    return tuple(found)
 
 
 def _noted(graph_module: GraphModule, way: str, **more: Any) -> GraphModule:

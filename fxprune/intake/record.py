@@ -31,6 +31,21 @@ class Leaf:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """A parameter that no output depends on, such as those of heads for training: it is not in the graph.
+
+    Attributes:
+        name: in the user's model.
+        kind: class of the module that holds it.
+        shape: its own.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Intake:
     """How a model came in.
 
@@ -39,6 +54,7 @@ class Intake:
         leaves: what could not be traced.
         frozen: lines of the model's code, or nodes of its file, that hold for images of the calibration set's size only.
         notes: what else there is to know, in sentences.
+        unread: parameters of two or more dimensions that the graph does not hold, because nothing reads them.
         inputs: of an ONNX file, the names of its inputs, which a file exported again has as well.
         outputs: likewise.
     """
@@ -47,6 +63,7 @@ class Intake:
     leaves: tuple[Leaf, ...] = field(default=())
     frozen: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
+    unread: tuple[Unread, ...] = field(default=())
     inputs: tuple[str, ...] = field(default=())
     outputs: tuple[str, ...] = field(default=())
 

@@ -16,7 +16,8 @@ def uncovered(graph_module: GraphModule, rows: Iterable[LayerReport]) -> tuple[L
     """A row for every parameter of two or more dimensions that no row covers, each with the reason.
 
     A row covers the weight of the module that it names, the parameter that it names, or, if it names a node, what that
-    node reads. With these rows a report's weights are those of the state dict, each counted once.
+    node reads. What the user's model holds and no output depends on has a row, too. So a report's weights are those of the
+    user's model, each counted once.
     """
     rows = tuple(rows)
     names = {row.name for row in rows}
@@ -36,6 +37,12 @@ def uncovered(graph_module: GraphModule, rows: Iterable[LayerReport]) -> tuple[L
         zeros = float((parameter == 0).double().mean())
         reason = _reason(graph_module, name, owner, readers)
         found.append(LayerReport(name=name, op=op, shape=tuple(parameter.shape), reason=reason, sparsity=zeros))
+    known = intake(graph_module)
+    for unread in known.unread if known is not None else ():
+        reason = "no output depends on it, so that the compiled model does without"
+        found.append(
+            LayerReport(name=unread.name.removesuffix(".weight"), op=unread.kind, shape=unread.shape, reason=reason)
+        )
     return tuple(found)
 
 

@@ -120,3 +120,45 @@ def test_totals_are_of_the_whole_model():
     report = fxprune.compile(Net(), [torch.randn(64, 8, 6, 6)], "2:4", progress=False).report
     assert {row.name: row.weights for row in report.layers} == {"conv": 576, "table": 48}
     assert report.sparsity == pytest.approx(288 / 624)
+
+
+class WithUnreadLayers(nn.Module):
+    """A head for training only, a layer that nothing calls, and one that is held under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 8, 3)
+        self.again = self.conv
+        self.head, self.training_head = nn.Linear(8, 4), nn.Linear(8, 3)
+        self.left_over = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+        self.table = nn.Parameter(torch.randn(5, 6))
+        self.scale = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.again(x).mean((2, 3))
+        return (self.head(x), self.training_head(x)) if self.training else self.head(x)
+
+
+def test_weights_that_no_output_depends_on_have_rows_and_come_back_from_a_file(tmp_path):
+    compiled = fxprune.compile(WithUnreadLayers(), [X], "2:4", method="magnitude", progress=False)
+    fxprune.save(compiled, tmp_path / "net.pt")
+    for report in (compiled.report, fxprune.load(tmp_path / "net.pt").report):
+        unread = {row.name: row.shape for row in report.layers if "no output depends on it" in row.reason}
+        assert unread == {"training_head": (3, 8), "left_over.0": (4, 4, 3, 3), "table": (5, 6)}
+        assert sum(row.weights for row in report.layers) == 432 + 32 + 24 + 144 + 30
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 8, 3)), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+        nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 8, 3)), nn.Flatten(2), nn.Linear(36, 4)),
+        nn.Sequential(nn.Flatten(2), nn.Linear(64, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)),
+        nn.Sequential(nn.ConvTranspose2d(6, 16, 2, groups=2), nn.PReLU(16), nn.Conv2d(16, 8, 3, groups=2)),
+    ],
+    ids=["weight norm", "spectral norm", "transformer", "transposed and grouped"],
+)
+@pytest.mark.parametrize("exclude", [(), ("*",)], ids=["", "excluded"])
+def test_no_weight_that_is_used_is_called_unread(model, exclude):
+    compiled = fxprune.compile(model, [X[:, :6]], "0.5", method="magnitude", exclude=exclude, progress=False)
+    assert not [row for row in compiled.report.layers if "no output depends" in row.reason]
