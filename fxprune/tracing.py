@@ -314,7 +314,7 @@ def _unread(model: nn.Module, graph_module: GraphModule) -> tuple[Unread, ...]:
     """The parameters of two or more dimensions of which nothing is in the graph."""
     held = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
     held |= {name for origin in origins(graph_module).values() for name in origin.names}
-    names: dict[Tensor, list[str]] = {}  # Of each parameter: it may have several.
+    names: dict[nn.Parameter, list[str]] = {}  # Of each parameter: it may have several.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     found = []

@@ -11,6 +11,7 @@ than the best by no more than a standard error of the difference (the rule of Br
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -40,7 +41,7 @@ def logit_scale(dense: Tensor, found: Tensor) -> float:
 
     def near_enough(s: float) -> bool:
         more = cross_entropy(s) - least
-        return float(more.mean()) <= float(more.std()) / len(more) ** 0.5
+        return float(more.mean() - more.std() / math.sqrt(len(more))) <= 0
 
     return 1.0 if len(dense) < 2 or near_enough(1.0) else _boundary(1.0, best, near_enough)
 

@@ -32,7 +32,17 @@ CLASS_ROOTS = ("torch.nn", "torch.ao.nn", "torchvision", "timm", "fxprune")
 OP_NAMESPACES = ("aten", "torchvision")
 _REACHES_FILES_OR_CALLS = frozenset({"from_file", "save", "load", "attrgetter", "itemgetter", "methodcaller", "call"})
 _BUILTINS = ("abs", "bool", "divmod", "float", "getattr", "int", "len", "max", "min", "round", "sum")
-_SWIN = ("_get_relative_position_bias", "_patch_merging_pad", "shifted_window_attention")
+# Private functions that torchvision's models hide from torch.fx: none of them does anything but compute.
+_WRAPPED = {
+    torchvision.models.swin_transformer: (
+        "_get_relative_position_bias", "_patch_merging_pad", "shifted_window_attention"
+    ),
+    torchvision.models.video.swin_transformer: (
+        "_get_window_and_shift_size", "_get_relative_position_bias", "_compute_pad_size_3d", "_compute_attention_mask_3d",
+        "shifted_window_attention_3d",
+    ),
+    torchvision.models.video.mvit: ("_unsqueeze", "_squeeze", "_add_rel_pos", "_add_shortcut"),
+}  # fmt: skip
 # Methods of what leaf modules return beside tensors: tuples, lists, dicts.
 _CONTAINER_METHODS = ("get", "items", "keys", "values", "index")
 
@@ -78,11 +88,11 @@ def _functions() -> dict[str, Callable[..., Any]]:
         (math, dir(math)),
         (builtins, _BUILTINS),
         (torchvision.ops, torchvision.ops.__all__),
-        (torchvision.models.swin_transformer, _SWIN),
+        *_WRAPPED.items(),
     ):
         for name in names:
             value = getattr(space, name, None)
-            private = name.startswith("_") and name not in (*_SWIN, "_assert")
+            private = name.startswith("_") and name not in (*_WRAPPED.get(space, ()), "_assert")
             if private or name in _REACHES_FILES_OR_CALLS or (isinstance(value, type) and space is not builtins):
                 continue
             if callable(value):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 
@@ -92,6 +93,14 @@ def test_every_function_of_torchvisions_models_may_be_named(name: str, tmp_path:
     x = torch.randn(1, 3, size, size)
     with torch.no_grad():
         assert torch.equal(before(x), after(x))
+
+
+@pytest.mark.parametrize("name", ["swin3d_t", "mvit_v2_s", "r2plus1d_18"])
+def test_the_functions_of_its_video_models_too(name: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        before = symbolic_trace(torchvision.models.get_model(name, num_classes=3).eval())
+    after = round_trip(before.to_empty(device="cpu"), tmp_path)
+    assert [node.target for node in after.graph.nodes] == [node.target for node in before.graph.nodes]
 
 
 def test_a_loaded_model_can_be_compiled_copied_and_saved_again(tmp_path: Path) -> None:
