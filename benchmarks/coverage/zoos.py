@@ -76,7 +76,7 @@ convnext_tiny swin_t swin_v2_t vit_b_32 maxvit_t alexnet vgg11_bn
 _SIZES = {"inception_v3": 96, "vit_b_32": 224, "maxvit_t": 224, "squeezenet1_1": 64}
 _SEGMENTATION = "fcn_resnet50 deeplabv3_resnet50 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large".split()
 _VIDEO = {
-    "r3d_18": (8, 32), "mc3_18": (8, 32), "r2plus1d_18": (8, 32), "s3d": (16, 64), "swin3d_t": (8, 64), "mvit_v1_b": (16, 224),
+    "r3d_18": (8, 32), "mc3_18": (8, 32), "r2plus1d_18": (8, 32), "s3d": (16, 224), "swin3d_t": (8, 64), "mvit_v1_b": (16, 224),
     "mvit_v2_s": (16, 224),
 }  # fmt: skip
 _DETECTION: dict[str, dict[str, Any]] = {
@@ -108,8 +108,7 @@ def torchvision_cases() -> list[Case]:
     found = []
     for name in _CLASSIFICATION:
         more = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        more |= {"input_size": (64, 64), "partition_size": 2} if name == "maxvit_t" else {}
-        size = 64 if name == "maxvit_t" else _SIZES.get(name, 64)
+        size = _SIZES.get(name, 64)
         found.append(Case("torchvision", name, made(name, **more), (3, size, size)))
     found += [Case("torchvision", name, made(name, weights_backbone=None)) for name in _SEGMENTATION]
     for name, (frames, size) in _VIDEO.items():
@@ -227,7 +226,7 @@ def smp_cases() -> list[Case]:
     for encoder in (
         "mobilenet_v2",
         "efficientnet-b0",
-        "timm-efficientnet-lite0",
+        "tu-tf_efficientnet_lite0",
         "mit_b0",
         "densenet121",
         "mobileone_s0",
