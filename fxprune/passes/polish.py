@@ -4,6 +4,10 @@ Least squares layer by layer does not see what later layers make of an error; gr
 The loss compares every activation that follows a layer, after its ReLU if it has one, each relative to its variance:
 feature distillation (Romero et al. 2015, FitNets; block by block in Lucas & Mazumder 2025, SNOWS). Matching activations
 overfits a few hundred images far less than matching logits, since an image has thousands of activations and only a few logits.
+Logits that were scaled (`Options.temperature`) are compared before their scale, which least squares would take back.
+
+Adam's steps are relative to the size of a layer's weights (Shazeer & Stern 2018, Adafactor, section 8), so that one step size
+suits layers and networks of any scale.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from fxprune.layers.problem import layer_of
 from fxprune.layers.shared import weight_calls
 from fxprune.passes.base import CalibratedPass
 
-LEARNING_RATE = 5e-4
+STEP = 0.03  # Of the root mean square of the weights that a layer has kept.
 WARM_UP = 0.1
 STEP_IMAGES = 64
 HOLD_OUT_EVERY = 8
@@ -105,9 +109,10 @@ class Polish(CalibratedPass):
         own = {p: p.requires_grad for p in distance.pruned.parameters()}
         weights = [p.requires_grad_(True) for node in layers for p in layer_of(node).parameters()]
         masks = [p != 0 if p.dim() > 1 else torch.ones_like(p, dtype=torch.bool) for p in weights]
-        optimizer = torch.optim.Adam(weights, lr=LEARNING_RATE)
+        sizes = [_step_size(layer_of(node).weight.detach()) for node in layers for _ in layer_of(node).parameters()]
+        optimizer = torch.optim.Adam([{"params": [p], "lr": size} for p, size in zip(weights, sizes, strict=True)])
         total = self.epochs * len(steps)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=total, pct_start=WARM_UP)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, sizes, total_steps=total, pct_start=WARM_UP)
         generator = torch.Generator().manual_seed(self.seed)
         for epoch in range(self.epochs):
             for number in torch.randperm(len(steps), generator=generator, device="cpu").tolist():
@@ -127,6 +132,11 @@ class Polish(CalibratedPass):
             p.requires_grad_(flag)
 
 
+def _step_size(weight: Tensor) -> float:
+    kept = weight[weight != 0]
+    return STEP * float(kept.square().mean().sqrt()) if len(kept) else STEP
+
+
 class _Distance:
     """How far the activations of two models are apart: the mean, over what the layers feed, of ||d - p||^2 / ||d - mean||^2."""
 
@@ -134,13 +144,15 @@ class _Distance:
         self.twin, self.pruned = twin, pruned
         self._matched = {fed.name: fed for fed in map(_fed, layers)}
         self._pairs = _counterparts(twin.graph_module, {_fed(node).name: node for node in layers})
+        reports = {_fed(node).name: annotation(node).report for node in layers}
+        self._scales = {name: 1.0 if row is None else row.logit_scale for name, row in reports.items()}
 
     def __call__(self, inputs: Inputs) -> Tensor:
         with torch.no_grad():
             dense = _Recorder(self.twin.graph_module, set(self._pairs.values())).outputs(inputs)
         pruned = _Recorder(self.pruned, set(self._pairs)).outputs(inputs)
         terms = [
-            F.mse_loss(p, d := self.twin.wanted(self._matched[name], dense[self._pairs[name]]))
+            F.mse_loss(p / self._scales[name], d := self.twin.wanted(self._matched[name], dense[self._pairs[name]]))
             / d.var().clamp_min(torch.finfo(d.dtype).tiny)
             for name, p in pruned.items()
         ]
