@@ -32,6 +32,8 @@ class LayerProblem:
         weight: (..., R, D) the dense weights, towards which damping pulls.
         damping: the largest damping in `hessian`, relative to the mean of its diagonal.
         pull: (..., R, D) what damping has added to the target, or None.
+        shift: (..., D) what damping has added to H's diagonal, or None.
+        rank: that H has at most before damping: the patches it is taken from; None where that is not known.
         factors: what solvers have computed from H alone (`once`); problems of layers that share H share it.
     """
 
@@ -40,6 +42,8 @@ class LayerProblem:
     weight: Tensor
     damping: float = 0.0
     pull: Tensor | None = None
+    shift: Tensor | None = None
+    rank: int | None = None
     factors: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -77,7 +81,10 @@ class LayerProblem:
             factors["damped"] = self._damped(damping)
         hessian, shift, damping = factors["damped"]
         pull = self.weight * shift[..., None, :]
-        return replace(self, hessian=hessian, target=self.target + pull, damping=damping, pull=pull, factors=factors)
+        target = self.target + pull
+        return replace(
+            self, hessian=hessian, target=target, damping=damping, pull=pull, shift=shift, factors=factors
+        )
 
     def _damped(self, damping: float) -> tuple[Tensor, Tensor, float]:
         """H + diag(shift), shift (..., D), and the damping that it took."""
@@ -101,7 +108,8 @@ class LayerProblem:
         """The problem of each group, (D, D) and (R, D)."""
         for g, (hessian, target, weight) in enumerate(zip(self.hessian, self.target, self.weight, strict=True)):
             factors = self.factors.setdefault(g, {})
-            yield replace(self, hessian=hessian, target=target, weight=weight, pull=None, factors=factors)
+            shift = None if self.shift is None else self.shift[g]
+            yield replace(self, hessian=hessian, target=target, weight=weight, pull=None, shift=shift, factors=factors)
 
     def rows(self, chosen: Tensor) -> LayerProblem:
         """The problem (D, D), (R, D) of some rows, given by their numbers."""
