@@ -47,7 +47,7 @@ def pose_problem(
     target = dense @ hessian if cross is None else cross.target(inputs, module.bias, centred=centred)
     target = shrinkage.target(target, hessian, dense)
     shared = inputs.factors.setdefault((centred, shrinkage.damping), {})
-    return LayerProblem(hessian, target, dense).damped(shrinkage.damping, shared)
+    return LayerProblem(hessian, target, dense, rank=inputs.count).damped(shrinkage.damping, shared)
 
 
 def weights_alone(module: MatrixLayer, geometry: LayerGeometry) -> LayerProblem:

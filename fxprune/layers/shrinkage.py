@@ -15,16 +15,20 @@ Ridge regression towards a prior, its constants chosen by validation (Hoerl & Ke
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fxprune.solvers.problem import WIDE
+from fxprune.solvers.shifted_systems import divided_by_shifts
 from fxprune.statistics import Centred, Moments
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # Relative to the mean of H's diagonal.
 WORTH = 1.05  # By so much a choice has to help more than the whole correction at the least damping: it has noise of its own.
 LARGEST_FACTOR = 2.0
+MIXTURES = 64
 
 
 @dataclass(frozen=True)
@@ -54,17 +58,17 @@ def choose(dense: Tensor, whole: Moments, check: Moments, damping: float) -> Shr
         damping: the least; kept, with the whole correction, where nothing else is clearly better.
     """
     seen, unseen = whole.without(check), check.centred
-    wanted = (unseen.target - dense @ unseen.hessian).float()
-    correction = (seen.target - dense @ seen.hessian).float()
+    mix = _row_mixtures(dense)
+    mixed = mix(dense)
+    wanted = (mix(unseen.target) - mixed @ unseen.hessian).float()
+    correction = (mix(seen.target) - mixed @ seen.hessian).float()
     hessian, fitted_hessian = unseen.hessian.float(), seen.hessian.float()
     scale = fitted_hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+    trials = sorted({max(damping, value) for value in DAMPINGS})
     best, chosen, whole_gain = 0.0, Shrinkage(damping, 0.0), -math.inf
-    for trial in sorted({max(damping, value) for value in DAMPINGS}):
-        shift = (trial * scale)[:, None].expand(-1, hessian.shape[-1])
-        factor, info = torch.linalg.cholesky_ex(fitted_hessian + torch.diag_embed(shift))
-        if info.any():
+    for trial, step in zip(trials, _steps(fitted_hessian, correction, scale, trials), strict=True):
+        if step is None:
             continue
-        step = torch.cholesky_solve(correction.mT, factor).mT
         along, curvature = float((wanted * step).sum()), float((step @ hessian * step).sum())
         if trial == damping:
             whole_gain = 2 * along - curvature
@@ -75,6 +79,32 @@ def choose(dense: Tensor, whole: Moments, check: Moments, damping: float) -> Shr
         if gain > best:
             best, chosen = gain, Shrinkage(trial, strength)
     return Shrinkage(damping) if WORTH * whole_gain >= best and whole_gain > 0 else chosen
+
+
+def _row_mixtures(dense: Tensor) -> Callable[[Tensor], Tensor]:
+    """For layers of many columns and rows, a few random mixtures of the rows in their place, (G, R/G, D) -> (G, K, D).
+
+    Gains are inner products summed over rows, and those of random mixtures are the same on average: with 64 they are off by
+    a few percent, and they choose among dampings that are tenfold apart.
+    """
+    rows, columns = dense.shape[1:]
+    if columns < WIDE or rows <= MIXTURES:
+        return lambda matrix: matrix
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(MIXTURES, rows, generator=generator, dtype=torch.float64).to(dense) / MIXTURES**0.5
+    return lambda matrix: mixing @ matrix
+
+
+def _steps(hessian: Tensor, correction: Tensor, scale: Tensor, dampings: Sequence[float]) -> Iterator[Tensor | None]:
+    """R (H + lambda I)^-1 for each damping, (G, R/G, D) float32; None where H + lambda I cannot be factored."""
+    if hessian.shape[-1] >= WIDE:
+        shifts = [damping * scale[:, None, None] for damping in dampings]
+        yield from divided_by_shifts(hessian, correction, shifts)
+        return
+    for damping in dampings:
+        shift = (damping * scale)[:, None].expand(-1, hessian.shape[-1])
+        factor, info = torch.linalg.cholesky_ex(hessian + torch.diag_embed(shift))
+        yield None if info.any() else torch.cholesky_solve(correction.mT, factor).mT
 
 
 def rescaled(weight: Tensor, moments: Centred) -> Tensor:

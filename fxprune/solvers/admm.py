@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxprune.pattern import Pattern
-from fxprune.solvers.problem import LayerProblem
+from fxprune.solvers.problem import LARGE_WORK, LayerProblem
 from fxprune.solvers.shifted_systems import conjugate_gradients, systems_of
 
 START_RHO = 0.03  # From 0.1 on, a layer's error is 1% higher.
@@ -24,7 +24,6 @@ MIN_ITERATIONS = 30
 MAX_ITERATIONS = 300
 RHO_EVERY = 3
 # Large problems: a set number of over-relaxed iterations, with rho on its way up from the first to the last.
-LARGE_WORK = 3 * 10**7  # MACs of one product R x D x D.
 LARGE_RHOS = (0.1, 1.0)
 LARGE_ITERATIONS = 16
 LARGE_STEPS = 3  # Of conjugate gradients, at most, in an iteration.

@@ -11,17 +11,19 @@ for every rho, by the formula of Sherman, Morrison and Woodbury.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fxprune.solvers.problem import LayerProblem
+from fxprune.solvers.problem import WIDE, LayerProblem
 
 MIDDLE_RHO = 0.3  # rho_0, for rho from 0.1 to 1 and a diagonal of ones.
 INVERSE_LEAF = 256
 LOW_RANK = 8  # A rank of at most D / 8 pays.
+SHIFTS_STEPS, SHIFTS_TOLERANCE = 60, 1e-2  # For gains of which only the order counts.
 LEFT_OUT = 1e-3  # Of the damping: by so much at most a low-rank form may differ from H, in the mean of its eigenvalues.
 
 
@@ -37,13 +39,7 @@ class ShiftedSystems(Protocol):
 
 def systems_of(problem: LayerProblem) -> ShiftedSystems:
     """Those of a damped problem's H / (s s^T), s = sqrt(diag H), whose diagonal is ones."""
-    scale = problem.hessian.diagonal().sqrt()
-    if problem.shift is not None and problem.rank is not None and LOW_RANK * problem.rank <= len(scale):
-        if (systems := low_rank_systems(problem.hessian, problem.shift, problem.rank, scale)) is not None:
-            return systems
-    hessian = problem.hessian / scale[:, None]
-    hessian /= scale
-    return DenseSystems(hessian.float())
+    return low_rank_systems(problem) or DenseSystems(unit_diagonal(problem.hessian).float())
 
 
 class DenseSystems:
@@ -141,31 +137,96 @@ def conjugate_gradients(
     return found, image
 
 
-def low_rank_systems(hessian: Tensor, shift: Tensor, rank: int, scale: Tensor) -> LowRankSystems | None:
-    """H / (s s^T) as a diagonal and a few columns; None where H - diag(shift) has not so low a rank.
+def low_rank_systems(problem: LayerProblem) -> LowRankSystems | None:
+    """H / (s s^T) of a damped problem as a diagonal and a few columns; None where it is not known to have so low a rank.
 
-    The columns are a Nystrom approximation of H0 = H - diag(shift) from as many random columns as its rank: exact up to
+    The columns are a Nystrom approximation of H0, H without its damping, from as many random columns as its rank: exact up to
     rounding, and certain, since H0 - U U^T is positive semidefinite and its trace says how large it is (Tropp et al. 2017).
-
-    Args:
-        hessian: (D, D) float64, positive definite.
-        shift: (D,) float64, what damping has added to a positive semidefinite H0.
-        rank: that H0 has at most.
-        scale: (D,) float64, s.
     """
+    hessian, shift, rank = problem.hessian, problem.shift, problem.rank
+    if shift is None or rank is None or LOW_RANK * rank > len(hessian) or not bool((shift > 0).all()):
+        return None
     generator = torch.Generator().manual_seed(0)
     sketch = torch.randn(len(hessian), rank, generator=generator, dtype=torch.float64).to(hessian)
     columns = hessian @ sketch - shift[:, None] * sketch
-    rounding = torch.finfo(columns.dtype).eps * columns.norm()
-    columns += rounding * sketch
+    columns += torch.finfo(columns.dtype).eps * columns.norm() * sketch  # What rounding could make of zero eigenvalues.
     factor, info = torch.linalg.cholesky_ex(sketch.mT @ columns)
-    if info:
+    if info.any():
         return None
     columns = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
-    left_out = (hessian.diagonal() - shift).sum() - columns.square().sum()
+    diagonal = hessian.diagonal()
+    left_out = (diagonal - shift).sum() - columns.square().sum()
     if bool(left_out.abs() > LEFT_OUT * shift.sum()):
         return None
-    return LowRankSystems((shift / scale.square()).float(), (columns / scale[:, None]).float())
+    return LowRankSystems((shift / diagonal).float(), (columns / diagonal.sqrt()[:, None]).float())
+
+
+def divided_by_shifts(hessian: Tensor, wanted: Tensor, shifts: Sequence[Tensor]) -> list[Tensor]:
+    """Y (H + sigma I)^-1 for several sigma, by conjugate gradients for the least of them.
+
+    The residuals of the others are multiples of its own, so that one product with H serves all (Jegerlehner 1996).
+
+    Args:
+        hessian: (..., D, D) symmetric positive semidefinite.
+        wanted: (..., R, D) Y.
+        shifts: sigma > 0, ascending, of shape (..., 1, 1).
+
+    Returns:
+        (..., R, D) for each sigma.
+    """
+    least, more = shifts[0], [shift - shifts[0] for shift in shifts]
+    residual, direction = wanted.clone(), wanted
+    found, directions = [torch.zeros_like(wanted) for _ in shifts], [wanted for _ in shifts]
+    energy = torch.linalg.vecdot(residual, residual)[..., None]
+    enough = SHIFTS_TOLERANCE**2 * energy.sum()
+    ones = torch.ones_like(energy)
+    size, growth = ones, torch.zeros_like(energy)  # Of the last step, and of the last direction.
+    multiples, before = [ones for _ in shifts], [ones for _ in shifts]  # Of the residual, now and a step ago.
+    for _ in range(SHIFTS_STEPS):
+        if bool(energy.sum() <= enough):
+            break
+        image = direction @ hessian + least * direction
+        last, size = size, _quotient(energy, torch.linalg.vecdot(direction, image)[..., None])
+        residual = residual - size * image
+        previous, energy = energy, torch.linalg.vecdot(residual, residual)[..., None]
+        last_growth, growth = growth, _quotient(energy, previous)
+        direction = residual + growth * direction
+        for j, shift in enumerate(more):
+            now = multiples[j]
+            then = size * last_growth * (before[j] - now) + last * before[j] * (1 + shift * size)
+            ahead = torch.where(then > 0, now * before[j] * last / then, 0)
+            share = torch.where(now > 0, ahead / now, 0)
+            found[j] = found[j] + size * share * directions[j]
+            directions[j] = ahead * residual + growth * share.square() * directions[j]
+            before[j], multiples[j] = now, ahead
+    return found
+
+
+def inverse_diagonal(problem: LayerProblem) -> Tensor:
+    """The diagonal of H^-1, (D,) float64, of a damped problem of one group; of many columns in float32 where that can factor H."""
+    low_rank = low_rank_systems(problem)
+    scale = problem.hessian.diagonal().sqrt()
+    if low_rank is not None:
+        return low_rank.inverse_diagonal().to(scale) / scale.square()
+    scaled = unit_diagonal(problem.hessian)
+    if len(scaled) >= WIDE:
+        factor, info = torch.linalg.cholesky_ex(scaled.float())
+        if not info.any():
+            return inverse_of_lower(factor).square_().sum(0).to(scale) / scale.square()
+    return inverse_of_lower(torch.linalg.cholesky(scaled)).square_().sum(0) / scale.square()
+
+
+def inverse_of_lower(matrix: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix (D, D), by halves: with B below A and beside C, -C^-1 B A^-1 is below A^-1."""
+    if len(matrix) <= INVERSE_LEAF:
+        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        return torch.linalg.solve_triangular(matrix, identity, upper=False)
+    half = len(matrix) // 2
+    above, below = inverse_of_lower(matrix[:half, :half]), inverse_of_lower(matrix[half:, half:])
+    result = torch.zeros_like(matrix)
+    result[:half, :half], result[half:, half:] = above, below
+    result[half:, :half] = (below @ matrix[half:, :half] @ above).neg_()
+    return result
 
 
 def inverse(matrix: Tensor) -> Tensor:
@@ -187,6 +248,14 @@ def inverse(matrix: Tensor) -> Tensor:
     result[half:, :half] = corner.mT
     result[half:, half:] = below
     return result
+
+
+def unit_diagonal(hessian: Tensor) -> Tensor:
+    """H / (s s^T), (D, D), s = sqrt(diag H)."""
+    scale = hessian.diagonal().sqrt()
+    scaled = hessian / scale[:, None]
+    scaled /= scale
+    return scaled
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
