@@ -80,8 +80,9 @@ def admm_by_products(problem: LayerProblem, pattern: Pattern, *, rho: float | No
     first = LARGE_RHOS[0] if rho is None else rho
     growth = (max(LARGE_RHOS[1], 2 * first) / first) ** (1 / (LARGE_ITERATIONS - 1))
     systems = problem.once("systems", lambda: systems_of(problem))
-    weight = (problem.weight * scale).float()
-    left = ((problem.target - problem.weight @ problem.hessian) / scale).float()
+    relative = scale / scale.max()  # So everything is in float32's range, whatever the size of the activations.
+    weight = (problem.weight * relative).float()
+    left = ((problem.target - problem.weight @ problem.hessian) / scale / scale.max()).float()
     change, image = conjugate_gradients(
         systems, torch.zeros_like(weight), torch.zeros_like(weight), left, 0.0, steps=20, tolerance=LARGE_TOLERANCE
     )
@@ -97,7 +98,7 @@ def admm_by_products(problem: LayerProblem, pattern: Pattern, *, rho: float | No
         shifted = OVER_RELAXATION * (weight + change) + (1 - OVER_RELAXATION) * sparse + multiplier / rho
         sparse = shifted * pattern.mask(shifted.abs())
         multiplier = rho * (shifted - sparse)
-    return sparse.to(scale) / scale
+    return sparse.to(scale) / relative
 
 
 def _by_eigenvectors(hessian: Tensor) -> Callable[[Tensor, float], Tensor]:

@@ -35,8 +35,8 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
     # Cholesky: S^3 / 3 MACs a row, at a lower rate than a large product; conjugate gradients: D^2 an iteration.
     cost = CG_COST if mask.numel() * mask.shape[1] <= LARGE_WORK else LARGE_CG_COST
     if support**3 / 3 > cost * mask.shape[1] ** 2:
-        # float32 takes half the time, and its rounding errors are below the tolerance. With inputs of unit variance H is within
-        # float32's range whatever the size of the activations, and needs no other preconditioner.
+        # float32 takes half the time, and its rounding errors are below the tolerance. With inputs of unit variance H needs no
+        # other preconditioner, and with weights relative to the largest input's, activations may be of any size.
         scale = problem.hessian.diagonal().sqrt()
         systems = problem.factors.get("systems")
         if isinstance(systems, LowRankSystems):
@@ -44,8 +44,10 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
         else:
             hessian = problem.once("float32", lambda: unit_diagonal(problem.hessian).float())
             product = hessian.__rmatmul__
-        target, start = (problem.target / scale).float(), None if start is None else (start * scale).float()
-        return refit_by_conjugate_gradients(product, target, mask, start=start).to(scale) / scale
+        relative = scale / scale.max()
+        target = (problem.target / scale / scale.max()).float()
+        start = None if start is None else (start * relative).float()
+        return refit_by_conjugate_gradients(product, target, mask, start=start).to(scale) / relative
     return refit_by_cholesky(problem, mask)
 
 

@@ -203,7 +203,7 @@ def divided_by_shifts(hessian: Tensor, wanted: Tensor, shifts: Sequence[Tensor])
 
 
 def inverse_diagonal(problem: LayerProblem) -> Tensor:
-    """The diagonal of H^-1, (D,) float64, of a damped problem of one group; of many columns in float32 where that can factor H."""
+    """The diagonal of H^-1, (D,) float64, of one group's damped problem; of many columns by float32, if that can factor H."""
     low_rank = low_rank_systems(problem)
     scale = problem.hessian.diagonal().sqrt()
     if low_rank is not None:
