@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxprune.pattern import Pattern
-from fxprune.solvers.problem import LARGE_WORK, LayerProblem
+from fxprune.solvers.problem import LARGE_WORK, LayerProblem, largest_weight
 from fxprune.solvers.shifted_systems import conjugate_gradients, systems_of
 
 START_RHO = 0.03  # From 0.1 on, a layer's error is 1% higher.
@@ -80,9 +80,9 @@ def admm_by_products(problem: LayerProblem, pattern: Pattern, *, rho: float | No
     first = LARGE_RHOS[0] if rho is None else rho
     growth = (max(LARGE_RHOS[1], 2 * first) / first) ** (1 / (LARGE_ITERATIONS - 1))
     systems = problem.once("systems", lambda: systems_of(problem))
-    relative = scale / scale.max()  # So everything is in float32's range, whatever the size of the activations.
+    relative = scale / largest_weight(problem)  # So everything is in float32's range, whatever the units.
     weight = (problem.weight * relative).float()
-    left = ((problem.target - problem.weight @ problem.hessian) / scale / scale.max()).float()
+    left = ((problem.target - problem.weight @ problem.hessian) * (relative / scale.square())).float()
     change, image = conjugate_gradients(
         systems, torch.zeros_like(weight), torch.zeros_like(weight), left, 0.0, steps=20, tolerance=LARGE_TOLERANCE
     )

@@ -157,3 +157,9 @@ def is_positive_definite(hessian: Tensor) -> bool:
         if not torch.linalg.cholesky_ex(scaled.float()).info.any():
             return True
     return not bool(torch.linalg.cholesky_ex(hessian).info.any())
+
+
+def largest_weight(problem: LayerProblem) -> Tensor:
+    """About the largest weight times its input's deviation, max |t_j| / sqrt(h_jj), a scalar: to divide by before float32."""
+    scaled = problem.target / problem.hessian.diagonal().sqrt()
+    return scaled.abs().max().clamp_min(torch.finfo(scaled.dtype).tiny)

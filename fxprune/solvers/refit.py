@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fxprune.solvers.problem import LARGE_WORK, LayerProblem
+from fxprune.solvers.problem import LARGE_WORK, LayerProblem, largest_weight
 from fxprune.solvers.shifted_systems import LowRankSystems, unit_diagonal
 
 CHUNK_BYTES = 256 * 2**20
@@ -36,7 +36,7 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
     cost = CG_COST if mask.numel() * mask.shape[1] <= LARGE_WORK else LARGE_CG_COST
     if support**3 / 3 > cost * mask.shape[1] ** 2:
         # float32 takes half the time, and its rounding errors are below the tolerance. With inputs of unit variance H needs no
-        # other preconditioner, and with weights relative to the largest input's, activations may be of any size.
+        # other preconditioner, and with weights relative to about the largest, activations and outputs may be of any size.
         scale = problem.hessian.diagonal().sqrt()
         systems = problem.factors.get("systems")
         if isinstance(systems, LowRankSystems):
@@ -44,8 +44,8 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
         else:
             hessian = problem.once("float32", lambda: unit_diagonal(problem.hessian).float())
             product = hessian.__rmatmul__
-        relative = scale / scale.max()
-        target = (problem.target / scale / scale.max()).float()
+        relative = scale / largest_weight(problem)
+        target = (problem.target * (relative / scale.square())).float()
         start = None if start is None else (start * relative).float()
         return refit_by_conjugate_gradients(product, target, mask, start=start).to(scale) / relative
     return refit_by_cholesky(problem, mask)
