@@ -39,6 +39,7 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
         # other preconditioner, and with weights relative to about the largest, activations and outputs may be of any size.
         scale = problem.hessian.diagonal().sqrt()
         systems = problem.factors.get("systems")
+        product: Callable[[Tensor], Tensor]
         if isinstance(systems, LowRankSystems):
             product = systems.product
         else:

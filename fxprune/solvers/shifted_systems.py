@@ -220,7 +220,8 @@ def inverse_of_lower(matrix: Tensor) -> Tensor:
     """The inverse of a lower triangular matrix (D, D), by halves: with B below A and beside C, -C^-1 B A^-1 is below A^-1."""
     if len(matrix) <= INVERSE_LEAF:
         identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        return torch.linalg.solve_triangular(matrix, identity, upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(matrix, identity, upper=False)
+        return solved
     half = len(matrix) // 2
     above, below = inverse_of_lower(matrix[:half, :half]), inverse_of_lower(matrix[half:, half:])
     result = torch.zeros_like(matrix)
