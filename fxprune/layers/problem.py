@@ -43,7 +43,7 @@ def pose_problem(
     hessian = inputs.hessian(centred=centred)
     target = dense @ hessian if cross is None else cross.target(inputs, module.bias, centred=centred)
     shared = inputs.factors.setdefault((centred, options.damping), {})
-    return LayerProblem(hessian, target, dense).damped(options.damping, shared)
+    return LayerProblem(hessian, target, dense, rank=inputs.count).damped(options.damping, shared)
 
 
 def weights_alone(module: MatrixLayer, geometry: LayerGeometry) -> LayerProblem:

@@ -21,24 +21,27 @@ Ridge regression towards a prior, its constants chosen by validation (Hoerl & Ke
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxprune.solvers.problem import LayerProblem
+from fxprune.solvers.problem import WIDE, LayerProblem
 from fxprune.solvers.refit import refit
+from fxprune.solvers.shifted_systems import divided_by_shifts, unit_diagonal
 from fxprune.statistics import Centred, Moments
 
 CORRECTION_DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # Relative to the mean of H's diagonal.
 DAMPINGS = (0.1, 0.3, 1.0, 3.0)
 WORTH = (
-    1.05  # By so much a correction has to help more than the whole one at the least damping: it has noise of its own.
+    1.05  # By so much a correction has to help more than the whole one at the least damping, having noise of its own.
 )
 WORTH_OF_OUTPUT = 2e-3  # So much of the output's energy a damping has to save.
 TRIAL_ROWS = 16
 LARGEST_FACTOR = 2.0
+MIXTURES = 64
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,22 @@ class Shrinkage:
             return dense
         correction = moments.target - dense @ moments.hessian
         problem = LayerProblem(moments.hessian, correction, torch.zeros_like(dense))
-        return dense + self.strength * problem.damped(self.correction_damping, factors).optimum()
+        return dense + self.strength * _optimum(problem.damped(self.correction_damping, factors))
 
     def problem(
-        self, dense: Tensor, moments: Centred, factors: dict[Any, dict[Any, Any]] | None = None
+        self,
+        dense: Tensor,
+        moments: Centred,
+        factors: dict[Any, dict[Any, Any]] | None = None,
+        rank: int | None = None,
     ) -> LayerProblem:
-        """The damped problem whose dense optimum is `wanted`; arguments as there, with a dict of factors for each damping."""
+        """The damped problem whose dense optimum is `wanted`; arguments as there, with a dict of factors for each damping.
+
+        `rank` is that of H, as in `LayerProblem`.
+        """
         of = (lambda damping: None) if factors is None else (lambda damping: factors.setdefault((True, damping), {}))
         wanted = self.wanted(dense, moments, of(self.correction_damping))
-        problem = LayerProblem(moments.hessian, wanted @ moments.hessian, wanted)
+        problem = LayerProblem(moments.hessian, wanted @ moments.hessian, wanted, rank=rank)
         return problem.damped(self.damping, of(self.damping))
 
 
@@ -93,22 +103,22 @@ def choose(dense: Tensor, whole: Moments, check: Moments, damping: float, sparsi
     correction = _correction(dense, seen, unseen, damping)
     if not sparsity:
         return correction
-    return _damped(correction, dense, seen, unseen, sparsity)
+    return _damped(correction, dense, seen, unseen, sparsity, rank=whole.inputs.count - check.inputs.count)
 
 
 def _correction(dense: Tensor, seen: Centred, unseen: Centred, damping: float) -> Shrinkage:
     """The damping and strength of the correction, at the least damping of everything else."""
-    wanted = (unseen.target - dense @ unseen.hessian).float()
-    correction = (seen.target - dense @ seen.hessian).float()
+    mix = _row_mixtures(dense)
+    mixed = mix(dense)
+    wanted = (mix(unseen.target) - mixed @ unseen.hessian).float()
+    correction = (mix(seen.target) - mixed @ seen.hessian).float()
     hessian, fitted_hessian = unseen.hessian.float(), seen.hessian.float()
     scale = fitted_hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+    trials = sorted({max(damping, value) for value in CORRECTION_DAMPINGS})
     best, chosen, whole_gain = 0.0, Shrinkage(damping, damping, 0.0), -math.inf
-    for trial in sorted({max(damping, value) for value in CORRECTION_DAMPINGS}):
-        shift = (trial * scale)[:, None].expand(-1, hessian.shape[-1])
-        factor, info = torch.linalg.cholesky_ex(fitted_hessian + torch.diag_embed(shift))
-        if info.any():
+    for trial, step in zip(trials, _steps(fitted_hessian, correction, scale, trials), strict=True):
+        if step is None:
             continue
-        step = torch.cholesky_solve(correction.mT, factor).mT
         along, curvature = float((wanted * step).sum()), float((step @ hessian * step).sum())
         if trial == damping:
             whole_gain = 2 * along - curvature
@@ -121,14 +131,16 @@ def _correction(dense: Tensor, seen: Centred, unseen: Centred, damping: float) -
     return Shrinkage(damping, damping) if WORTH * whole_gain >= best and whole_gain > 0 else chosen
 
 
-def _damped(correction: Shrinkage, dense: Tensor, seen: Centred, unseen: Centred, sparsity: float) -> Shrinkage:
+def _damped(
+    correction: Shrinkage, dense: Tensor, seen: Centred, unseen: Centred, sparsity: float, *, rank: int
+) -> Shrinkage:
     """The same correction with the damping under which some rows, masked by size, do best on the unseen images."""
     rows = torch.linspace(0, dense.shape[1] - 1, min(dense.shape[1], TRIAL_ROWS), device=dense.device).round().long()
     wanted, target, dense = (x[:, rows] for x in (correction.wanted(dense, seen), unseen.target, dense))
     size = dense.abs() * seen.hessian.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()[:, None]
     kept = max(1, round((1 - sparsity) * dense.shape[-1]))
     mask = torch.zeros_like(dense, dtype=torch.bool).scatter_(-1, size.topk(kept).indices, True)
-    problem = LayerProblem(seen.hessian, wanted @ seen.hessian, wanted)
+    problem = LayerProblem(seen.hessian, wanted @ seen.hessian, wanted, rank=rank)
 
     def error(damping: float) -> float:
         damped = problem.damped(damping)
@@ -140,6 +152,44 @@ def _damped(correction: Shrinkage, dense: Tensor, seen: Centred, unseen: Centred
     best = min(errors, key=errors.__getitem__)
     energy = float((dense @ unseen.hessian * dense).sum())
     return replace(correction, damping=best) if errors[least] - errors[best] > WORTH_OF_OUTPUT * energy else correction
+
+
+def _row_mixtures(dense: Tensor) -> Callable[[Tensor], Tensor]:
+    """For layers of many columns and rows, a few random mixtures of the rows in their place, (G, R/G, D) -> (G, K, D).
+
+    Gains are inner products summed over rows, and those of random mixtures are the same on average: with 64 they are off by
+    a few percent, and they choose among dampings that are tenfold apart.
+    """
+    rows, columns = dense.shape[1:]
+    if columns < WIDE or rows <= MIXTURES:
+        return lambda matrix: matrix
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(MIXTURES, rows, generator=generator, dtype=torch.float64).to(dense) / MIXTURES**0.5
+    return lambda matrix: mixing @ matrix
+
+
+def _steps(hessian: Tensor, correction: Tensor, scale: Tensor, dampings: Sequence[float]) -> Iterator[Tensor | None]:
+    """R (H + lambda I)^-1 for each damping, (G, R/G, D) float32; None where H + lambda I cannot be factored."""
+    if hessian.shape[-1] >= WIDE:
+        shifts = [damping * scale[:, None, None] for damping in dampings]
+        yield from divided_by_shifts(hessian, correction, shifts)
+        return
+    for damping in dampings:
+        shift = (damping * scale)[:, None].expand(-1, hessian.shape[-1])
+        factor, info = torch.linalg.cholesky_ex(hessian + torch.diag_embed(shift))
+        yield None if info.any() else torch.cholesky_solve(correction.mT, factor).mT
+
+
+def _optimum(problem: LayerProblem) -> Tensor:
+    """The dense minimiser (G, R/G, D); of a wide problem by a factor in float32, which will do for a correction of weights."""
+    if problem.hessian.shape[-1] < WIDE:
+        return problem.optimum()
+    hessian = problem.hessian
+    factor, info = problem.once("scaled factor", lambda: torch.linalg.cholesky_ex(unit_diagonal(hessian).float()))
+    if info.any():
+        return problem.optimum()
+    scale = hessian.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :]
+    return torch.cholesky_solve((problem.target / scale).float().mT, factor).mT.double() / scale
 
 
 def rescaled(weight: Tensor, moments: Centred) -> Tensor:

@@ -106,7 +106,7 @@ def solve_layer(
 
     def posed(inputs: InputStatistics, cross: CrossStatistics | None) -> LayerProblem:
         if shrinks and cross is not None:
-            return shrinkage.problem(dense, Moments(inputs, cross).centred, inputs.factors)
+            return shrinkage.problem(dense, Moments(inputs, cross).centred, inputs.factors, inputs.count)
         return pose_problem(module, geometry, inputs, cross, options)
 
     problem = weights_alone(module, geometry) if inputs is None else posed(inputs, cross)

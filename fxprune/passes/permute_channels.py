@@ -40,6 +40,7 @@ from fxprune.recipe import Recipe
 from fxprune.runtime.precision import full_precision
 from fxprune.runtime.surroundings import same_random_numbers
 from fxprune.solvers import LayerProblem
+from fxprune.solvers.shifted_systems import inverse_diagonal
 
 TOLERANCE = 1e-4
 ROUNDING_STEPS = 32  # In half precision; a wrong order changes the output by about its size.
@@ -242,10 +243,12 @@ def _readers(node: Node, classes: Classes, damping: float) -> Iterator[Reader]:
     geometry = annotation(node).geometry
     assert geometry is not None
     weight = geometry.to_matrix(layer_of(node).weight.detach()).double()
-    hessian = observer_of(node).statistics().hessian(centred=True)
-    variance = (weight @ hessian * weight).sum()
-    problem = LayerProblem(hessian, weight @ hessian, weight).damped(damping)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian)).diagonal(dim1=1, dim2=2)
+    statistics = observer_of(node).statistics()
+    hessian = statistics.hessian(centred=True)
+    target = weight @ hessian
+    variance = (target * weight).sum()
+    problem = LayerProblem(hessian, target, weight, rank=statistics.count).damped(damping)
+    inverse = torch.stack([inverse_diagonal(group) for group in problem.groups()])
     scores = weight.square() / inverse[:, None] / torch.where(variance > 0, variance, 1.0)
     scores = replace(geometry, blocks=1).to_matrix(geometry.to_weight(scores))
     for group, of in zip(scores, np.split(classes, geometry.groups), strict=True):

@@ -36,7 +36,7 @@ from fxprune.layers.problem import layer_of
 from fxprune.layers.shared import weight_calls
 from fxprune.passes.base import CalibratedPass
 
-STEP = 0.03  # Of the root mean square of the weights that a layer has kept.
+STEP = 0.01  # Of the root mean square of the weights that a layer has kept.
 WARM_UP = 0.1
 STEP_IMAGES = 64
 HOLD_OUT_EVERY = 8

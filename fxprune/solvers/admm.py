@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from fxprune.pattern import Pattern
-from fxprune.solvers.problem import LayerProblem
+from fxprune.solvers.problem import LARGE_WORK, LayerProblem, largest_weight
+from fxprune.solvers.shifted_systems import conjugate_gradients, systems_of
 
 START_RHO = 0.03  # From 0.1 on, a layer's error is 1% higher.
 MIN_ITERATIONS = 30
 MAX_ITERATIONS = 300
 RHO_EVERY = 3
-# Large problems: rho moves seldom and far, so that it can be factored in; a third of the iterations for 1% more error.
-LARGE_WORK = 3 * 10**7  # MACs of one product R x D x D.
-LARGE_START_RHO = 0.1
-LARGE_RHO_EVERY = 5
-LARGE_RHO_STEP = 1.6
-LARGE_MIN_ITERATIONS = 15
-LARGE_STOP = 1e-3
+# Large problems: a set number of over-relaxed iterations, with rho on its way up from the first to the last.
+LARGE_RHOS = (0.1, 1.0)
+LARGE_ITERATIONS = 18
+LARGE_STEPS = 3  # Of conjugate gradients, at most, in an iteration.
+LARGE_TOLERANCE = 0.03  # Of their residual. A mask from steps that are less exact costs percents.
+OVER_RELAXATION = 1.6
 
 
 def admm(problem: LayerProblem, pattern: Pattern, *, rho: float | None = None) -> Tensor:
@@ -37,19 +37,14 @@ def admm(problem: LayerProblem, pattern: Pattern, *, rho: float | None = None) -
     Args:
         problem: damped layer problem.
         pattern: projected on at every iteration.
-        rho: first penalty; smaller starts are slower and better. None: START_RHO, or LARGE_START_RHO for large problems.
+        rho: first penalty; smaller starts are slower and better. None: START_RHO, or that of LARGE_RHOS for large problems.
     """
+    rows, columns = problem.target.shape
+    if rows * columns**2 > LARGE_WORK:
+        return admm_by_products(problem, pattern, rho=rho)
+    rho = START_RHO if rho is None else rho
     scale = problem.hessian.diagonal().sqrt()
-    large = problem.target.shape[0] * len(scale) ** 2 > LARGE_WORK
-    if rho is None:
-        rho = LARGE_START_RHO if large else START_RHO
-    every, stop, least = (
-        (LARGE_RHO_EVERY, LARGE_STOP, LARGE_MIN_ITERATIONS) if large else (RHO_EVERY, 0.0, MIN_ITERATIONS)
-    )
-    hessian = problem.hessian / scale[:, None] / scale
-    solve = (
-        _by_factorisation(hessian.float()) if large else problem.once("eigenvectors", lambda: _by_eigenvectors(hessian))
-    )
+    solve = problem.once("eigenvectors", lambda: _by_eigenvectors(problem.hessian / scale[:, None] / scale))
     target = (problem.target / scale).float()  # Only the mask matters, and the steps take half the time in float32.
     sparse = solve(target, 0.0)
     mask = pattern.mask(sparse.abs())
@@ -61,13 +56,49 @@ def admm(problem: LayerProblem, pattern: Pattern, *, rho: float | None = None) -
         new_mask = pattern.mask(shifted.abs())
         sparse = shifted * new_mask
         multiplier += rho * (dense - sparse)
-        if iteration % every == 0:
+        if iteration % RHO_EVERY == 0:
             changed = float((new_mask ^ mask).sum() / new_mask.sum())
-            if changed <= stop and iteration >= least:
+            if not changed and iteration >= MIN_ITERATIONS:
                 break
-            rho *= LARGE_RHO_STEP if large else 1.15 if changed > 0.1 else 1.1
+            rho *= 1.15 if changed > 0.1 else 1.1
             mask = new_mask
     return sparse.to(scale) / scale
+
+
+def admm_by_products(problem: LayerProblem, pattern: Pattern, *, rho: float | None = None) -> Tensor:
+    """The same for many columns, where decompositions would take most of the time; see `shifted_systems`.
+
+    B is held as W + X, W being the dense weights. So what is divided by H + rho I is small beside T, and so are the errors of
+    products in few digits. X starts from where the last iteration left it.
+
+    Args:
+        problem: damped layer problem.
+        pattern: projected on at every iteration.
+        rho: first penalty, the last being LARGE_RHOS's or twice as much; None: LARGE_RHOS's.
+    """
+    scale = problem.hessian.diagonal().sqrt()
+    first = LARGE_RHOS[0] if rho is None else rho
+    growth = (max(LARGE_RHOS[1], 2 * first) / first) ** (1 / (LARGE_ITERATIONS - 1))
+    systems = problem.once("systems", lambda: systems_of(problem))
+    relative = scale / largest_weight(problem)  # So everything is in float32's range, whatever the units.
+    weight = (problem.weight * relative).float()
+    left = ((problem.target - problem.weight @ problem.hessian) * (relative / scale.square())).float()
+    change, image = conjugate_gradients(
+        systems, torch.zeros_like(weight), torch.zeros_like(weight), left, 0.0, steps=20, tolerance=LARGE_TOLERANCE
+    )
+    dense = weight + change
+    sparse = dense * pattern.mask(dense.abs())
+    multiplier = torch.zeros_like(sparse)
+    for iteration in range(LARGE_ITERATIONS):
+        rho = first * growth**iteration
+        wanted = left - multiplier + rho * (sparse - weight)
+        change, image = conjugate_gradients(
+            systems, change, image, wanted, rho, steps=LARGE_STEPS, tolerance=LARGE_TOLERANCE
+        )
+        shifted = OVER_RELAXATION * (weight + change) + (1 - OVER_RELAXATION) * sparse + multiplier / rho
+        sparse = shifted * pattern.mask(shifted.abs())
+        multiplier = rho * (shifted - sparse)
+    return sparse.to(scale) / relative
 
 
 def _by_eigenvectors(hessian: Tensor) -> Callable[[Tensor, float], Tensor]:
@@ -75,18 +106,3 @@ def _by_eigenvectors(hessian: Tensor) -> Callable[[Tensor, float], Tensor]:
     eigenvalues, vectors = (found.float() for found in torch.linalg.eigh(hessian))
     eigenvalues = eigenvalues.clamp_min(torch.finfo(eigenvalues.dtype).eps)
     return lambda wanted, rho: (wanted @ vectors / (eigenvalues + rho)) @ vectors.mT
-
-
-def _by_factorisation(hessian: Tensor) -> Callable[[Tensor, float], Tensor]:
-    """The same by a Cholesky factor for each rho: for many columns, a small part of the cost of a decomposition."""
-    factors: dict[float, Tensor] = {}
-
-    def solve(wanted: Tensor, rho: float) -> Tensor:
-        if rho not in factors:
-            factors.clear()
-            shifted = hessian.clone()
-            shifted.diagonal().add_(max(rho, torch.finfo(hessian.dtype).eps * len(hessian)))
-            factors[rho] = torch.linalg.cholesky(shifted)
-        return torch.cholesky_solve(wanted.mT, factors[rho]).mT
-
-    return solve

@@ -1,22 +1,24 @@
 """Given a mask, the best weights on it: each row solves H_SS w = t_S on its own support S.
 
 Small problems are solved by batched Cholesky factorisations of the gathered H_SS, large ones by conjugate gradients on
-all rows at once (Jacobi preconditioned, restricted to the mask), which needs no gathered copies.
+all rows at once, for inputs of unit variance and restricted to the mask, which needs no gathered copies.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fxprune.solvers.problem import LayerProblem
+from fxprune.solvers.problem import LARGE_WORK, LayerProblem, largest_weight
+from fxprune.solvers.shifted_systems import LowRankSystems, unit_diagonal
 
 CHUNK_BYTES = 256 * 2**20
 CG_TOLERANCE = 3e-3  # Leaves less than 1e-3 of the layer error: 5e-6 of the output's energy, of which 1e-2 is lost.
 CG_ITERATIONS = 100
 CG_COST = 20  # Iterations that conjugate gradients are expected to take: they start near the solution.
+LARGE_CG_COST = 3  # The same, less what float32 and large products gain over many small factorisations.
 
 
 def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -> Tensor:
@@ -31,14 +33,22 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
     if support == 0:
         return torch.zeros_like(problem.target)
     # Cholesky: S^3 / 3 MACs a row, at a lower rate than a large product; conjugate gradients: D^2 an iteration.
-    if support**3 / 3 > CG_COST * mask.shape[1] ** 2:
-        # float32 takes half the time, and its rounding errors are below the tolerance. Scaling by a power of two is exact, and
-        # keeps H within float32's range whatever the size of the activations.
-        scale = torch.exp2(-problem.hessian.diagonal().max().log2().round())
-        hessian, target = (problem.hessian * scale).float(), (problem.target * scale).float()
-        single = replace(problem, hessian=hessian, target=target, factors={})
-        start = None if start is None else start.float()
-        return refit_by_conjugate_gradients(single, mask, start=start).to(problem.target.dtype)
+    cost = CG_COST if mask.numel() * mask.shape[1] <= LARGE_WORK else LARGE_CG_COST
+    if support**3 / 3 > cost * mask.shape[1] ** 2:
+        # float32 takes half the time, and its rounding errors are below the tolerance. With inputs of unit variance H needs no
+        # other preconditioner, and with weights relative to about the largest, activations and outputs may be of any size.
+        scale = problem.hessian.diagonal().sqrt()
+        systems = problem.factors.get("systems")
+        product: Callable[[Tensor], Tensor]
+        if isinstance(systems, LowRankSystems):
+            product = systems.product
+        else:
+            hessian = problem.once("float32", lambda: unit_diagonal(problem.hessian).float())
+            product = hessian.__rmatmul__
+        relative = scale / largest_weight(problem)
+        target = (problem.target * (relative / scale.square())).float()
+        start = None if start is None else (start * relative).float()
+        return refit_by_conjugate_gradients(product, target, mask, start=start).to(scale) / relative
     return refit_by_cholesky(problem, mask)
 
 
@@ -64,24 +74,35 @@ def refit_by_cholesky(problem: LayerProblem, mask: Tensor) -> Tensor:
 
 
 def refit_by_conjugate_gradients(
-    problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None, tolerance: float = CG_TOLERANCE
+    product: Callable[[Tensor], Tensor],
+    target: Tensor,
+    mask: Tensor,
+    *,
+    start: Tensor | None = None,
+    tolerance: float = CG_TOLERANCE,
 ) -> Tensor:
-    """Conjugate gradients on H_SS w = t_S, every row its own step lengths; stops at a relative residual of `tolerance`."""
-    scale = 1 / problem.hessian.diagonal()  # Jacobi preconditioner
-    weight = torch.zeros_like(problem.target) if start is None else start * mask
-    residual = (problem.target - weight @ problem.hessian) * mask
-    wanted = tolerance**2 * ((problem.target * mask) ** 2 * scale).sum(1)
-    preconditioned = residual * scale
-    direction, energy = preconditioned, (residual * preconditioned).sum(1)
+    """Conjugate gradients on H_SS w = t_S, every row its own step lengths; stops at a relative residual of `tolerance`.
+
+    Args:
+        product: X -> X H, (R, D) -> (R, D), H with a diagonal of ones.
+        target: (R, D) T.
+        mask: True where a weight may differ from zero.
+        start: (R, D) weights to start from.
+        tolerance: of each row's residual.
+    """
+    weight = torch.zeros_like(target) if start is None else start * mask
+    residual = target - product(weight) if start is not None else target.clone()
+    residual *= mask
+    wanted = tolerance**2 * (target * mask).square().sum(1)
+    direction, energy = residual.clone(), residual.square().sum(1)
     for _ in range(CG_ITERATIONS):
         if bool((energy <= wanted).all()):
             break
-        image = (direction @ problem.hessian) * mask
-        curvature = (direction * image).sum(1)
+        image = product(direction).mul_(mask)
+        curvature = torch.linalg.vecdot(direction, image)
         step = torch.where(curvature > 0, energy / curvature, 0)[:, None]
-        weight = weight + step * direction
-        residual = residual - step * image
-        preconditioned = residual * scale
-        energy, previous = (residual * preconditioned).sum(1), energy
-        direction = preconditioned + torch.where(previous > 0, energy / previous, 0)[:, None] * direction
+        weight.addcmul_(step, direction)
+        residual.addcmul_(step, image, value=-1)
+        energy, previous = residual.square().sum(1), energy
+        direction.mul_(torch.where(previous > 0, energy / previous, 0)[:, None]).add_(residual)
     return weight * mask

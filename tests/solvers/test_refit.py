@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from fxprune.pattern import Pattern
 from fxprune.solvers import LayerProblem, refit
-from fxprune.solvers.refit import refit_by_cholesky, refit_by_conjugate_gradients
+from fxprune.solvers.refit import refit_by_cholesky
+from fxprune.solvers.shifted_systems import LowRankSystems, systems_of, unit_diagonal
 
 module = importlib.import_module("fxprune.solvers.refit")  # fxprune.solvers.refit itself is the function.
 
@@ -21,6 +23,17 @@ def least_squares(inputs: Tensor, outputs: Tensor, mask: Tensor) -> Tensor:
         if kept.any():
             weight[row, kept] = torch.linalg.lstsq(inputs[kept].mT, outputs[row, :, None]).solution[:, 0]
     return weight
+
+
+def by_conjugate_gradients(
+    problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None, tolerance: float = module.CG_TOLERANCE
+) -> Tensor:
+    """In float64, with inputs of unit variance."""
+    scale = problem.hessian.diagonal().sqrt()
+    hessian, start = unit_diagonal(problem.hessian), None if start is None else start * scale
+    target = problem.target / scale
+    found = module.refit_by_conjugate_gradients(lambda x: x @ hessian, target, mask, start=start, tolerance=tolerance)
+    return found / scale
 
 
 def masks(columns: int) -> dict[str, Tensor]:
@@ -43,7 +56,7 @@ def test_equals_lstsq_on_the_support(make_case, columns, kind):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
         assert not found[~mask].any()
     for start in (None, case.weight, expected):
-        found = refit_by_conjugate_gradients(case.problem, mask, start=start, tolerance=1e-4)
+        found = by_conjugate_gradients(case.problem, mask, start=start, tolerance=1e-4)
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
         assert not found[~mask].any()
 
@@ -73,8 +86,8 @@ def test_conjugate_gradients_stop_at_the_solution(make_case, monkeypatch):
     case, mask = make_case(6, 24, correlation=0.6), masks(24)["2:4"]
     expected = least_squares(case.inputs, case.outputs, mask)
     monkeypatch.setattr(module, "CG_ITERATIONS", 1)
-    torch.testing.assert_close(refit_by_conjugate_gradients(case.problem, mask, start=expected), expected)
-    far = refit_by_conjugate_gradients(case.problem, mask)
+    torch.testing.assert_close(by_conjugate_gradients(case.problem, mask, start=expected), expected)
+    far = by_conjugate_gradients(case.problem, mask)
     assert (far - expected).abs().max() > 1e-2
 
 
@@ -93,3 +106,15 @@ def test_the_size_of_the_inputs_does_not_matter(make_case, monkeypatch, size):
     problem = case.problem
     scaled = LayerProblem(size * problem.hessian, size * problem.target, problem.weight)
     torch.testing.assert_close(refit(scaled, mask), refit(problem, mask), rtol=1e-3, atol=1e-4)
+
+
+def test_the_low_rank_form_serves_the_refit(make_case, monkeypatch):
+    monkeypatch.setattr(module, "CG_COST", 0)
+    case, mask = make_case(6, 24, samples=3), masks(24)["2:4"]
+    problem = replace(case.problem, rank=3).damped(0.1)
+    expected = refit(problem, mask)
+    systems = problem.once("systems", lambda: systems_of(problem))
+    problem.factors.pop("float32")
+    torch.testing.assert_close(problem.loss(refit(problem, mask)), problem.loss(expected), rtol=1e-4, atol=0)
+    assert isinstance(systems, LowRankSystems)
+    assert "float32" not in problem.factors  # The Hessian itself was not read.

@@ -1,0 +1,272 @@
+"""X (H + rho I) = Y for many rho and one H of many columns: products with H, and one inverse that serves every rho.
+
+A factorisation of each H + rho I would take most of the time of a wide layer. Here one inverse, of H + rho_0 I, is the
+preconditioner of conjugate gradients for all of them: (H + rho I) (H + rho_0 I)^-1 has its eigenvalues between
+min(1, rho / rho_0) and max(1, rho / rho_0), however badly conditioned H is. Neither has to be exact, so both factors are
+held in bfloat16 where the processor multiplies in it.
+
+H of few patches has a low rank. Then H = diag(d) + U U^T, products take a share k / D of the time, and the inverse is exact
+for every rho, by the formula of Sherman, Morrison and Woodbury.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fxprune.solvers.problem import WIDE, LayerProblem
+
+MIDDLE_RHO = 0.3  # rho_0, for rho from 0.1 to 1 and a diagonal of ones.
+INVERSE_LEAF = 256
+LOW_RANK = 8  # A rank of at most D / 8 pays.
+SHIFTS_STEPS, SHIFTS_TOLERANCE = 60, 1e-2  # For gains of which only the order counts.
+LEFT_OUT = 1e-3  # Of the damping: by so much at most a low-rank form may differ from H, in the mean of its eigenvalues.
+
+
+class ShiftedSystems(Protocol):
+    """What is known of H + rho I, in float32."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """X H, (R, D) -> (R, D)."""
+
+    def divided(self, x: Tensor, rho: float) -> Tensor:
+        """About X (H + rho I)^-1, (R, D) -> (R, D): linear in X, symmetric and positive definite."""
+
+
+def systems_of(problem: LayerProblem) -> ShiftedSystems:
+    """Those of a damped problem's H / (s s^T), s = sqrt(diag H), whose diagonal is ones."""
+    return low_rank_systems(problem) or DenseSystems(unit_diagonal(problem.hessian).float())
+
+
+class DenseSystems:
+    """Of H as a matrix.
+
+    Args:
+        hessian: (D, D) float32, symmetric positive definite, with a diagonal of about ones.
+    """
+
+    def __init__(self, hessian: Tensor) -> None:
+        shifted = hessian.clone()
+        shifted.diagonal().add_(MIDDLE_RHO)
+        self._dtype = product_dtype(hessian.device)
+        self._inverse = inverse(shifted).to(self._dtype)
+        self._hessian = hessian.to(self._dtype)
+
+    def product(self, x: Tensor) -> Tensor:  # noqa: D102 - documented on ShiftedSystems
+        return (x.to(self._dtype) @ self._hessian).to(x.dtype)
+
+    def divided(self, x: Tensor, rho: float) -> Tensor:  # noqa: D102
+        return (x.to(self._dtype) @ self._inverse).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class LowRankSystems:
+    """Of H = diag(d) + U U^T.
+
+    Attributes:
+        diagonal: (D,) d > 0.
+        factor: (D, k) U.
+    """
+
+    diagonal: Tensor
+    factor: Tensor
+
+    def product(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x * self.diagonal + (x @ self.factor) @ self.factor.mT
+
+    def divided(self, x: Tensor, rho: float) -> Tensor:  # noqa: D102
+        weighted = self.factor / (self.diagonal + rho)[:, None]
+        inner = self.factor.mT @ weighted
+        inner.diagonal().add_(1.0)
+        x = x / (self.diagonal + rho)
+        return x - torch.cholesky_solve((x @ self.factor).mT, torch.linalg.cholesky(inner)).mT @ weighted.mT
+
+    def inverse_diagonal(self) -> Tensor:
+        """The diagonal of H^-1, (D,)."""
+        weighted = self.factor / self.diagonal[:, None]
+        inner = self.factor.mT @ weighted
+        inner.diagonal().add_(1.0)
+        solved = torch.cholesky_solve(weighted.mT, torch.linalg.cholesky(inner)).mT
+        return 1 / self.diagonal - (weighted * solved).sum(1)
+
+
+def conjugate_gradients(
+    systems: ShiftedSystems,
+    found: Tensor,
+    image: Tensor,
+    wanted: Tensor,
+    rho: float,
+    *,
+    steps: int,
+    tolerance: float,
+) -> tuple[Tensor, Tensor]:
+    """Bring X closer to the solution of X (H + rho I) = Y, every row with its own step lengths.
+
+    Args:
+        systems: H, and about (H + rho I)^-1.
+        found: (R, D) X to start from.
+        image: (R, D) X H.
+        wanted: (R, D) Y.
+        rho: at least 0.
+        steps: at most so many, of one product and one division each.
+        tolerance: of the residual's norm, relative to that of Y.
+
+    Returns:
+        X and X H.
+    """
+    found, image = found.clone(), image.clone()
+    residual = (wanted - image).sub_(found, alpha=rho)
+    enough = tolerance * wanted.norm()
+    direction, energy = torch.zeros_like(found), None
+    for _ in range(steps):
+        if bool(residual.norm() <= enough):
+            break
+        divided = systems.divided(residual, rho)
+        before, energy = energy, torch.linalg.vecdot(residual, divided)[:, None]
+        direction = divided if before is None else divided.addcmul_(direction, _quotient(energy, before))
+        product = systems.product(direction)
+        curvature = torch.linalg.vecdot(direction, product) + rho * torch.linalg.vecdot(direction, direction)
+        step = _quotient(energy, curvature[:, None])
+        found.addcmul_(direction, step)
+        image.addcmul_(product, step)
+        residual.addcmul_(product.add_(direction, alpha=rho), -step)
+    return found, image
+
+
+def low_rank_systems(problem: LayerProblem) -> LowRankSystems | None:
+    """H / (s s^T) of a damped problem as a diagonal and a few columns; None where it is not known to have so low a rank.
+
+    The columns are a Nystrom approximation of H0, H without its damping, from as many random columns as its rank: exact up to
+    rounding, and certain, since H0 - U U^T is positive semidefinite and its trace says how large it is (Tropp et al. 2017).
+    """
+    hessian, shift, rank = problem.hessian, problem.shift, problem.rank
+    if shift is None or rank is None or LOW_RANK * rank > len(hessian) or not bool((shift > 0).all()):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    sketch = torch.randn(len(hessian), rank, generator=generator, dtype=torch.float64).to(hessian)
+    columns = hessian @ sketch - shift[:, None] * sketch
+    columns += torch.finfo(columns.dtype).eps * columns.norm() * sketch  # What rounding could make of zero eigenvalues.
+    factor, info = torch.linalg.cholesky_ex(sketch.mT @ columns)
+    if info.any():
+        return None
+    columns = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
+    diagonal = hessian.diagonal()
+    left_out = (diagonal - shift).sum() - columns.square().sum()
+    if bool(left_out.abs() > LEFT_OUT * shift.sum()):
+        return None
+    return LowRankSystems((shift / diagonal).float(), (columns / diagonal.sqrt()[:, None]).float())
+
+
+def divided_by_shifts(hessian: Tensor, wanted: Tensor, shifts: Sequence[Tensor]) -> list[Tensor]:
+    """Y (H + sigma I)^-1 for several sigma, by conjugate gradients for the least of them.
+
+    The residuals of the others are multiples of its own, so that one product with H serves all (Jegerlehner 1996).
+
+    Args:
+        hessian: (..., D, D) symmetric positive semidefinite.
+        wanted: (..., R, D) Y.
+        shifts: sigma > 0, ascending, of shape (..., 1, 1).
+
+    Returns:
+        (..., R, D) for each sigma.
+    """
+    least, more = shifts[0], [shift - shifts[0] for shift in shifts]
+    residual, direction = wanted.clone(), wanted
+    found, directions = [torch.zeros_like(wanted) for _ in shifts], [wanted for _ in shifts]
+    energy = torch.linalg.vecdot(residual, residual)[..., None]
+    enough = SHIFTS_TOLERANCE**2 * energy.sum()
+    ones = torch.ones_like(energy)
+    size, growth = ones, torch.zeros_like(energy)  # Of the last step, and of the last direction.
+    multiples, before = [ones for _ in shifts], [ones for _ in shifts]  # Of the residual, now and a step ago.
+    for _ in range(SHIFTS_STEPS):
+        if bool(energy.sum() <= enough):
+            break
+        image = direction @ hessian + least * direction
+        last, size = size, _quotient(energy, torch.linalg.vecdot(direction, image)[..., None])
+        residual = residual - size * image
+        previous, energy = energy, torch.linalg.vecdot(residual, residual)[..., None]
+        last_growth, growth = growth, _quotient(energy, previous)
+        direction = residual + growth * direction
+        for j, shift in enumerate(more):
+            now = multiples[j]
+            then = size * last_growth * (before[j] - now) + last * before[j] * (1 + shift * size)
+            ahead = torch.where(then > 0, now * before[j] * last / then, 0)
+            share = torch.where(now > 0, ahead / now, 0)
+            found[j] = found[j] + size * share * directions[j]
+            directions[j] = ahead * residual + growth * share.square() * directions[j]
+            before[j], multiples[j] = now, ahead
+    return found
+
+
+def inverse_diagonal(problem: LayerProblem) -> Tensor:
+    """The diagonal of H^-1, (D,) float64, of one group's damped problem; of many columns by float32, if that can factor H."""
+    low_rank = low_rank_systems(problem)
+    scale = problem.hessian.diagonal().sqrt()
+    if low_rank is not None:
+        return low_rank.inverse_diagonal().to(scale) / scale.square()
+    scaled = unit_diagonal(problem.hessian)
+    if len(scaled) >= WIDE:
+        factor, info = torch.linalg.cholesky_ex(scaled.float())
+        if not info.any():
+            return inverse_of_lower(factor).square_().sum(0).to(scale) / scale.square()
+    return inverse_of_lower(torch.linalg.cholesky(scaled)).square_().sum(0) / scale.square()
+
+
+def inverse_of_lower(matrix: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix (D, D), by halves: with B below A and beside C, -C^-1 B A^-1 is below A^-1."""
+    if len(matrix) <= INVERSE_LEAF:
+        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        solved: Tensor = torch.linalg.solve_triangular(matrix, identity, upper=False)
+        return solved
+    half = len(matrix) // 2
+    above, below = inverse_of_lower(matrix[:half, :half]), inverse_of_lower(matrix[half:, half:])
+    result = torch.zeros_like(matrix)
+    result[:half, :half], result[half:, half:] = above, below
+    result[half:, :half] = (below @ matrix[half:, :half] @ above).neg_()
+    return result
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """The inverse of a symmetric positive definite matrix (D, D), by halves, nearly all of it large products.
+
+    With A and C its diagonal blocks, B above them at the right and S = C - B^T A^-1 B, the inverse has S^-1 below, -A^-1 B S^-1
+    at the right, and A^-1 + A^-1 B S^-1 B^T A^-1 above.
+    """
+    if len(matrix) <= INVERSE_LEAF:
+        return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    half = len(matrix) // 2
+    above, beside = inverse(matrix[:half, :half]), matrix[:half, half:]
+    solved = above @ beside
+    below = inverse(torch.addmm(matrix[half:, half:], beside.mT, solved, alpha=-1))
+    result = torch.empty_like(matrix)
+    corner = torch.matmul(solved, below)
+    torch.addmm(above, corner, solved.mT, out=result[:half, :half])
+    result[:half, half:] = corner.neg_()
+    result[half:, :half] = corner.mT
+    result[half:, half:] = below
+    return result
+
+
+def unit_diagonal(hessian: Tensor) -> Tensor:
+    """H / (s s^T), (..., D, D), s = sqrt(diag H)."""
+    scale = hessian.diagonal(dim1=-2, dim2=-1).sqrt()
+    scaled = hessian / scale[..., None]
+    scaled /= scale[..., None, :]
+    return scaled
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies in it, which takes less than half of float32's time; else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """0 where there is nothing left to divide: a row that is solved exactly stays where it is."""
+    return torch.where(denominator > 0, numerator / denominator, 0)
