@@ -143,15 +143,30 @@ def _damped(
     problem = LayerProblem(seen.hessian, wanted @ seen.hessian, wanted, rank=rank)
 
     def error(damping: float) -> float:
-        damped = problem.damped(damping)
+        damped = _damped_quickly(problem, damping)
         weight = torch.stack([refit(group, own) for group, own in zip(damped.groups(), mask, strict=True)])
         return float((weight @ unseen.hessian * weight).sum() - 2 * (weight * target).sum())
 
-    least = correction.damping
-    errors = {damping: error(damping) for damping in sorted({least, *(d for d in DAMPINGS if d > least)})}
-    best = min(errors, key=errors.__getitem__)
+    best, with_least = correction.damping, error(correction.damping)
+    least_error = with_least
+    for damping in (d for d in DAMPINGS if d > correction.damping):
+        if (found := error(damping)) >= least_error:
+            break  # Too little damping and too much are both worse than what lies between.
+        best, least_error = damping, found
     energy = float((dense @ unseen.hessian * dense).sum())
-    return replace(correction, damping=best) if errors[least] - errors[best] > WORTH_OF_OUTPUT * energy else correction
+    return replace(correction, damping=best) if with_least - least_error > WORTH_OF_OUTPUT * energy else correction
+
+
+def _damped_quickly(problem: LayerProblem, damping: float) -> LayerProblem:
+    """As `LayerProblem.damped`; a wide H is not factored to see whether it can be: conjugate gradients will not mind."""
+    if problem.hessian.shape[-1] < WIDE:
+        return problem.damped(damping)
+    scale = problem.hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    shift = torch.where(scale > 0, damping * scale, 1.0).expand(problem.hessian.shape[:-1])
+    hessian = problem.hessian.clone()
+    hessian.diagonal(dim1=-2, dim2=-1).add_(shift)
+    target = problem.target + problem.weight * shift[..., None, :]
+    return replace(problem, hessian=hessian, target=target, shift=shift, damping=damping, factors={})
 
 
 def _row_mixtures(dense: Tensor) -> Callable[[Tensor], Tensor]:
