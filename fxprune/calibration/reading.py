@@ -126,7 +126,8 @@ def read_into(
         taken = images_taken(len(left), step, first=before, turn=turn) if fit or not out else ()
         before += len(left)
         place = replace(place, images=len(taken))
-        if (key := keys.get(turn)) is not None:
+        if turn in keys:
+            key = keys[turn]
             number = calibration.number(key)
             if len(taken) < len(of_batch):
                 values = store.take(key).dense_values

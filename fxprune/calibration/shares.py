@@ -86,7 +86,7 @@ class SharedLoader:
             self.head(self._ahead)
             self._own, self._is_share = _Ahead(list(self)), True
             self._next = islice(self._of_shares(), len(self._head), None)
-        return list(self._own)
+        return list(self)
 
     def _start(self) -> _Ahead:
         """Begin to read, and find out what is whose."""
@@ -189,13 +189,13 @@ def is_share(seen: list[_Seen]) -> bool:
     Raises:
         CalibrationError: it cannot be told.
     """
-    remedy = "Give all processes the same loader, whose batches are then dealt out, or each its own share of the images"
+    remedy = "give all processes the same loader, whose batches are then dealt out, or each its own share of the images"
     if any(one.sampler for one in seen):
         for number, one in enumerate(seen):
             if one.sampler != (number, len(seen)):
-                has = "no DistributedSampler" if one.sampler is None else "one for process {} of {}".format(*one.sampler)
+                has = "none" if one.sampler is None else "one for process {} of {}".format(*one.sampler)
                 raise CalibrationError(
-                    f"some calibration loaders have a DistributedSampler, but process {number} of {len(seen)} has {has}. {remedy}"
+                    f"some calibration loaders have a DistributedSampler; process {number} of {len(seen)} has {has}: {remedy}"
                 )
         return True
     firsts = [one.first for one in seen if one.first]
@@ -207,7 +207,7 @@ def is_share(seen: list[_Seen]) -> bool:
             "loader nor a share of one; leave shuffle=True out, or give it a DistributedSampler"
         )
     if len({*firsts}) < len(firsts):
-        raise CalibrationError(f"some processes have the same first calibration batch, and others do not. {remedy}")
+        raise CalibrationError(f"some processes have the same first calibration batch, and others do not; {remedy}")
     return bool(firsts)
 
 

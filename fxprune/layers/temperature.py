@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fxprune.runtime.processes import gathered
+
 LARGEST = 4.0
 STEPS = 30
 TOLERANCE = 1e-4
 
 
 def logit_scale(dense: Tensor, found: Tensor) -> float:
-    """The s in [1, LARGEST] that minimises the mean KL(softmax(dense) || softmax(s found)); convex in s.
+    """The s in [1, LARGEST] that minimises the mean KL(softmax(dense) || softmax(s found)) over all processes; convex in s.
 
     Args:
         dense: (N, classes) logits wanted.
@@ -26,7 +28,7 @@ def logit_scale(dense: Tensor, found: Tensor) -> float:
     low, high = 1.0, LARGEST
     for _ in range(STEPS):  # Bisection on the sign of the slope.
         scale = (low + high) / 2
-        slope = float((((scale * found).softmax(1) - wanted) * found).sum())
+        slope = sum(gathered(float((((scale * found).softmax(1) - wanted) * found).sum())))
         low, high = (low, scale) if slope > 0 else (scale, high)
         if high - low < TOLERANCE:
             break

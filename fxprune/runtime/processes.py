@@ -21,7 +21,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from fxprune.errors import FxPruneError, ProcessError
@@ -137,10 +137,15 @@ def telling() -> Iterator[None]:
 
 
 def gathered(value: T) -> list[T]:
-    """What each process gives, in the order of the processes. It is pickled: tensors should be on the CPU, and small."""
+    """What each process gives, in the order of the processes. It is pickled; tensors on a GPU arrive on one's own."""
     if world().count == 1:
         return [value]
     return [word.value for word in _exchanged(_Word(value))]
+
+
+def of_first(value: T) -> T:
+    """What the first process gives: for what all would find alike but for rounding, and on which further exchanges depend."""
+    return gathered(value)[0]
 
 
 def agreed(what: str, value: object, *, remedy: str) -> None:
@@ -161,21 +166,19 @@ def agreed(what: str, value: object, *, remedy: str) -> None:
 
 
 def from_process(number: int, value: T) -> T:
-    """What one of the processes has, in all of them; of the others `value` is not read. Tensors keep their kind of device."""
+    """What one of the processes has, in all of them; of the others `value` is not read. It is pickled, as in `gathered`."""
     here = world()
     if here.count == 1:
         return value
-    buffer = io.BytesIO()
-    if here.number == number:
-        torch.save(value, buffer)
-    sent = torch.frombuffer(bytearray(buffer.getvalue() or b"\0"), dtype=torch.uint8)
+    packed = _packed(value) if here.number == number else b"\0"
+    sent = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
     length = gathered(len(sent))[number]
     content = sent if here.number == number else sent.new_empty(length)
     content = content.to(_place(content))
     dist.broadcast(content, number)
     if here.number == number:
         return value
-    received: T = torch.load(io.BytesIO(content.cpu().numpy().tobytes()), map_location=_own_device, weights_only=False)
+    received: T = pickle.loads(content.cpu().numpy().tobytes())
     return received
 
 
@@ -193,10 +196,7 @@ def on_first(function: Callable[[], T]) -> T:
 
 
 def shared(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """A function of each item, worked out in one of the processes, `alone`, and known to all of them afterwards.
-
-    What it gives is pickled, as in `gathered`.
-    """
+    """A function of each item, worked out in one of the processes, `alone`, and known to all of them afterwards."""
     here = world()
     if here.count == 1:
         return [function(item) for item in items]
@@ -207,10 +207,7 @@ def shared(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 
 def in_order(own: Sequence[T]) -> tuple[list[T], list[int]]:
-    """What the processes have, the first things of all of them, then the second ones and so on; and the places of one's own.
-
-    It is pickled, as in `gathered`.
-    """
+    """What the processes have, the first things of all of them, then the second ones and so on; and the places of one's own."""
     of_all = gathered(list(own))
     places = sorted((k, number) for number, of in enumerate(of_all) for k in range(len(of)))
     number = world().number
@@ -230,6 +227,14 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
     of_small = iter(together[0].split([x.numel() for x in small]) if small else ())
     of_large = iter(large)
     return [(next(of_large) if x.numel() > SMALL else next(of_small)).reshape(x.shape).to(x.device) for x in tensors]
+
+
+def as_in_first(module: nn.Module) -> None:
+    """Give a module's parameters and buffers the values that they have in the first process, bit for bit."""
+    if world().count > 1:
+        own = [x.data for x in (*module.parameters(), *module.buffers())]
+        for x, of_first in zip(own, from_process(0, own), strict=True):
+            x.copy_(of_first)
 
 
 def joined(own: Tensor) -> Tensor:
@@ -275,11 +280,11 @@ def _exchanged(word: _Word, patience: timedelta | None = None) -> list[_Word]:
     if _state.lost:
         raise ProcessError(_state.lost)
     try:
-        words = [pickle.loads(content) for content in _bytes_of_all(pickle.dumps(word), patience)]
+        words = [pickle.loads(content) for content in _bytes_of_all(_packed(word), patience)]
     except RuntimeError as error:  # Of torch.distributed: a process is gone, or has not come.
         _state.lost = (
-            f"the processes have lost each other: {error}. Has one of them ended? All of them have to make the same calls; what "
-            "only one is to do belongs inside `with fxprune.alone():`"
+            f"the processes have lost each other: {error}. All have to make the same calls until the end; what only one is to do "
+            "belongs inside `with fxprune.alone():`"
         )
         raise ProcessError(_state.lost) from error
     for number, said in enumerate(words):
@@ -337,6 +342,21 @@ def _sendable(x: Tensor) -> Tensor:
     return x.detach().contiguous().to(_place(x))
 
 
-def _own_device(storage: Any, location: str) -> Any:
-    """Where a process puts what another one had on its GPU: on its own."""
-    return storage if location == "cpu" else storage.cuda()
+class _Pickler(pickle.Pickler):
+    """Of a view packs no more than the view, and of a tensor on a GPU that it is to be on the receiver's own."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor):
+            return NotImplemented
+        rebuild, arguments, *_ = obj.detach().cpu().clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return (_on_gpu if obj.is_cuda else rebuild), ((rebuild, *arguments) if obj.is_cuda else arguments)
+
+
+def _on_gpu(rebuild: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return rebuild(*arguments).cuda()
+
+
+def _packed(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()

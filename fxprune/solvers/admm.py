@@ -40,7 +40,7 @@ def admm(problem: LayerProblem, pattern: Pattern, *, rho: float | None = None) -
         rho: first penalty; smaller starts are slower and better. None: START_RHO, or LARGE_START_RHO for large problems.
     """
     scale = problem.hessian.diagonal().sqrt()
-    large = problem.target.shape[0] * len(scale) ** 2 > LARGE_WORK
+    large = sum(problem.of_all(problem.target.shape[0])) * len(scale) ** 2 > LARGE_WORK
     if rho is None:
         rho = LARGE_START_RHO if large else START_RHO
     every, stop, least = (
@@ -62,7 +62,9 @@ def admm(problem: LayerProblem, pattern: Pattern, *, rho: float | None = None) -
         sparse = shifted * new_mask
         multiplier += rho * (dense - sparse)
         if iteration % every == 0:
-            changed = float((new_mask ^ mask).sum() / new_mask.sum())
+            counts = [(new_mask ^ mask).sum().item(), new_mask.sum().item()]
+            others, kept = torch.tensor(problem.of_all(counts)).sum(0)
+            changed = float(others / kept)
             if changed <= stop and iteration >= least:
                 break
             rho *= LARGE_RHO_STEP if large else 1.15 if changed > 0.1 else 1.1

@@ -18,6 +18,12 @@ from torch import Tensor
 from fxprune.errors import SolverError
 
 T = TypeVar("T")
+
+
+def _only(figure: Any) -> list[Any]:
+    return [figure]
+
+
 DAMPING_TRIES = 6
 SMALLEST_DAMPING = 1e-6
 
@@ -33,6 +39,7 @@ class LayerProblem:
         damping: the largest damping in `hessian`, relative to the mean of its diagonal.
         pull: (..., R, D) what damping has added to the target, or None.
         factors: what solvers have computed from H alone (`once`); problems of layers that share H share it.
+        of_all: a figure of these rows -> that of all the parts in which the rows of the layer are solved at the same time.
     """
 
     hessian: Tensor
@@ -41,6 +48,7 @@ class LayerProblem:
     damping: float = 0.0
     pull: Tensor | None = None
     factors: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    of_all: Callable[[Any], list[Any]] = field(default=_only, repr=False, compare=False)
 
     @classmethod
     def of_weights(cls, weight: Tensor) -> LayerProblem:

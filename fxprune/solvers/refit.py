@@ -27,7 +27,7 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
         mask: True where a weight may differ from zero.
         start: (R, D) weights from which conjugate gradients start.
     """
-    support = int(mask.sum(1).max())
+    support = max(problem.of_all(int(mask.sum(1).max())))
     if support == 0:
         return torch.zeros_like(problem.target)
     # Cholesky: S^3 / 3 MACs a row, at a lower rate than a large product; conjugate gradients: D^2 an iteration.
@@ -74,7 +74,7 @@ def refit_by_conjugate_gradients(
     preconditioned = residual * scale
     direction, energy = preconditioned, (residual * preconditioned).sum(1)
     for _ in range(CG_ITERATIONS):
-        if bool((energy <= wanted).all()):
+        if all(problem.of_all(bool((energy <= wanted).all()))):
             break
         image = (direction @ problem.hessian) * mask
         curvature = (direction * image).sum(1)
