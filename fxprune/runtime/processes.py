@@ -10,10 +10,12 @@ process is told to the others at their next exchange, and ends them too.
 
 from __future__ import annotations
 
+import copyreg
 import io
 import os
 import pickle
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -215,13 +217,15 @@ def in_order(own: Sequence[T]) -> tuple[list[T], list[int]]:
 
 
 def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sums over the processes, of tensors of one dtype and device whose shapes are the same in all of them."""
+    """Sums over the processes, of tensors of one dtype and device whose shapes are the same in all of them.
+
+    There is no word here (the exchange before it, of what is to be summed, has had it): nothing may fail in between.
+    """
     if world().count == 1:
         return list(tensors)
     large = [_sendable(x).clone() for x in tensors if x.numel() > SMALL]
     small = [x for x in tensors if x.numel() <= SMALL]
     together = [_sendable(torch.cat([x.flatten() for x in small]))] if small else []
-    gathered(None)  # From here on nothing else can fail in one process only.
     for x in (*large, *together):
         dist.all_reduce(x)
     of_small = iter(together[0].split([x.numel() for x in small]) if small else ())
@@ -283,7 +287,7 @@ def _exchanged(word: _Word, patience: timedelta | None = None) -> list[_Word]:
         words = [pickle.loads(content) for content in _bytes_of_all(_packed(word), patience)]
     except RuntimeError as error:  # Of torch.distributed: a process is gone, or has not come.
         _state.lost = (
-            f"the processes have lost each other: {error}. All have to make the same calls until the end; what only one is to do "
+            f"the processes have lost each other: {error}. All have to make the same calls to the end; what only one is to do "
             "belongs inside `with fxprune.alone():`"
         )
         raise ProcessError(_state.lost) from error
@@ -342,21 +346,22 @@ def _sendable(x: Tensor) -> Tensor:
     return x.detach().contiguous().to(_place(x))
 
 
-class _Pickler(pickle.Pickler):
-    """Of a view packs no more than the view, and of a tensor on a GPU that it is to be on the receiver's own."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, Tensor):
-            return NotImplemented
-        rebuild, arguments, *_ = obj.detach().cpu().clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
-        return (_on_gpu if obj.is_cuda else rebuild), ((rebuild, *arguments) if obj.is_cuda else arguments)
+def _reduced(x: Tensor) -> tuple[Any, ...]:
+    """How a tensor is packed: of a view no more than the view; one on a GPU is to be on the receiver's own."""
+    rebuild, arguments, *_ = x.detach().cpu().clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+    return (_on_gpu, (rebuild, *arguments)) if x.is_cuda else (rebuild, arguments)
 
 
 def _on_gpu(rebuild: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return rebuild(*arguments).cuda()
 
 
+_REDUCED: Any = ChainMap({Tensor: _reduced, nn.Parameter: _reduced}, copyreg.dispatch_table)
+
+
 def _packed(value: Any) -> bytes:
     buffer = io.BytesIO()
-    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
+    pickler = pickle.Pickler(buffer, pickle.HIGHEST_PROTOCOL)
+    pickler.dispatch_table = _REDUCED
+    pickler.dump(value)
     return buffer.getvalue()
