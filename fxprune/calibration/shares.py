@@ -44,7 +44,8 @@ class SharedLoader:
         self._is_dealt_out = self._is_held = False
         self._own: _Ahead | None = None  # What the loader gives here, once it has been started.
         self._head: list[Any] = []  # Of the whole set.
-        self._next: Iterator[Any] = iter(())  # What follows it.
+        self._next: Iterator[Any] | None = None  # What follows it.
+        self._seen: list[_Seen] = []
 
     def head(self, images: int = 1) -> list[Any]:
         """The first batches of the whole set, with so many images together if there are.
@@ -58,7 +59,7 @@ class SharedLoader:
         while seen < images:
             batch = next(known, None)
             if batch is None:
-                batch = next(self._next, None)
+                batch = next(self._next or iter(()), None)
                 if batch is None:
                     break
                 self._head.append(batch)
@@ -98,8 +99,11 @@ class SharedLoader:
                 self._own = _Ahead(loader)
                 first = None if sampler or self._is_share is not None else next(iter(self._own.first(1)), None)
             if self._is_share is None:
-                self._is_share = is_share(gathered(_Seen.of(self._given, sampler, first)))
-                self._is_dealt_out = not self._is_share
+                self._seen = gathered(_Seen.of(self._given, sampler, first))
+        if self._is_share is None:
+            self._is_share = is_share(self._seen)  # The same error each time, if there is one.
+            self._is_dealt_out = not self._is_share
+        if self._next is None:
             self._next = self._of_shares() if self._is_share else self._of_loader()
         return self._own
 

@@ -116,7 +116,7 @@ def together() -> Iterator[None]:
     if here.count == 1 or _state.together:
         yield
         return
-    _state.together, _state.lost = True, ""
+    _state.together = True
     try:
         with telling(), warnings.catch_warnings():
             if not here.is_first:
@@ -124,7 +124,7 @@ def together() -> Iterator[None]:
             yield
             gathered(None)
     finally:
-        _state.together = False
+        _state.together, _state.lost = False, ""
 
 
 @contextmanager
