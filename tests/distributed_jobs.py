@@ -21,6 +21,7 @@ from fxprune.geometry import LayerGeometry
 from fxprune.models import register
 from fxprune.passes import ReestimateBatchNorm
 from fxprune.runtime import processes
+from fxprune.solvers import shared_out
 from fxprune.statistics import CrossStatistics, HessianObserver
 from fxprune.tracing import trace
 
@@ -86,14 +87,28 @@ def outcome(compiled: Any) -> dict[str, Any]:
 def compiled(
     recipe: Any = "2:4", settings: dict[str, Any] | None = None, kind: type[nn.Module] = Net
 ) -> dict[str, Any]:
+    """In float64, in which rounding turns no choice."""
     settings = {"progress": False, **(settings or {})}
-    return outcome(fxprune.compile(net(kind), images().split(BATCH), recipe, **settings))
+    return outcome(fxprune.compile(net(kind).double(), images().double().split(BATCH), recipe, **settings))
+
+
+def compiled_in_single() -> dict[str, Any]:
+    return outcome(fxprune.compile(net(), images().split(BATCH), progress=False))
+
+
+def compiled_by_rows() -> dict[str, Any]:
+    """Where even small layers are shared out."""
+    usual, shared_out.LEAST_WORK = shared_out.LEAST_WORK, 0
+    try:
+        return compiled()
+    finally:
+        shared_out.LEAST_WORK = usual
 
 
 def compiled_on(shares: list[list[Tensor]]) -> dict[str, Any]:
     """On a share of one's own."""
     own = shares[processes.world().number] if processes.world().count > 1 else [x for share in shares for x in share]
-    return outcome(fxprune.compile(net(), iter(own), progress=False))
+    return outcome(fxprune.compile(net().double(), (batch.double() for batch in own), progress=False))
 
 
 def compiled_on_sampler(count: int, batch: int, drop_last: bool) -> dict[str, Any]:
@@ -108,12 +123,12 @@ def shuffled() -> None:
 
 
 def low_rank() -> dict[str, Any]:
-    return outcome(fxprune.low_rank(net(), images().split(BATCH), progress=False))
+    return outcome(fxprune.low_rank(net().double(), images().double().split(BATCH), progress=False))
 
 
 def scanned() -> list[tuple[str, str, float]]:
-    found = fxprune.scan(net(), images().split(BATCH), ["2:4", "1:4"], progress=False)
-    return [(layer.name, layer.recipe, layer.cost) for layer in found.layers]
+    found = fxprune.scan(net().double(), images().double().split(BATCH), ["2:4", "1:4"], progress=False)
+    return [(layer.name, layer.recipe, layer.cost) for layer in found.layers if layer.cost == layer.cost]
 
 
 def read_shares(shares: list[list[Tensor]] | None, again: bool) -> dict[str, Any]:

@@ -158,46 +158,42 @@ class TestMoments:
                 assert torch.allclose(found[name], value, rtol=1e-7, atol=1e-7 * scale), name
 
 
-EXACT: dict[str, Any] = {"method": "sparsegpt", "options": Options(target="skip", bias_correction=True, refit=True)}
+RECIPES: list[tuple[Any, dict[str, Any]]] = [
+    ("2:4", {}),
+    ("0.8", {}),
+    ("mixed:0.6", {}),
+    ("0.8", {"options": Options(global_budget=True)}),
+    ("2:4", {"method": "magnitude"}),
+    ("2:4", {"method": "sparsegpt"}),
+    ("2:4", {"exclude": ("first",), "options": Options(polish=1)}),
+    ("rank:0.7", {}),
+    ("rank:0.8+2:4", {}),
+    ("channels:0.7", {}),
+    ({"down": "dense", "*": "1:4"}, {"method": "sparsegpt"}),
+]
 
 
 class TestResults:
-    @pytest.mark.parametrize("processes", ["two", "three"])
-    def test_as_one_process(self, request: pytest.FixtureRequest, processes: str) -> None:
-        """With a solver that rounding does not send another way."""
-        found = request.getfixturevalue(processes).results(jobs.compiled, "2:4", EXACT)
-        assert_same_bits(found)
-        assert_close(found[0], jobs.compiled("2:4", EXACT), tolerance=1e-4)
-
-    @pytest.mark.parametrize("recipe", ["rank:0.7", "channels:0.7", {"down": "dense", "*": "0.5"}])
-    def test_recipes_that_choose_once(self, two: ProcessGroup, recipe: Any) -> None:
-        settings = EXACT if isinstance(recipe, dict) else {}
+    @pytest.mark.parametrize(("recipe", "settings"), RECIPES)
+    def test_as_one_process(self, two: ProcessGroup, recipe: Any, settings: dict[str, Any]) -> None:
         found = two.results(jobs.compiled, recipe, settings)
         assert_same_bits(found)
-        assert_close(found[0], jobs.compiled(recipe, settings), tolerance=5e-3)
+        assert_close(found[0], jobs.compiled(recipe, settings), tolerance=1e-5)
 
-    @pytest.mark.parametrize(
-        ("recipe", "settings"),
-        [
-            ("2:4", {}),
-            ("0.8", {}),
-            ("mixed:0.6", {}),
-            ("0.8", {"options": Options(global_budget=True)}),
-            ("2:4", {"method": "magnitude"}),
-            ("2:4", {"exclude": ("first",), "options": Options(polish=1)}),
-            ("rank:0.8+2:4", {}),
-        ],
-    )
-    def test_solvers_that_rounding_turns(self, two: ProcessGroup, recipe: str, settings: dict[str, Any]) -> None:
-        """ADMM and the search for an order of channels end elsewhere after a rounding error, and as well."""
-        found = two.results(jobs.compiled, recipe, settings)
+    def test_three_and_rows_shared_out(self, three: ProcessGroup) -> None:
+        wanted = jobs.compiled()
+        for job in (jobs.compiled, jobs.compiled_by_rows):
+            found = three.results(job)
+            assert_same_bits(found)
+            assert_close(found[0], wanted, tolerance=1e-5)
+
+    def test_in_float32(self, two: ProcessGroup) -> None:
+        """A rounding error may send ADMM and the search for an order of channels another way, to as good an end."""
+        found = two.results(jobs.compiled_in_single)
         assert_same_bits(found)
-        wanted = jobs.compiled(recipe, settings)
+        wanted = jobs.compiled_in_single()
         assert found[0]["images"] == wanted["images"]
         assert found[0]["errors"] == pytest.approx(wanted["errors"], rel=0.1)
-        for name, value in wanted["state"].items():
-            assert found[0]["state"][name].shape == value.shape
-            assert float((found[0]["state"][name] == 0).sum()) == pytest.approx(float((value == 0).sum()), rel=0.02)
 
     def test_unequal_shares(self, three: ProcessGroup) -> None:
         """One process with few images, one without: as one process on all of them, in the set's order."""
@@ -206,24 +202,22 @@ class TestResults:
         in_turn = [[whole[k] for k in (0, 2, 1, *range(3, 13))]]
         found = three.results(jobs.compiled_on, shares)
         assert_same_bits(found)
-        wanted = jobs.compiled_on(in_turn)
-        assert found[0]["images"] == wanted["images"]
-        assert found[0]["errors"] == pytest.approx(wanted["errors"], rel=0.05)
+        assert_close(found[0], jobs.compiled_on(in_turn), tolerance=1e-5)
 
     def test_low_rank_and_scan(self, two: ProcessGroup) -> None:
         found = two.results(jobs.low_rank)
         assert_same_bits(found)
-        assert_close(found[0], jobs.low_rank(), tolerance=5e-3)
+        assert_close(found[0], jobs.low_rank(), tolerance=1e-5)
         first, second = two.results(jobs.scanned)
         assert first == second
         for (name, recipe, cost), (other, of, wanted) in zip(first, jobs.scanned(), strict=True):
             assert (name, recipe) == (other, of)
-            assert cost == pytest.approx(wanted, rel=0.05, abs=1e-9, nan_ok=True)
+            assert cost == pytest.approx(wanted, rel=1e-4)
 
     def test_models_compiled_in_parts(self, two: ProcessGroup) -> None:
-        found = two.results(jobs.compiled, "2:4", EXACT, jobs.Parts)
+        found = two.results(jobs.compiled, "2:4", {}, jobs.Parts)
         assert_same_bits(found)
-        assert_close(found[0], jobs.compiled("2:4", EXACT, jobs.Parts), tolerance=1e-4)
+        assert_close(found[0], jobs.compiled("2:4", {}, jobs.Parts), tolerance=1e-5)
 
     def test_batchnorm_re_estimated(self, three: ProcessGroup) -> None:
         wanted: dict[str, Tensor] = jobs.batchnorm()

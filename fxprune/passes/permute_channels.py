@@ -195,12 +195,23 @@ class PermuteChannels(CalibratedPass):
 
 
 def _dealt_out(batches: Sequence[Any]) -> list[Any]:
-    """Of each of the batches that all processes have, this one's part."""
+    """Of each batch that all processes have, this one's part, of whose images the same rows are taken as in one process.
+
+    Which rows these are goes by an image's place in its batch, turned by the batch's number (`images_taken`). A part is a batch
+    with another number.
+    """
     here = world()
     if here.count == 1:
         return list(batches)
-    shares = [(batch, range(count(batch))[here.share(count(batch))]) for batch in batches]
-    return [take(batch, slice(share.start, share.stop)) for batch, share in shares if share]
+    own, turn = list[Any](), 0
+    for number, batch in enumerate(batches):
+        in_turn = torch.arange(count(batch)).roll(-number)
+        for process in range(here.count):
+            part = in_turn[replace(here, number=process).share(len(in_turn))]
+            if len(part) and process == here.number:
+                own.append(take(batch, part.roll(turn)))
+            turn += len(part) > 0
+    return own
 
 
 def _nm_pattern(pattern: Pattern) -> NMPattern | None:
