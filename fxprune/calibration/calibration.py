@@ -67,11 +67,16 @@ class Calibration:
 
     def __post_init__(self) -> None:
         self.stopwatch = self.stopwatch or Stopwatch(self.device)
-        if world().count > 1:
-            self.loader = SharedLoader(self.loader, is_share=self.is_share, ahead=HEAD_IMAGES)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.loader)
+        return iter(self._shared or self.loader)
+
+    @property
+    def _shared(self) -> SharedLoader | None:
+        """The loader as several processes read it; None for one process."""
+        if world().count > 1 and not isinstance(self.loader, SharedLoader):
+            self.loader = SharedLoader(self.loader, is_share=self.is_share, ahead=HEAD_IMAGES)
+        return self.loader if isinstance(self.loader, SharedLoader) else None
 
     @property
     def first(self) -> Any:
@@ -86,8 +91,8 @@ class Calibration:
         Raises:
             CalibrationError: if there are none, one cannot be used, or this is not a loader.
         """
-        if isinstance(self.loader, SharedLoader):
-            return self.loader.head(images)
+        if self._shared:
+            return self._shared.head(images)
         batches, self.loader = peek(self.loader, images)
         return batches
 
@@ -118,14 +123,14 @@ class Calibration:
 
     def hold(self) -> Sequence[Any]:
         """All batches (of this process), kept from now on, for what reads them more than once."""
-        if isinstance(self.loader, SharedLoader):
-            return self.loader.hold()
+        if self._shared:
+            return self._shared.hold()
         self.loader = batches = read_all(self.loader)
         return batches
 
     def number(self, own: int) -> int:
         """By which number, from 0, a user knows a batch of the loader: the own-th of those that this process reads."""
-        return self.loader.number(own) if isinstance(self.loader, SharedLoader) else own
+        return self._shared.number(own) if self._shared else own
 
     def example(self, graph_module: GraphModule, batch: Sequence[Any] | None = None) -> Example:
         """A few images, and the shapes of the graph's values on them; the graph runs only if they are not known.

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxprune.calibration.batches import count, map_tensors, take, tensors_in
-from fxprune.calibration.calibration import HEAD_IMAGES, Calibration
+from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.calls import Reading, calls_of, is_list_of_images
 from fxprune.calibration.holdout import drawn, held_out_count
-from fxprune.calibration.shares import SharedLoader
 from fxprune.compiled import CompiledModule
 from fxprune.compiled_parts import CompiledParts
 from fxprune.constraints import keep_possible
@@ -40,7 +39,7 @@ from fxprune.parts.search import Part, Search, put_in
 from fxprune.passes import CheckImages, Pass, verify
 from fxprune.recipe import Recipe
 from fxprune.report import LayerReport, PruneReport
-from fxprune.runtime.processes import in_order, world
+from fxprune.runtime.processes import in_order
 from fxprune.runtime.surroundings import without_inference_tensors
 from fxprune.trace_check import TOLERANCE, distance
 from fxprune.tracing import usable_copy
@@ -211,9 +210,9 @@ class _Run:
             checkpoint_dir=None if folder is None else str(Path(folder) / part.path),
             on_layer=lambda name, stages: self.calibration.on_layer(f"{part.path}.{name}", stages),
             is_part=True,
+            is_share=True,
         )
-        calls = self._calls(part, source, calibration)
-        calibration.loader = calls if world().count == 1 else SharedLoader(calls, is_share=True, ahead=HEAD_IMAGES)
+        calibration.loader = self._calls(part, source, calibration)
         return calibration
 
     def _calls(self, part: Part, source: nn.Module, calibration: CallsCalibration) -> Iterator[dict[str, Any]]:

@@ -113,7 +113,7 @@ class Polish(CalibratedPass):
         for epoch in range(self.epochs):
             for number in torch.randperm(len(steps), generator=generator, device="cpu").tolist():
                 step = steps[number]
-                mirrored = torch.rand(step.images, generator=generator, device="cpu") < 0.5 if self.flip else None
+                mirrored = _half(step.images, generator) if self.flip else None
                 optimizer.zero_grad()
                 if step.inputs is not None:
                     with torch.enable_grad():
@@ -243,6 +243,11 @@ def _steps(graph_module: GraphModule, calibration: Calibration) -> tuple[list[_S
                     inputs = take(own[number], part) if number in own else None
                     of.append(_Step(len(part), sizes[number][1], inputs))
     return steps
+
+
+def _half(images: int, generator: torch.Generator) -> Tensor:
+    """About half of so many images, (N,) bool."""
+    return torch.rand(images, generator=generator, device="cpu") < 0.5
 
 
 def _mirrored(inputs: Inputs, mirrored: Tensor) -> Inputs:
