@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from fxprune.runtime.processes import World, gathered, in_order, joined, shared,
 from tests import distributed_jobs as jobs
 from tests.process_group import Failed, ProcessGroup
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -266,6 +270,50 @@ class TestFailures:
         assert second == []
 
 
+def tiny_task(folder: Path) -> Task:
+    """A model with weights, and images to prune it with."""
+    rng = np.random.default_rng(0)
+    arrays = {f"{split}_images": rng.integers(0, 255, (60, 8, 8), np.uint8) for split in ("train", "test")}
+    np.savez(folder / "data.npz", **arrays, train_labels=np.arange(60) % 3, test_labels=np.arange(60) % 3)
+    save_checkpoint(folder / "weights.pt", create("tiny_rows"))
+    return Task("tiny_rows", str(folder / "data.npz"), str(folder / "weights.pt"))
+
+
+@pytest.mark.slow
+class TestCommands:
+    """As a user starts them."""
+
+    @staticmethod
+    def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fxprune"]
+        return subprocess.run([*start, *words], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+
+    def test_the_first_process_reports(self, tmp_path: Path) -> None:
+        task = tiny_task(tmp_path)
+        out = tmp_path / "run"
+        words = ["--model", str(task.model), "--data", str(task.data), "--weights", str(task.weights), "--no-onnx"]
+        words += [
+            "--register",
+            str(ROOT / "tests/distributed_jobs.py"),
+            "--calibration-images",
+            "60",
+            "--batch-size",
+            "8",
+        ]
+        done = self.torchrun("prune", *words, "--out", str(out))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("fxprune 2:4 (admm)") == 1
+        assert json.loads((out / "report.json").read_text())["images_read"] == 60
+        again = self.torchrun("prune", *words, "--out", str(out))
+        assert again.returncode == 1
+        assert again.stderr.count("holds a run of fxprune prune") == 1
+
+    def test_what_cannot_be_shared_says_so(self) -> None:
+        done = self.torchrun("inspect", "model.onnx")
+        assert done.returncode == 1
+        assert "fxprune inspect runs in one process: start it without torchrun" in done.stderr
+
+
 class TestFiles:
     def test_a_checkpoint_goes_on_with_another_number(
         self, two: ProcessGroup, three: ProcessGroup, tmp_path: Path
@@ -284,11 +332,7 @@ class TestFiles:
         assert all(torch.equal(value, again["state"][name]) for name, value in found[0]["state"].items())
 
     def test_rows_of_a_grid_are_shared_and_none_is_lost(self, two: ProcessGroup, tmp_path: Path) -> None:
-        rng = np.random.default_rng(0)
-        arrays = {f"{split}_images": rng.integers(0, 255, (60, 8, 8), np.uint8) for split in ("train", "test")}
-        np.savez(tmp_path / "data.npz", **arrays, train_labels=np.arange(60) % 3, test_labels=np.arange(60) % 3)
-        save_checkpoint(tmp_path / "weights.pt", create("tiny_rows"))
-        task = Task("tiny_rows", str(tmp_path / "data.npz"), str(tmp_path / "weights.pt"))
+        task = tiny_task(tmp_path)
         grid = Grid((("tiny", task),), ("2:4", "0.5"), ("magnitude", "sparsegpt"), (0,), (30,))
         out = tmp_path / "rows.csv"
         first, second = two(jobs.rows_of, grid, str(out), 1)
