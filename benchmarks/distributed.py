@@ -116,7 +116,8 @@ def main() -> None:
                 error = statistics.mean(of["errors"])
                 scores = " | ".join("" if of[key] is None else f"{of[key]:.4f}" for key in ("agreement", "kl"))
                 print(
-                    f"| {name} | {images} | {len(found)} | {wall:.1f} | {cpu:.1f} | {stages} | {error:.5f} | {scores} |"
+                    f"| {name} | {images} | {len(found)} | {wall:.1f} | {cpu:.1f} | {stages} | {error:.5f} | {scores} |",
+                    flush=True,
                 )
             for key, values in ratios.items():
                 values.append(one[0][key] / max(process[key] for process in several))
