@@ -16,6 +16,7 @@ __all__ = [
     "Pattern",
     "PruneReport",
     "Recipe",
+    "alone",
     "compile",
     "constraints",
     "default_passes",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from fxprune.rank_reduction import low_rank
     from fxprune.recipe import Recipe
     from fxprune.report import LayerReport, PruneReport
+    from fxprune.runtime.processes import alone
     from fxprune.saving import load, save
     from fxprune.scanning import scan
 else:
@@ -73,6 +75,7 @@ else:
             "Pattern": "fxprune.pattern",
             "PruneReport": "fxprune.report",
             "Recipe": "fxprune.recipe",
+            "alone": "fxprune.runtime.processes",
             "compile": "fxprune.compiler",
             "default_passes": "fxprune.compiler",
             "diff": "fxprune.graph_diff",

@@ -42,6 +42,7 @@ from fxprune.passes import (
 from fxprune.pattern import Pattern
 from fxprune.recipe import Recipe
 from fxprune.runtime.devices import default_device
+from fxprune.runtime.processes import agreed, as_in_first, together, world
 from fxprune.runtime.progress import layer_progress
 from fxprune.runtime.surroundings import undisturbed, without_inference_tensors
 from fxprune.solvers import Solver
@@ -51,6 +52,7 @@ DEFAULT_RECIPE = "2:4"
 MUCH = 0.05  # Of the weights, inside modules that are called as a whole: then parts are tried.
 
 
+@together()
 @undisturbed
 def compile(
     model: nn.Module | str | PathLike[str],
@@ -67,6 +69,9 @@ def compile(
     checkpoint_dir: str | None = None,
 ) -> CompiledModule | CompiledParts:
     """Compress a trained CNN in one shot: no retraining, no labels.
+
+    In an initialised group of torch.distributed all processes call it, share the work, and get the same result (docs/scale.md);
+    what one of them is to compile by itself belongs inside `with fxprune.alone():`.
 
     Args:
         model: trained model; it is copied, never modified. An ONNX file, by its path or as a ModelProto, is one too.
@@ -108,7 +113,8 @@ def compile(
         memory_limit=checked_memory(memory_limit),
         checkpoint_dir=checkpoint_dir,
     )
-    with layer_progress(progress) as calibration.on_layer:
+    _agree(model, str(pattern), method, tuple(exclude), options, [type(step).__name__ for step in passes])
+    with layer_progress(progress and world().is_first) as calibration.on_layer:
         preparing, solving = _divided(passes)
         prepared = _prepared(model, calibration, preparing, exclude)
         if prepared.problem is not None and in_parts and isinstance(model, nn.Module):
@@ -123,13 +129,28 @@ def compile(
                 problem=prepared.problem,
             )
             if parts is not None:
+                as_in_first(parts)
                 return parts
         graph_module = prepared.accepted()
         for step in solving:
             step(graph_module, calibration)
         without_inference_tensors(graph_module)
+        as_in_first(graph_module)
         verify(graph_module)
     return CompiledModule.of(graph_module.to(prepared.home), time.perf_counter() - started, calibration.warnings)
+
+
+def _agree(model: object, *given: object) -> None:
+    """Make sure that all processes compile the same.
+
+    Raises:
+        ProcessError: they do not.
+    """
+    if world().count > 1:
+        state = model.state_dict() if isinstance(model, nn.Module) else {}
+        sums = {name: f"{tuple(x.shape)} {float(x.double().abs().sum()):.6e}" for name, x in state.items()}
+        agreed("the model", sums or type(model), remedy="load the same weights in all of them")
+        agreed("what was asked for", given, remedy="give all of them the same recipe, method and options")
 
 
 def traced(

@@ -80,3 +80,7 @@ class ExportError(FxPruneError):
 
 class ValidationError(FxPruneError):
     """An ONNX file does not hold, or does not compute, what it should."""
+
+
+class ProcessError(FxPruneError):
+    """One of several processes that work together has failed, or was given something else than the others."""

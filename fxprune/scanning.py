@@ -29,6 +29,7 @@ from fxprune.passes import CheckHooks, CheckImages, FoldBatchNorm, InsertObserve
 from fxprune.ranks.plan import RankRule
 from fxprune.recipe import Recipe
 from fxprune.runtime.devices import default_device
+from fxprune.runtime.processes import together, world
 from fxprune.runtime.progress import layer_progress
 from fxprune.runtime.surroundings import undisturbed
 from fxprune.solvers import Solver
@@ -110,6 +111,7 @@ class Scan:
             writer.writerows([getattr(row, name) for name in names] for row in self.layers)
 
 
+@together()
 @undisturbed
 def scan(
     model: nn.Module | str | PathLike[str],
@@ -158,7 +160,7 @@ def scan(
         seed=how.options.seed,
         memory_limit=checked_memory(memory_limit),
     )
-    with layer_progress(progress) as calibration.on_layer:
+    with layer_progress(progress and world().is_first) as calibration.on_layer:
         graph_module = traced(model, calibration, exclude=exclude)
         graph_module.to(calibration.device)
         CheckHooks()(graph_module, calibration)

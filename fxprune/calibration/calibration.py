@@ -16,9 +16,11 @@ from fxprune.calibration.dense_twin import DenseTwin
 from fxprune.calibration.holdout import drawn, held_out_count
 from fxprune.calibration.observers import observers_off
 from fxprune.calibration.shapes import Example, KnownShapes
+from fxprune.calibration.shares import SharedLoader
 from fxprune.calibration.stopwatch import Stopwatch
 from fxprune.errors import CalibrationWarning
 from fxprune.graph import Runner, device_of
+from fxprune.runtime.processes import world
 
 HEAD_IMAGES = 160  # In a set of as many, the first FITTED_HEAD are never held out: some passes look at no more of it.
 FITTED_HEAD = 64
@@ -28,6 +30,9 @@ OnLayer = Callable[[str, int], None]
 @dataclass
 class Calibration:
     """A calibration set, and what every pass that reads it has to know of the run.
+
+    Where several processes work together, each one iterates over its own batches (`fxprune.calibration.shares`), and the head
+    is that of the whole set.
 
     Attributes:
         loader: iterable of batches, started once only. What is looked at more than once is kept.
@@ -42,6 +47,7 @@ class Calibration:
         dense: the graph before channels were removed or layers solved, where a later pass needs it.
         shapes: of the values of the run's graphs, as far as they are known.
         is_part: whether the graph is one of several parts of the user's model.
+        is_share: whether the loader holds this process's batches alone; None finds out.
     """
 
     loader: Iterable[Any]
@@ -56,13 +62,21 @@ class Calibration:
     dense: DenseTwin | None = None
     shapes: KnownShapes = field(default_factory=KnownShapes)
     is_part: bool = False
+    is_share: bool | None = None
     _first: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.stopwatch = self.stopwatch or Stopwatch(self.device)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.loader)
+        return iter(self._shared or self.loader)
+
+    @property
+    def _shared(self) -> SharedLoader | None:
+        """The loader as several processes read it; None for one process."""
+        if world().count > 1 and not isinstance(self.loader, SharedLoader):
+            self.loader = SharedLoader(self.loader, is_share=self.is_share, ahead=HEAD_IMAGES)
+        return self.loader if isinstance(self.loader, SharedLoader) else None
 
     @property
     def first(self) -> Any:
@@ -77,6 +91,8 @@ class Calibration:
         Raises:
             CalibrationError: if there are none, one cannot be used, or this is not a loader.
         """
+        if self._shared:
+            return self._shared.head(images)
         batches, self.loader = peek(self.loader, images)
         return batches
 
@@ -106,9 +122,15 @@ class Calibration:
         return torch.cat([torch.zeros(head, dtype=torch.bool), drawn(images - head, count, self.seed)])
 
     def hold(self) -> Sequence[Any]:
-        """All batches, kept from now on, for what reads them more than once."""
+        """All batches (of this process), kept from now on, for what reads them more than once."""
+        if self._shared:
+            return self._shared.hold()
         self.loader = batches = read_all(self.loader)
         return batches
+
+    def number(self, own: int) -> int:
+        """By which number, from 0, a user knows a batch of the loader: the own-th of those that this process reads."""
+        return self._shared.number(own) if self._shared else own
 
     def example(self, graph_module: GraphModule, batch: Sequence[Any] | None = None) -> Example:
         """A few images, and the shapes of the graph's values on them; the graph runs only if they are not known.

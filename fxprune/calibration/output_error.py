@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.fx import Node
 
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.graph import module_of
+from fxprune.runtime.processes import gathered, world
 from fxprune.statistics.offset import Offset
 from fxprune.statistics.pool import Pool
 
@@ -72,6 +74,13 @@ class OutputError:
         """Takes small batches of outputs, of both models, several at a time."""
         return Pool(lambda _, dense, pruned: self.update(dense, pruned))
 
+    @staticmethod
+    def summed(errors: Sequence[OutputError]) -> list[OutputError]:
+        """For each error that of all processes together, in float64 about the first one's shift."""
+        if world().count == 1:
+            return list(errors)
+        return [_merged(of_one) for of_one in zip(*gathered(list(errors)), strict=True)]
+
     @property
     def relative(self) -> float:
         """The ratio; for an output that is constant, 0 if it is reproduced, else 1."""
@@ -92,6 +101,23 @@ class OutputError:
         return (self.squares - float(self.sums.square().sum()) / self.count) / self.count
 
 
+def _merged(errors: Sequence[OutputError]) -> OutputError:
+    """With d from the common shift to one's own: sum |y - s|^2 = sum |y - s - d|^2 + 2 d sum (y - s - d) + n |d|^2."""
+    found = first = next((error for error in errors if error.count), errors[0])
+    for error in errors:
+        if error is first or error.sums is None or error.shift is None or found.sums is None or found.shift is None:
+            continue
+        d = (error.shift.double() - found.shift.double()).flatten()
+        found = replace(
+            found,
+            squared_error=found.squared_error + error.squared_error,
+            squares=found.squares + error.squares + float((2 * error.sums + error.count * d) @ d),
+            sums=found.sums + error.sums + error.count * d,
+            count=found.count + error.count,
+        )
+    return found
+
+
 @dataclass
 class OutputAgreement:
     """Top-1 agreement and KL(dense || pruned) of the model's outputs, if the output is one (N, classes) tensor."""
@@ -109,6 +135,13 @@ class OutputAgreement:
         log_dense, log_pruned = dense.log_softmax(1), pruned.log_softmax(1)
         self.divergence += float((log_dense.exp() * (log_dense - log_pruned)).sum())
         self.count += len(dense)
+
+    def summed(self) -> OutputAgreement:
+        """That of all processes together."""
+        of_all = gathered(self)
+        return OutputAgreement(
+            sum(one.same for one in of_all), sum(one.divergence for one in of_all), sum(one.count for one in of_all)
+        )
 
     @property
     def share(self) -> float | None:

@@ -1,9 +1,13 @@
-"""Reads the loader into the store: checks batches, holds some images out, and keeps of the others those that layers need."""
+"""Reads the loader into the store: checks batches, holds some images out, and keeps of the others those that layers need.
+
+Of several processes each one stores its own batches. What concerns the set as a whole is settled in all of them alike, from the
+sizes of all batches.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -18,6 +22,7 @@ from fxprune.calibration.needed_images import image_step
 from fxprune.calibration.sampling import BatchPlace, as_index, images_taken
 from fxprune.calibration.shapes import Example
 from fxprune.errors import CalibrationError
+from fxprune.runtime.processes import in_order, world
 
 LEAST_TOGETHER = 32  # Held-out images of several batches are joined up to so many, or to the first batch's size.
 
@@ -44,7 +49,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Source:
-    """What a loader gave.
+    """What a loader gave; where several processes share the work, all of them together, but for the slots.
 
     Attributes:
         images_read: in all batches.
@@ -52,7 +57,7 @@ class Source:
         held_out: images on which errors are measured, and nothing is fitted.
         step: at which they were taken of those that are not held out, see `images_taken`; 1 for all.
         fingerprint: a hash of the shapes and sums of all batches, to tell one calibration set from another.
-        slots: entries of the store, in order.
+        slots: entries of this process's store, in order.
     """
 
     images_read: int
@@ -91,16 +96,19 @@ def read_into(
         CalibrationError: if the loader is empty, or a batch cannot be used.
     """
     placeholders = graph_module.graph.find_nodes(op="placeholder")
-    digest, sizes = hashlib.sha256(), list[int]()
-    for number, batch in enumerate(calibration):
-        values = inputs_of(batch, placeholders, number, device=device)
-        sizes.append(count(list(values.values())) if placeholders else 0)
-        for x in tensors_in(list(values.values())):
-            digest.update(str((tuple(x.shape), float(x.sum(dtype=torch.float64)))).encode())
+    read = list[tuple[int, str]]()
+    for key, batch in enumerate(calibration):
+        values = inputs_of(batch, placeholders, calibration.number(key), device=device)
+        tensors = tensors_in(list(values.values()))
+        sums = "".join(str((tuple(x.shape), float(x.sum(dtype=torch.float64)))) for x in tensors)
+        read.append((count(list(values.values())) if placeholders else 0, sums))
         in_memory = {node: map_tensors(x, channels_last) for node, x in values.items()} if last else values
-        store.put(number, BatchValues(in_memory))
-    if not len(store):
+        store.put(key, BatchValues(in_memory))
+    of_all, places = in_order(read)
+    if not of_all:
         raise CalibrationError(EMPTY)
+    sizes, keys = [size for size, _ in of_all], {place: key for key, place in enumerate(places)}
+    fingerprint = hashlib.sha256("".join(sums for _, sums in of_all).encode()).hexdigest()
     total, step = sum(sizes), Fraction(1)
     masks = calibration.held_out(total).split(sizes)
     out = sum(int(mask.sum()) for mask in masks)
@@ -110,27 +118,34 @@ def read_into(
         out = sum(int(mask.sum()) for mask in masks)
     if patches and placeholders and fit and example is not None:
         step = image_step(example, images=total - out, patches=patches, least=least)
-    held_out = _HeldOut(store, max(LEAST_TOGETHER, sizes[0]), key=len(sizes))
-    slots, before, images = list[Slot](), 0, 0  # Images that are not held out, and those of them that are taken.
-    for number, of_batch in enumerate(masks):
+    held_out = _HeldOut(store, max(LEAST_TOGETHER, sizes[0]), key=len(keys))
+    slots = list[Slot]()
+    before, place = 0, BatchPlace(0, 0, 0)  # Of the images that are not held out, and of those of them that are taken.
+    for turn, of_batch in enumerate(masks):
         left = (~of_batch).nonzero()[:, 0]
-        taken = images_taken(len(left), step, first=before, turn=number) if fit or not out else ()
+        taken = images_taken(len(left), step, first=before, turn=turn) if fit or not out else ()
         before += len(left)
-        if len(taken) < len(of_batch):
-            values = store.take(number).dense_values
-            held_out.add(number, take(values, of_batch.nonzero()[:, 0].to(device)))
-            if taken:
-                store.put(number, BatchValues(take(values, left[as_index(taken, left.device)].to(device))))
+        place = replace(place, images=len(taken))
+        if turn in keys:
+            key = keys[turn]
+            number = calibration.number(key)
+            if len(taken) < len(of_batch):
+                values = store.take(key).dense_values
+                held_out.add(number, take(values, of_batch.nonzero()[:, 0].to(device)))
+                if taken:
+                    store.put(key, BatchValues(take(values, left[as_index(taken, left.device)].to(device))))
+            if taken or not placeholders:
+                slots.append(Slot(key, number, place))
         if taken or not placeholders:
-            slots.append(Slot(number, number, BatchPlace(len(slots), images, len(taken))))
-            images += len(taken)
-    return Source(total, images, out, step, digest.hexdigest(), (*slots, *held_out.finish()))
+            place = BatchPlace(place.number + 1, place.first + len(taken), 0)
+    return Source(total, place.first, out, step, fingerprint, (*slots, *held_out.finish()))
 
 
 def _example(graph_module: GraphModule, calibration: Calibration, store: BatchStore) -> Example | None:
     """Some images and the shapes on them; None for a model that fails on them: the run that follows names the place."""
     try:
-        return calibration.example(graph_module, list(store.look(0).dense_values.values()))
+        first = list(store.look(0).dense_values.values()) if world().count == 1 else None
+        return calibration.example(graph_module, first)
     except CalibrationError:
         return None
 

@@ -46,6 +46,7 @@ from fxprune.layers.shared import keeps_own_target, weight_calls
 from fxprune.layers.solve import SolvedLayer
 from fxprune.operations import any_reads_strides
 from fxprune.options import Options
+from fxprune.runtime.processes import gathered
 from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics, Moments, Pool
 
 Visit = Callable[[BatchPlace, BatchValues], None]  # Of a batch's place in the set, and the values at the cut.
@@ -63,7 +64,7 @@ class Outcome:
         agreement: share of the held-out images on which both models' outputs have the same top class; None without such
             images, and where the output is not one (N, classes) tensor.
         kl: mean KL(dense || pruned) there, in nats, or None likewise.
-        peak_bytes: most bytes of live values held in memory between two batches.
+        peak_bytes: most bytes of live values held in memory between two batches, in one process.
     """
 
     source: Source
@@ -379,8 +380,11 @@ class CalibrationStream:
                 agreement.update(values.dense(result), values.pruned(result))
 
         self.advance(self._nodes[-1], compare)
-        errors = {node: error.relative for node, error in self._errors.items()}
-        self._outcome = Outcome(self.source, errors, agreement.share, agreement.kl, self._store.peak_bytes)
+        of_all = OutputError.summed([*self._errors.values()])
+        errors = {node: error.relative for node, error in zip(self._errors, of_all, strict=True)}
+        agreement = agreement.summed()
+        peak_bytes = max(gathered(self._store.peak_bytes))
+        self._outcome = Outcome(self.source, errors, agreement.share, agreement.kl, peak_bytes)
 
     def _run(self, node: Node, values: BatchValues, slot: Slot) -> None:
         """Run a node that is not a cut for the dense model and, where it differs, the pruned model."""

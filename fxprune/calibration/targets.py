@@ -74,8 +74,10 @@ def cross_statistics(
         stream.advance(node, visit)
     stream.gather(pool)
     stream.gather(check_pool)
-    seen = 0 < check[1].count < cross.count
-    return cross, Moments(check[0].statistics(), check[1]) if seen else None
+    cross = cross.summed()
+    check_cross = check[1].summed() if stream.check else check[1]
+    seen = 0 < check_cross.count < cross.count
+    return cross, Moments(check[0].statistics(), check_cross) if seen else None
 
 
 def relu_aware_statistics(
@@ -128,13 +130,15 @@ def relu_aware_statistics(
 
     stream.revisit(visit)
     stream.gather(pool)
-    return cross.plus(change)
+    return cross.plus(change.summed())
 
 
 def outputs_of_both(
     stream: CalibrationStream, node: Node, geometry: LayerGeometry, layer: SolvedLayer, *, check: bool
 ) -> tuple[Tensor, Tensor]:
     """What a layer at which the stream stands puts out in the dense model, and with new parameters: (N, R) each.
+
+    Of several processes each gives that of its own images.
 
     Args:
         stream: at the layer, a Linear one with one vector for each image.
@@ -151,8 +155,9 @@ def outputs_of_both(
         x, dense = stream.observed(values, source)[chosen], stream.wanted(values, node)[chosen]
         outputs.append((dense, geometry.apply(x, part.weight, part.bias)))
 
+    none = part.weight.new_zeros(0, geometry.out_channels)
     stream.revisit(visit)
-    dense, found = (torch.cat(of_one) for of_one in zip(*outputs, strict=True))
+    dense, found = (torch.cat(of_one) for of_one in zip(*(outputs or [(none, none)]), strict=True))
     return dense, found
 
 

@@ -31,6 +31,8 @@ app = typer.Typer(
 
 _SCORES = ("torch", "fxprune.data", "fxprune.models", "fxprune.experiments.evaluation", "fxprune.experiments.runs")
 
+_SHARED = ("prune", "low-rank", "scan", "benchmark")  # By the processes that torchrun starts.
+
 for _name, _function, _runs_on, _example in (
     (
         "prune", prune, compression.RUNS_ON,
@@ -64,7 +66,7 @@ for _name, _function, _runs_on, _example in (
         "    methods: [magnitude, admm]",
     ),
 ):  # fmt: skip
-    command(app, _name, runs_on=_runs_on, example=_example)(_function)
+    command(app, _name, runs_on=_runs_on, example=_example, shared=_name in _SHARED)(_function)
 
 
 def _version(asked: bool) -> None:

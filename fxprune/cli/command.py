@@ -12,6 +12,8 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import io
+import os
 import re
 import sys
 import warnings
@@ -58,7 +60,7 @@ class Group:
 
 
 def command(
-    app: typer.Typer, name: str, *, runs_on: Sequence[str] = (), example: str = ""
+    app: typer.Typer, name: str, *, runs_on: Sequence[str] = (), example: str = "", shared: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator that makes a function the command `name` of an app; the function's docstring is its help.
 
@@ -69,6 +71,7 @@ def command(
         name: of the command.
         runs_on: modules to import before the function is called.
         example: command lines for the foot of the help.
+        shared: whether processes that torchrun has started can share its work; the first one alone reports.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -84,8 +87,10 @@ def command(
                     stdout.print(to_yaml(config).rstrip(), markup=False, soft_wrap=True)
                     return
                 arguments = signature.arguments(values, config)
+                if os.environ.get("RANK", "0") != "0":  # The first of several processes reports.
+                    stdout.file = stderr.file = io.StringIO()
                 _import(runs_on)
-                with _our_warnings():
+                with _our_warnings(), _processes(name, shared=shared):
                     function(**arguments)
             except KeyboardInterrupt:
                 stderr.print("interrupted")
@@ -147,6 +152,21 @@ def _import(modules: Sequence[str]) -> None:
                 stderr.file.write("\r\033[K")
                 stderr.file.flush()
     raise_again()
+
+
+@contextmanager
+def _processes(name: str, *, shared: bool) -> Iterator[None]:
+    """Work together with the other processes that torchrun has started, if there are any.
+
+    Raises:
+        OptionsError: there are, and the command's work cannot be shared.
+    """
+    from fxprune.runtime import processes  # which brings torch
+
+    if processes.is_started_by_torchrun() and not shared:
+        raise OptionsError(f"fxprune {name} runs in one process: start it without torchrun")
+    with processes.group_of_torchrun(), processes.together():
+        yield
 
 
 @contextmanager

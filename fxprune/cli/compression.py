@@ -47,7 +47,7 @@ def compress(
     device: str | None,
     overwrite: bool,
 ) -> None:
-    """Load, compress, score, export, and write the run folder.
+    """Load, compress, score, export, and write the run folder; of several processes all compress, and the first does the rest.
 
     Args:
         command: "prune" or "low-rank".
@@ -68,6 +68,7 @@ def compress(
     from fxprune.experiments.evaluation import agreement, score
     from fxprune.experiments.runs import check_folder, start_run
     from fxprune.runtime.devices import default_device
+    from fxprune.runtime.processes import on_first, world
     from fxprune.saving import save
 
     if task.model is None or task.data is None:
@@ -76,7 +77,8 @@ def compress(
         )
     place = default_device(device)
     import_user_code(register or ())
-    check_folder(folder, command, overwrite=overwrite)
+    if world().is_first:
+        check_folder(folder, command, overwrite=overwrite)
     with working(f"reading {task.data}"):
         splits = task.load_data(labelled=False)
     model = task.trained_model(splits.info.num_classes)
@@ -87,10 +89,10 @@ def compress(
         scored_on = "test images" if splits.test is not None else "images that were not calibrated on"
     else:
         test, scored_on = calibration, "calibration images: there are no others"
-    run = start_run(folder, command, config, overwrite=overwrite)
+    run = on_first(lambda: start_run(folder, command, config, overwrite=overwrite))
 
     results: dict[str, Any] = {}
-    if splits.labelled:
+    if splits.labelled and world().is_first:
         with working("scoring the dense model"):
             dense = score(model, test, place)
         results["dense_accuracy"] = dense.accuracy
@@ -100,6 +102,8 @@ def compress(
                 "are these its weights, its data set, and the mean and std that it was trained with?"
             )
     compiled = how(model, calibration, place)
+    if not world().is_first:
+        return
     report = compiled.report
     stdout.print()
     stdout.out(report.render(color=stdout.is_terminal), highlight=False)

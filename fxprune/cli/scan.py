@@ -62,6 +62,7 @@ def scan(
     from fxprune.data import calibration_split, make_loader
     from fxprune.experiments.runs import check_folder, start_run
     from fxprune.files import atomic
+    from fxprune.runtime.processes import on_first, world
     from fxprune.scanning import scan
 
     if task.model is None or task.data is None:
@@ -72,16 +73,19 @@ def scan(
     import_user_code(register or ())
     solvers.get(method)
     folder = out or Path("out", "scan", f"{model_name(task.model)}-{data_name(task.data)}-{method}")
-    check_folder(folder, "scan", overwrite=overwrite)
+    if world().is_first:
+        check_folder(folder, "scan", overwrite=overwrite)
     with working(f"reading {task.data}"):
         splits = task.load_data(labelled=False)
     model = task.trained_model(splits.info.num_classes)
     chosen, _ = calibration_split(splits.train, calibration_images, options.seed, balanced=splits.labelled)
-    run = start_run(folder, "scan", config, overwrite=overwrite)
+    run = on_first(lambda: start_run(folder, "scan", config, overwrite=overwrite))
     found = scan(
         model, make_loader(chosen, batch_size=batch_size), recipes, method=method, exclude=tuple(exclude or ()),
         options=options, device=device, progress=stderr.is_terminal, memory_limit=limit,
     )  # fmt: skip
+    if not world().is_first:
+        return
     stdout.out(found.render(color=stdout.is_terminal), highlight=False)
     with atomic(folder / TABLE) as part:
         found.to_csv(part)

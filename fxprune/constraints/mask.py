@@ -13,13 +13,14 @@ from fxprune.calibration.calibration import Calibration
 from fxprune.constraints.sensitivity import sensitivities
 from fxprune.errors import PatternError
 from fxprune.geometry import LayerGeometry
-from fxprune.layers.constraint import Chain, Constraint, Part, Rest, register
+from fxprune.layers.constraint import Chain, Constraint, Part, Rest, refit_rows, register
 from fxprune.options import Method
 from fxprune.pattern import MixedPattern, NMPattern, Pattern
+from fxprune.runtime.processes import of_first
 from fxprune.solvers.allocation import allocate
 from fxprune.solvers.magnitude import magnitude
 from fxprune.solvers.problem import LayerProblem
-from fxprune.solvers.refit import refit
+from fxprune.solvers.shared_out import by_groups, by_rows
 
 SAMPLED_ROWS = (
     8  # Of larger layers, to see whether another mask is worth a re-fit of all rows: 0.4% of the time on ResNet-20.
@@ -64,7 +65,7 @@ class Mask(Constraint):
         if part.mask is not None:  # Choose among the weights that an earlier mask left, to put out what they put out.
             target = part.matrix @ problem.hessian if problem.is_observed else problem.target
             problem = replace(problem, weight=part.matrix, target=target)
-        matrix = torch.stack([sparse_matrix(group, self.pattern, method) for group in problem.groups()])
+        matrix = by_groups(problem, lambda group: sparse_matrix(group, self.pattern, method))
         if part.mask is not None:
             part = part.masked(matrix != 0, method, start=matrix)
         else:
@@ -106,9 +107,13 @@ def sparse_matrix(problem: LayerProblem, pattern: Pattern, method: Method) -> Te
     """
 
     def fitted(problem: LayerProblem, matrix: Tensor) -> Tensor:
-        return refit(problem, matrix != 0, start=matrix) if method.options.refit else matrix
+        return refit_rows(problem, matrix != 0, matrix) if method.options.refit else matrix
 
-    found = fitted(problem, method.solver(problem, pattern))
+    if method.solver.takes_rows and isinstance(pattern, NMPattern):
+        found = by_rows(problem, lambda part: method.solver(part, pattern))
+    else:  # In every process the same.
+        found = method.solver(problem, pattern)
+    found = fitted(problem, found)
     if not method.solver.safeguarded:
         return found
     largest = magnitude(problem, pattern)
@@ -117,7 +122,7 @@ def sparse_matrix(problem: LayerProblem, pattern: Pattern, method: Method) -> Te
         rows = torch.linspace(0, count - 1, SAMPLED_ROWS, device=found.device).round().long()
         few = problem.rows(rows)
         lost = few.losses(fitted(few, largest[rows])) - few.losses(found[rows])
-        if bool(lost.mean() > 2 * lost.std() / SAMPLED_ROWS**0.5):  # Clearly worse; nearly always it is.
+        if of_first(bool(lost.mean() > 2 * lost.std() / SAMPLED_ROWS**0.5)):  # Clearly worse; nearly always it is.
             return found
     largest = fitted(problem, largest)
     return largest if bool(problem.loss(largest) < problem.loss(found)) else found

@@ -19,6 +19,7 @@ from fxprune.layers.splits import SPLITS, Split, full_rank, geometries
 from fxprune.options import Method
 from fxprune.ranks.plan import Choice, RankPlan, RankRule
 from fxprune.ranks.survey import survey
+from fxprune.runtime.processes import on_first
 from fxprune.solvers.low_rank import Factors, data_aware_factors, plain_factors, refit_second
 from fxprune.solvers.problem import LayerProblem
 from fxprune.solvers.spatial_split import (
@@ -136,7 +137,8 @@ class Rank(Constraint):
 
         calibration.on_layer("measuring", 0)
         example = calibration.images(graph_module, 1)
-        return plan_for_speedup(graph_module, found, self.rule.value, list(tensors_in(example)))
+        factor, inputs = self.rule.value, list(tensors_in(example))
+        return on_first(lambda: plan_for_speedup(graph_module, found, factor, inputs))
 
     def solve(self, part: Part, rest: Rest, method: Method) -> tuple[Part, ...]:
         """Factors with the least output error ("data_aware"), or for methods that see no images the truncated SVD."""

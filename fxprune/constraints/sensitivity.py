@@ -31,6 +31,7 @@ from fxprune.layers.shared import modules_called, weight_calls
 from fxprune.layers.solve import product, solve_chain
 from fxprune.options import Method
 from fxprune.runtime.precision import full_precision
+from fxprune.runtime.processes import shared
 from fxprune.solvers.problem import LayerProblem
 from fxprune.statistics import InputStatistics
 
@@ -84,13 +85,14 @@ def sensitivities(
             with observers_off(graph_module):
                 probe = probe_of(graph_module, calibration)
                 dense = _outputs(graph_module, probe)
-                found, calls = {}, weight_calls(graph_module)
-                for number, (node, own) in enumerate(chains.items()):
-                    calibration.on_layer(f"scanning {node.target}", len(chains) if number == 0 else 0)
-                    found[node] = _of_layer(
-                        graph_module, node, calls[node], statistics[node], own, method, probe, dense, probe_every
-                    )
-    return found
+                calls, stages = weight_calls(graph_module), iter([len(chains)])
+
+                def of_layer(node: Node) -> Sensitivity:
+                    calibration.on_layer(f"scanning {node.target}", next(stages, 0))
+                    of = statistics[node], chains[node], method, probe, dense, probe_every
+                    return _of_layer(graph_module, node, calls[node], *of)
+
+                return dict(zip(chains, shared(of_layer, list(chains)), strict=True))
 
 
 def _of_layer(

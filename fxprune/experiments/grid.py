@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from fxprune.experiments.yaml_files import check_keys, read_yaml
 from fxprune.options import Options
 from fxprune.recipe import Recipe
 from fxprune.runtime.devices import default_device
+from fxprune.runtime.processes import alone, gathered, on_first, world
 
 T = TypeVar("T")
 Record = TypeVar("Record", Task, Options)
@@ -116,12 +118,16 @@ def run_grid(
     Finished rows of an earlier grid stay in the file; rows that failed are run again. A row's failure is written down and
     ends that row alone.
 
+    Of several processes each runs rows of its own, alone, and writes them to a file beside the CSV, into which the first one
+    gathers them at the end. What is left of a run that was cut short is taken up by the next one.
+
     Args:
         grid: what to run.
         path: the CSV.
         device: where to compute; None takes CUDA if there is one.
         progress: show a progress bar for each compilation.
-        on_row: called after each row, also for one that was there already, with its number from 1 and how many there are.
+        on_row: called after each row of this process, also for one that was there already, with its number from 1 and how many
+            there are.
 
     Returns:
         The grid's rows in order.
@@ -130,27 +136,62 @@ def run_grid(
         DataError: the CSV is there but none that this function wrote.
         OSError: the CSV cannot be written.
     """
-    known = {row.key: row for row in read_rows(path) if row.status == OK} if Path(path).exists() else {}
-    rows: list[Row] = []
-    count = len(grid.models) * len(list(_combinations(grid)))
+    path, here = Path(path), world()
+    known = on_first(lambda: _finished(path))
+    tasks = dict(grid.models)
+    rows = [(_row(grid, name, task, *of), of[0]) for name, task in tasks.items() for of in _combinations(grid)]
+    missing = [row.key for row, _ in rows if row.key not in known]
+    to_run = {*missing[here.number :: here.count]}
     commit, place = source_commit() or "", default_device(device)
-    for name, task in grid.models:
-        # Loaded once, and only if a row needs it; if that fails, it fails for all rows alike.
-        prepare = functools.cache(functools.partial(_attempt, _Prepared.of, task, grid, place))
-        for combination in _combinations(grid):
-            row = _row(grid, name, task, *combination)
-            recipe = combination[0]
-            if row.key not in known:
-                prepared, error = prepare()
+    # Loaded once, and only if a row needs it; if that fails, it fails for all rows alike.
+    prepare = functools.lru_cache(maxsize=1)(lambda name: _attempt(_Prepared.of, tasks[name], grid, place))
+    own: dict[tuple[str, ...], Row] = {}
+    for number, (row, recipe) in enumerate(rows, start=1):
+        if row.key in to_run:
+            with alone():
+                prepared, error = prepare(row.name)
                 found: dict[str, Any] | None = None
                 if prepared is not None:
                     found, error = _attempt(prepared.run, row, recipe, grid, progress)
-                status = FAILED if found is None else OK
-                known[row.key] = dataclasses.replace(row, status=status, commit=commit, error=error, **(found or {}))
-                write_rows(path, known.values())
-            rows.append(known[row.key])
-            on_row(rows[-1], len(rows), count)
-    return rows
+            status = FAILED if found is None else OK
+            own[row.key] = dataclasses.replace(row, status=status, commit=commit, error=error, **(found or {}))
+            if here.count == 1:
+                write_rows(path, [*known.values(), *own.values()])
+            else:
+                write_rows(_part(path, here.number), own.values())
+        if row.key in own or (row.key in known and here.is_first):
+            on_row(own.get(row.key) or known[row.key], number, len(rows))
+    for of_one in gathered(own):
+        known |= of_one
+    asked_for = [known.pop(row.key) for row, _ in rows]
+    if here.count > 1:
+        on_first(lambda: _gather(path, [*known.values(), *asked_for]))
+    return asked_for
+
+
+def _finished(path: Path) -> dict[tuple[str, ...], Row]:
+    """The finished rows of the CSV, with those that processes of a run that was cut short have left beside it."""
+    files = [path, *_parts(path)]
+    known = {row.key: row for file in files if file.exists() for row in read_rows(file) if row.status == OK}
+    if len(files) > 1:
+        _gather(path, known.values())
+    return known
+
+
+def _gather(path: Path, rows: Iterable[Row]) -> None:
+    """Write all rows to the CSV, and only then remove what processes have written beside it."""
+    write_rows(path, rows)
+    for part in _parts(path):
+        part.unlink()
+
+
+def _part(path: Path, process: int) -> Path:
+    """Where one of several processes writes its rows."""
+    return path.with_name(f"{path.name}.process{process}")
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.process*"))
 
 
 def _attempt(function: Callable[..., T], *arguments: Any) -> tuple[T | None, str]:

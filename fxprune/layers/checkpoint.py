@@ -19,16 +19,24 @@ from fxprune.geometry import LayerGeometry
 from fxprune.layers.constraint import chain_text
 from fxprune.layers.solve import SolvedLayer, SolvedPart
 from fxprune.options import Method
+from fxprune.runtime.processes import from_process, of_first, world
+
+SUFFIX = ".layer.pt"
 
 
 class LayerCheckpoint:
     """A folder with one file for each finished layer, and a manifest that says of which run they are.
 
-    Without a folder nothing is kept and nothing is found.
+    Without a folder nothing is kept and nothing is found. Of several processes the first one alone reads and writes it.
+
+    Args:
+        folder: None in all processes but the first, and without a folder.
+        finished: names of the layers that an earlier run has finished.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, finished: frozenset[str] = frozenset()) -> None:
         self.folder = folder
+        self.finished = finished
 
     @classmethod
     def open(cls, folder: str | None, graph_module: GraphModule, method: Method) -> LayerCheckpoint:
@@ -37,9 +45,13 @@ class LayerCheckpoint:
         Raises:
             OptionsError: if it holds the layers of another model, of other constraints, another method or other options.
         """
-        if folder is None:
-            return cls(None)
-        path = Path(folder)
+        checkpoint = cls(None)
+        if folder is not None and world().is_first:
+            checkpoint = cls._opened(Path(folder), graph_module, method)
+        return cls(checkpoint.folder, of_first(checkpoint.finished))
+
+    @classmethod
+    def _opened(cls, path: Path, graph_module: GraphModule, method: Method) -> LayerCheckpoint:
         path.mkdir(parents=True, exist_ok=True)
         chains = {
             str(n.target): chain_text(annotation(n).chain)
@@ -54,7 +66,7 @@ class LayerCheckpoint:
         }
         checkpoint = cls(path)
         checkpoint._agree("run.json", run)
-        return checkpoint
+        return cls(path, frozenset(file.name.removesuffix(SUFFIX) for file in path.glob(f"*{SUFFIX}")))
 
     def check_data(self, fingerprint: str) -> None:
         """Make sure that a resumed run sees the same calibration data.
@@ -67,12 +79,15 @@ class LayerCheckpoint:
 
     def has(self, name: str) -> bool:
         """Whether a layer is finished."""
-        return self.folder is not None and self._file(name).exists()
+        return name in self.finished
 
     def load(self, name: str) -> SolvedLayer | None:
         """A finished layer, or None."""
         if not self.has(name):
             return None
+        return from_process(0, self._read(name) if world().is_first else None)
+
+    def _read(self, name: str) -> SolvedLayer:
         kept = torch.load(self._file(name), weights_only=True)
         parts = tuple(SolvedPart(LayerGeometry(**part.pop("geometry")), **part) for part in kept.pop("parts"))
         return SolvedLayer(parts, **kept)
@@ -89,7 +104,7 @@ class LayerCheckpoint:
 
     def _file(self, name: str) -> Path:
         assert self.folder is not None
-        return self.folder / f"{name}.layer.pt"
+        return self.folder / f"{name}{SUFFIX}"
 
     def _agree(self, file: str, found: Mapping[str, object]) -> None:
         """Write what a run is, or compare it with what was written."""

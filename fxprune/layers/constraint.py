@@ -21,6 +21,7 @@ from fxprune.geometry import LayerGeometry
 from fxprune.options import Method
 from fxprune.solvers.problem import LayerProblem
 from fxprune.solvers.refit import refit
+from fxprune.solvers.shared_out import by_groups, by_rows
 
 if TYPE_CHECKING:
     from fxprune.calibration.calibration import Calibration
@@ -62,8 +63,12 @@ class Part:
         """The best weights (G, R/G, D) for a problem on the part's mask, or anywhere if it has none."""
         if self.mask is None:
             return problem.optimum()
-        groups = zip(problem.groups(), self.mask, self.matrix, strict=True)
-        return torch.stack([refit(group, mask, start=start) for group, mask, start in groups])
+        return by_groups(problem, refit_rows, self.mask, self.matrix)
+
+
+def refit_rows(problem: LayerProblem, mask: Tensor, start: Tensor) -> Tensor:
+    """`refit` of one group, (R, D); processes share the rows."""
+    return by_rows(problem, lambda part, on, at: refit(part, on, start=at), mask, start)
 
 
 Rest: TypeAlias = Callable[[Part], tuple[Part, ...]]

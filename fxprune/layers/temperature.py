@@ -16,12 +16,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fxprune.runtime.processes import gathered
+
 LARGEST = 4.0
 STEPS = 30
 
 
 def logit_scale(dense: Tensor, found: Tensor) -> float:
-    """An s in [1, LARGEST] whose mean KL(softmax(dense) || softmax(s found)), convex in s, is near the least.
+    """An s in [1, LARGEST] whose mean KL(softmax(dense) || softmax(s found)) over all processes is near the least; convex in s.
 
     Args:
         dense: (N, classes) logits wanted.
@@ -31,19 +33,27 @@ def logit_scale(dense: Tensor, found: Tensor) -> float:
     wanted = dense.softmax(1)
 
     def too_large(s: float) -> bool:
-        return float((((s * found).softmax(1) - wanted) * found).sum()) > 0
+        return _summed((((s * found).softmax(1) - wanted) * found).sum())[0] > 0
 
     def cross_entropy(s: float) -> Tensor:
         return -(wanted * (s * found).log_softmax(1)).sum(1)
 
+    (images,) = _summed(len(found))
     best = _boundary(1.0, LARGEST, too_large)
     least = cross_entropy(best)
 
     def near_enough(s: float) -> bool:
         more = cross_entropy(s) - least
-        return float(more.mean() - more.std() / math.sqrt(len(more))) <= 0
+        total, squares = _summed(more.sum(), more.square().sum())
+        variance = max(0.0, squares - total**2 / images) / (images - 1)
+        return total / images <= math.sqrt(variance / images)
 
-    return 1.0 if len(dense) < 2 or near_enough(1.0) else _boundary(1.0, best, near_enough)
+    return 1.0 if images < 2 or near_enough(1.0) else _boundary(1.0, best, near_enough)
+
+
+def _summed(*values: Tensor | float) -> list[float]:
+    """Each over all processes."""
+    return [sum(of_each) for of_each in zip(*gathered([float(value) for value in values]), strict=True)]
 
 
 def _boundary(low: float, high: float, beyond: Callable[[float], bool]) -> float:

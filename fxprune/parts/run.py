@@ -39,6 +39,7 @@ from fxprune.parts.search import Part, Search, put_in
 from fxprune.passes import CheckImages, Pass, verify
 from fxprune.recipe import Recipe
 from fxprune.report import LayerReport, PruneReport
+from fxprune.runtime.processes import in_order
 from fxprune.runtime.surroundings import without_inference_tensors
 from fxprune.trace_check import TOLERANCE, distance
 from fxprune.tracing import usable_copy
@@ -60,9 +61,10 @@ class CallsCalibration(Calibration):
 
     def held_out(self, images: int) -> Tensor:
         """Which rows are held out, (images,) bool."""
-        if not self.rows:
+        of_all, _ = in_order(self.rows)
+        if not of_all:
             return super().held_out(images)
-        masks = [torch.full((rows,), out) for rows, out in self.rows]
+        masks = [torch.full((rows,), out) for rows, out in of_all]
         return torch.cat([*masks, torch.zeros(images, dtype=torch.bool)])[:images]
 
 
@@ -135,9 +137,10 @@ class _Run:
         started = time.perf_counter()
         self._check_names(parts)
         self._batches = self.calibration.hold()
-        sizes = [self.reading.images(self.model, batch) for batch in self._batches]
+        sizes, own = in_order([self.reading.images(self.model, batch) for batch in self._batches])
         out = -(-held_out_count(sum(sizes), self.calibration.holdout) * len(sizes) // max(sum(sizes), 1))
-        self._held_out = drawn(len(sizes), min(out, len(sizes) // 2), self.calibration.seed).tolist()
+        of_all = drawn(len(sizes), min(out, len(sizes) // 2), self.calibration.seed).tolist()
+        self._held_out = [of_all[batch] for batch in own]
         source = copy.deepcopy(self.model) if self.options.inputs == "dense" else self.model
         reports: dict[str, PruneReport] = {}
         for part in parts:
@@ -147,7 +150,7 @@ class _Run:
                 reports[part.path] = compiled.report
         without_inference_tensors(self.model)
         of_images = [reports[part.path].images_held_out for part in parts if part.is_of_images and part.path in reports]
-        batches = sum(size for size, out in zip(sizes, self._held_out, strict=True) if out)
+        batches = sum(size for size, out in zip(sizes, of_all, strict=True) if out)
         held_out = max(of_images, default=batches if reports else 0)
         whole = self._report(str(problem), reports, sum(sizes), held_out, time.perf_counter() - started)
         result = CompiledParts(self.model, tuple(reports), whole).eval()
@@ -207,6 +210,7 @@ class _Run:
             checkpoint_dir=None if folder is None else str(Path(folder) / part.path),
             on_layer=lambda name, stages: self.calibration.on_layer(f"{part.path}.{name}", stages),
             is_part=True,
+            is_share=True,
         )
         calibration.loader = self._calls(part, source, calibration)
         return calibration

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.annotations import annotation, changed_modules
-from fxprune.calibration.batches import map_tensors, tensors_in
+from fxprune.calibration.batches import count, map_tensors, take, tensors_in
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.failures import said, stays_as_it_is
 from fxprune.calibration.observers import observer_of, observers_off
@@ -38,6 +38,7 @@ from fxprune.passes.insert_observers import InsertObservers
 from fxprune.pattern import MixedPattern, NMPattern, Pattern
 from fxprune.recipe import Recipe
 from fxprune.runtime.precision import full_precision
+from fxprune.runtime.processes import shared, world
 from fxprune.runtime.surroundings import same_random_numbers
 from fxprune.solvers import LayerProblem
 from fxprune.solvers.shifted_systems import inverse_diagonal
@@ -173,9 +174,9 @@ class PermuteChannels(CalibratedPass):
                 self.record(graph_module, "kept", node, reason=reason)
         if not layers or pattern is None:
             return channels, {}, None
-        few = calibration.fitted_head(self.images) if example.takes_few else list(calibration)
+        few = _dealt_out(calibration.fitted_head(self.images)) if example.takes_few else list(calibration)
         images = Calibration(
-            few, device=device, holdout=0.0, stopwatch=calibration.stopwatch, shapes=calibration.shapes
+            few, device=device, holdout=0.0, stopwatch=calibration.stopwatch, shapes=calibration.shapes, is_share=True
         )
         wanted = {observer_of(twin) for twin in layers.values()}
         with observers_off(observed):
@@ -184,11 +185,34 @@ class PermuteChannels(CalibratedPass):
             stream = CalibrationStream(observed, images, patches=PATCHES, least_images=self.images)
             stream.advance(list(observed.graph.nodes)[-1])
         with calibration.stopwatch.measure("solve"):
-            readers = {
-                node: list(_readers(twin, channels.layouts[input_of(node)].classes, self.damping))
-                for node, twin in layers.items()
-            }
+            for twin in layers.values():
+                observer_of(twin).statistics()  # All processes have to ask before each goes on alone.
+
+            def readers_of(node: Node) -> list[Reader]:
+                return list(_readers(layers[node], channels.layouts[input_of(node)].classes, self.damping))
+
+            readers = dict(zip(layers, shared(readers_of, list(layers)), strict=True))
         return channels, readers, pattern
+
+
+def _dealt_out(batches: Sequence[Any]) -> list[Any]:
+    """Of each batch that all processes have, this one's part, of whose images the same rows are taken as in one process.
+
+    Which rows these are goes by an image's place in its batch, turned by the batch's number (`images_taken`). A part is a batch
+    with another number.
+    """
+    here = world()
+    if here.count == 1:
+        return list(batches)
+    own, turn = list[Any](), 0
+    for number, batch in enumerate(batches):
+        in_turn = torch.arange(count(batch)).roll(-number)
+        for process in range(here.count):
+            part = in_turn[replace(here, number=process).share(len(in_turn))]
+            if len(part) and process == here.number:
+                own.append(take(batch, part.roll(turn)))
+            turn += len(part) > 0
+    return own
 
 
 def _nm_pattern(pattern: Pattern) -> NMPattern | None:

@@ -13,8 +13,8 @@ suits layers and networks of any scale.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from fxprune.graph import Runner, device_of
 from fxprune.layers.problem import layer_of
 from fxprune.layers.shared import weight_calls
 from fxprune.passes.base import CalibratedPass
+from fxprune.runtime.processes import from_process, gathered, in_order, world
 
 STEP = 0.01  # Of the root mean square of the weights that a layer has kept.
 WARM_UP = 0.1
@@ -104,7 +105,7 @@ class Polish(CalibratedPass):
             _update_report(calibration.dense, graph_module, layers, of_all, is_score=is_score)
         return PassResult(graph_module, True)
 
-    def _epochs(self, layers: list[Node], distance: _Distance, steps: list[Inputs]) -> Iterator[int]:
+    def _epochs(self, layers: list[Node], distance: _Distance, steps: list[_Step]) -> Iterator[int]:
         """Adam on a one-cycle schedule, an epoch at a time; gradients outside the masks are zeroed: zeros stay zero."""
         own = {p: p.requires_grad for p in distance.pruned.parameters()}
         weights = [p.requires_grad_(True) for node in layers for p in layer_of(node).parameters()]
@@ -116,11 +117,14 @@ class Polish(CalibratedPass):
         generator = torch.Generator().manual_seed(self.seed)
         for epoch in range(self.epochs):
             for number in torch.randperm(len(steps), generator=generator, device="cpu").tolist():
-                inputs = _mirrored(steps[number], generator) if self.flip else steps[number]
-                with torch.enable_grad():
-                    loss = distance(inputs)
+                step = steps[number]
+                mirrored = _half(step.images, generator) if self.flip else None
                 optimizer.zero_grad()
-                loss.backward()
+                if step.inputs is not None:
+                    with torch.enable_grad():
+                        loss = distance(step.inputs if mirrored is None else _mirrored(step.inputs, mirrored))
+                    loss.backward()
+                _gradients_of(step.process, weights)
                 for p, mask in zip(weights, masks, strict=True):
                     if p.grad is not None:
                         p.grad *= mask
@@ -159,8 +163,9 @@ class _Distance:
         return torch.stack(terms).mean()
 
     @torch.no_grad()
-    def mean(self, steps: list[Inputs]) -> float:
-        return sum(float(self(inputs)) for inputs in steps) / len(steps)
+    def mean(self, steps: list[_Step]) -> float:
+        own = sum(float(self(step.inputs)) for step in steps if step.inputs is not None)
+        return sum(gathered(own)) / len(steps)
 
 
 class _Recorder(Runner):
@@ -210,34 +215,64 @@ def _fed(layer: Node) -> Node:
     return next(iter(reached.value.users)) if reached.rectifier else reached.value
 
 
-def _steps(graph_module: GraphModule, calibration: Calibration) -> tuple[list[Inputs], list[Inputs]]:
-    """The model's arguments, for at most STEP_IMAGES images at a time: of images that were fitted, and of held-out ones."""
+@dataclass(frozen=True)
+class _Step:
+    """Some images of a batch.
+
+    Attributes:
+        images: how many.
+        process: which has them.
+        inputs: the model's arguments; None in the other processes.
+    """
+
+    images: int
+    process: int
+    inputs: Inputs | None
+
+
+def _gradients_of(process: int, weights: Sequence[Tensor]) -> None:
+    """Give all processes the gradients that one has worked out: steps follow one another, so there is nothing to share."""
+    if world().count > 1:
+        own = [p.grad for p in weights]
+        for p, gradient in zip(weights, from_process(process, own), strict=True):
+            p.grad = gradient
+
+
+def _steps(graph_module: GraphModule, calibration: Calibration) -> tuple[list[_Step], list[_Step]]:
+    """At most STEP_IMAGES images at a time: of images that were fitted, and of held-out ones."""
     device = device_of(graph_module)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     batches = calibration.hold()
     values = [list(inputs_of(batch, placeholders, n, device=device).values()) for n, batch in enumerate(batches)]
-    sizes = list(map(count, values))
-    masks = calibration.held_out(sum(sizes)).split(sizes)
-    steps: tuple[list[Inputs], list[Inputs]] = ([], [])
-    for inputs, mask in zip(values, masks, strict=True):
+    sizes, places = in_order([(count(of_batch), world().number) for of_batch in values])
+    own = dict(zip(places, values, strict=True))
+    masks = calibration.held_out(sum(size for size, _ in sizes)).split([size for size, _ in sizes])
+    steps: tuple[list[_Step], list[_Step]] = ([], [])
+    for number, mask in enumerate(masks):
         for of, chosen in zip(steps, (~mask, mask), strict=True):
             for part in chosen.nonzero()[:, 0].to(device).split(STEP_IMAGES):
                 if len(part):
-                    of.append(take(inputs, part))
+                    inputs = take(own[number], part) if number in own else None
+                    of.append(_Step(len(part), sizes[number][1], inputs))
     return steps
 
 
-def _mirrored(inputs: Inputs, generator: torch.Generator) -> Inputs:
-    """The images of a step, (N, C, H, W), half of them from right to left."""
+def _half(images: int, generator: torch.Generator) -> Tensor:
+    """About half of so many images, (N,) bool."""
+    return torch.rand(images, generator=generator, device="cpu") < 0.5
+
+
+def _mirrored(inputs: Inputs, mirrored: Tensor) -> Inputs:
+    """The images of a step, (N, C, H, W), those chosen, (N,), from right to left."""
     images, *others = inputs
     if images.dim() != 4:
         raise OptionsError(f"flip mirrors images (N, C, H, W); the model's input has shape {tuple(images.shape)}")
-    chosen = (torch.rand(len(images), generator=generator, device="cpu") < 0.5).to(images.device)
+    chosen = mirrored.to(images.device)
     return [torch.where(chosen[:, None, None, None], images.flip(-1), images), *others]
 
 
 def _update_report(
-    twin: DenseTwin, graph_module: GraphModule, layers: list[Node], steps: list[Inputs], *, is_score: bool
+    twin: DenseTwin, graph_module: GraphModule, layers: list[Node], steps: list[_Step], *, is_score: bool
 ) -> None:
     """Measure every layer's error, and the agreement at the output, again: the weights are others now."""
     calls, dense = weight_calls(graph_module), twin.graph_module
@@ -246,7 +281,7 @@ def _update_report(
     of_call = {call.name: errors[node] for node in layers for call in calls[node]}
     pairs = _counterparts(dense, {call.name: node for node in layers for call in calls[node]})
     agreement = OutputAgreement()
-    for inputs in steps:
+    for inputs in [step.inputs for step in steps if step.inputs is not None]:
         wanted, found = _Recorder(dense, {*pairs.values()}), _Recorder(graph_module, {*of_call})
         wanted.outputs(inputs)
         found.outputs(inputs)
@@ -254,6 +289,8 @@ def _update_report(
             error.update(twin.wanted(nodes[name], wanted.kept[pairs[name]]), found.kept[name])
         if is_score:
             agreement.update(wanted.result, found.result)
+    errors = dict(zip(errors, OutputError.summed([*errors.values()]), strict=True))
+    agreement = agreement.summed()
     measured = {}
     for node in layers:
         row = annotation(node).report

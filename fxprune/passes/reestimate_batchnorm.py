@@ -12,10 +12,12 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.calibration.batches import EMPTY, check_loader, inputs_of
+from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.failures import run_graph
 from fxprune.errors import CalibrationError
 from fxprune.graph import Runner, module_of
 from fxprune.passes.base import Pass
+from fxprune.runtime.processes import gathered, summed, together, world
 from fxprune.runtime.surroundings import undisturbed
 
 REMEDY = "BatchNorm needs more than one value per channel"
@@ -46,6 +48,7 @@ class ReestimateBatchNorm(Pass):
         self.loader = loader
         self.device = device
 
+    @together()
     @undisturbed
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
         norms = self._norms(graph_module)
@@ -96,7 +99,7 @@ class ReestimateBatchNorm(Pass):
         device = home if self.device is None else torch.device(self.device)
         training = {module: module.training for module in graph_module.modules()}
         momenta = {norm: norm.momentum for norm in norms}
-        number = -1
+        own = -1
         check_loader(self.loader)
         try:
             graph_module.to(device).eval()
@@ -105,8 +108,10 @@ class ReestimateBatchNorm(Pass):
                 norm.momentum = None
                 norm.train()
             placeholders = graph_module.graph.find_nodes(op="placeholder")
+            batches = Calibration(self.loader)
             with torch.no_grad():
-                for number, batch in enumerate(self.loader):
+                for own, batch in enumerate(batches):
+                    number = batches.number(own)
                     values = list(inputs_of(batch, placeholders, number, device=device).values())
                     run_graph(Runner(graph_module), values, f"calibration batch {number}", remedy=REMEDY)
         finally:
@@ -115,9 +120,12 @@ class ReestimateBatchNorm(Pass):
             for norm, momentum in momenta.items():
                 norm.momentum = momentum
             graph_module.to(home)
-        if number < 0:
+        read = sum(gathered(own + 1))
+        if not read:
             raise CalibrationError(EMPTY)
-        return number + 1
+        for norm in norms if world().count > 1 else ():
+            _average(norm)
+        return read
 
 
 def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +134,15 @@ def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
     return norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()
+
+
+def _average(norm: _BatchNorm) -> None:
+    """Take the average over the batches of all processes."""
+    *moments, batches = _statistics(norm)
+    *totals, count = summed([*(moment.double() * batches for moment in moments), batches.double()])
+    if count:
+        mean, variance = ((total / count).to(moment) for total, moment in zip(totals, moments, strict=True))
+        _restore(norm, (mean, variance, count.long()))
 
 
 def _restore(norm: _BatchNorm, statistics: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -46,6 +46,7 @@ from fxprune.passes.base import CalibratedPass
 from fxprune.passes.insert_observers import MAX_COLUMNS, InsertObservers
 from fxprune.recipe import Recipe
 from fxprune.runtime.precision import full_precision
+from fxprune.runtime.processes import of_first, on_first
 from fxprune.widths.network import LayerSize, Width, columns_of, find_widths, layer_sizes
 from fxprune.widths.plan import least_macs, within_budget
 from fxprune.widths.speedup import counts_for_speedup, measured_speed
@@ -155,14 +156,19 @@ class RemoveChannels(CalibratedPass):
                 surveyed = by_size(found.channels, found.widths, multiple=multiple)
             else:
                 surveyed = survey(graph_module, found.channels, found.widths, readers, calibration, multiple=multiple)
+            surveyed = of_first(surveyed)
             curves = [width.curve for width in surveyed]
             if constraint.speedup:
                 calibration.on_layer("measuring", 0)
                 example = list(tensors_in(calibration.images(graph_module, 1)))
-                speed = stack.enter_context(
-                    measured_speed(graph_module, found.channels, found.example.shapes, found.widths, example)
-                )
-                counts, reached = counts_for_speedup(curves, sizes, constraint.speedup, speed)
+                factor = constraint.speedup
+
+                def measured() -> tuple[list[int], float]:
+                    shapes = found.example.shapes
+                    with measured_speed(graph_module, found.channels, shapes, found.widths, example) as speed:
+                        return counts_for_speedup(curves, sizes, factor, speed)
+
+                counts, reached = on_first(measured)
             else:
                 budget = constraint.share * whole
                 if (least := least_macs(curves, sizes)) > budget:

@@ -48,6 +48,7 @@ from fxprune.ranks.plan import RankPlan
 from fxprune.recipe import Recipe
 from fxprune.report import LayerReport, PruneReport
 from fxprune.runtime.precision import full_precision
+from fxprune.runtime.processes import from_process
 
 
 class SolveLayers(CalibratedPass):
@@ -180,7 +181,8 @@ class SolveLayers(CalibratedPass):
             solved = checkpoint.load(name)
             if solved is None:
                 started = time.perf_counter()
-                solved = self._solve(layer, roles[layer.node], stream)
+                # The same bits in all processes, whatever rounding has made of each one's.
+                solved = from_process(0, self._solve(layer, roles[layer.node], stream))
                 solved = replace(solved, seconds=time.perf_counter() - started)
                 checkpoint.save(name, solved)
             found[layer.node] = report(layer.node, solved)

@@ -18,6 +18,7 @@ from fxprune.layers.splits import Split, dense_macs, factored_macs, full_rank
 from fxprune.options import Method
 from fxprune.ranks.plan import Choice, LayerRanks, Survey, pareto
 from fxprune.runtime.precision import full_precision
+from fxprune.runtime.processes import shared
 from fxprune.solvers.low_rank import tail_energy, whitened_target
 from fxprune.solvers.problem import LayerProblem
 from fxprune.solvers.spatial_split import arranged, spatial_errors, whitened_arrangement
@@ -51,15 +52,17 @@ def survey(
     example = calibration.example(graph_module)
     shapes = {node: read for node, (read, _) in layer_shapes(example).items()}
     seen = layers if data_aware else ()
-    found = {}
     with (
         torch.no_grad(),
         full_precision(),
         dense_statistics(graph_module, calibration, method.options, seen) as statistics,
     ):
-        for node in layers:
+
+        def ranks_of(node: Node) -> LayerRanks:
             problem = _problem(node, statistics[node], method) if data_aware else None
-            found[str(node.target)] = _layer_ranks(node, shapes[node], problem, splits, multiple)
+            return _layer_ranks(node, shapes[node], problem, splits, multiple)
+
+        found = dict(zip((str(node.target) for node in layers), shared(ranks_of, list(layers)), strict=True))
     return Survey(found, sum(macs_per_sample(example).values()))
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 
 from fxprune.errors import OptionsError
+from fxprune.runtime.processes import world
 
 
 def default_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for; CUDA where there is one, else the CPU, for None.
+    """The device asked for; for None CUDA where there is one, this process's own among several, else the CPU.
 
     Raises:
         OptionsError: there is no such device, or it cannot compute.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda" if world().count == 1 else f"cuda:{torch.cuda.current_device()}")
     return checked_device(device)
 
 

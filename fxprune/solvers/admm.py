@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxprune.pattern import Pattern
-from fxprune.solvers.problem import LARGE_WORK, LayerProblem, largest_weight
+from fxprune.solvers.problem import LARGE_WORK, LayerProblem
 from fxprune.solvers.shifted_systems import conjugate_gradients, systems_of
 
 START_RHO = 0.03  # From 0.1 on, a layer's error is 1% higher.
@@ -39,7 +39,7 @@ def admm(problem: LayerProblem, pattern: Pattern, *, rho: float | None = None) -
         pattern: projected on at every iteration.
         rho: first penalty; smaller starts are slower and better. None: START_RHO, or that of LARGE_RHOS for large problems.
     """
-    rows, columns = problem.target.shape
+    rows, columns = sum(problem.of_all(problem.target.shape[0])), problem.target.shape[1]
     if rows * columns**2 > LARGE_WORK:
         return admm_by_products(problem, pattern, rho=rho)
     rho = START_RHO if rho is None else rho
@@ -57,7 +57,9 @@ def admm(problem: LayerProblem, pattern: Pattern, *, rho: float | None = None) -
         sparse = shifted * new_mask
         multiplier += rho * (dense - sparse)
         if iteration % RHO_EVERY == 0:
-            changed = float((new_mask ^ mask).sum() / new_mask.sum())
+            counts = [(new_mask ^ mask).sum().item(), new_mask.sum().item()]
+            others, kept = torch.tensor(problem.of_all(counts)).sum(0)
+            changed = float(others / kept)
             if not changed and iteration >= MIN_ITERATIONS:
                 break
             rho *= 1.15 if changed > 0.1 else 1.1
@@ -80,9 +82,8 @@ def admm_by_products(problem: LayerProblem, pattern: Pattern, *, rho: float | No
     first = LARGE_RHOS[0] if rho is None else rho
     growth = (max(LARGE_RHOS[1], 2 * first) / first) ** (1 / (LARGE_ITERATIONS - 1))
     systems = problem.once("systems", lambda: systems_of(problem))
-    relative = scale / largest_weight(problem)  # So everything is in float32's range, whatever the units.
-    weight = (problem.weight * relative).float()
-    left = ((problem.target - problem.weight @ problem.hessian) * (relative / scale.square())).float()
+    weight = (problem.weight * scale).float()
+    left = ((problem.target - problem.weight @ problem.hessian) / scale).float()
     change, image = conjugate_gradients(
         systems, torch.zeros_like(weight), torch.zeros_like(weight), left, 0.0, steps=20, tolerance=LARGE_TOLERANCE
     )
@@ -98,7 +99,7 @@ def admm_by_products(problem: LayerProblem, pattern: Pattern, *, rho: float | No
         shifted = OVER_RELAXATION * (weight + change) + (1 - OVER_RELAXATION) * sparse + multiplier / rho
         sparse = shifted * pattern.mask(shifted.abs())
         multiplier = rho * (shifted - sparse)
-    return sparse.to(scale) / relative
+    return sparse.to(scale) / scale
 
 
 def _by_eigenvectors(hessian: Tensor) -> Callable[[Tensor, float], Tensor]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fxprune.pattern import NMPattern
+from fxprune.runtime.processes import shared
 
 STARTS = 4
 TOLERANCE = 1e-9
@@ -83,11 +84,14 @@ def permute(views: Sequence[View], pattern: NMPattern, *, seed: int = 0) -> Perm
     sample = views if work <= MAX_TABLE_WORK else list(_heaviest(views, pattern, MAX_TABLE_WORK / work))
     count = max(1, min(STARTS, MAX_SEARCH_WORK // max(1, work)))
     best = Permutation(present, before, before)
-    for start in _starts(views, pattern, count, seed):
+
+    def end_of(start: Tensor) -> tuple[list[int], float]:
         order = descend(sample, pattern, start)
-        after = _loss(views, pattern, order)
+        return order.tolist(), _loss(views, pattern, order)
+
+    for order, after in shared(end_of, list(_starts(views, pattern, count, seed))):
         if after < best.after - TOLERANCE * before:
-            best = Permutation(order, before, after)
+            best = Permutation(torch.tensor(order, device=present.device), before, after)
     return best
 
 

@@ -18,6 +18,12 @@ from torch import Tensor
 from fxprune.errors import SolverError
 
 T = TypeVar("T")
+
+
+def _only(figure: Any) -> list[Any]:
+    return [figure]
+
+
 DAMPING_TRIES = 6
 SMALLEST_DAMPING = 1e-6
 LARGE_WORK = 3 * 10**7  # MACs of one product R x D x D, above which products take the place of decompositions.
@@ -36,6 +42,7 @@ class LayerProblem:
         shift: (..., D) what damping has added to H's diagonal, or None.
         rank: that H has at most before damping: the patches it is taken from; None where that is not known.
         factors: what solvers have computed from H alone (`once`); problems of layers that share H share it.
+        of_all: a figure of these rows -> that of all the parts in which the rows of the layer are solved at the same time.
     """
 
     hessian: Tensor
@@ -45,6 +52,7 @@ class LayerProblem:
     shift: Tensor | None = None
     rank: int | None = None
     factors: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    of_all: Callable[[Any], list[Any]] = field(default=_only, repr=False, compare=False)
 
     @classmethod
     def of_weights(cls, weight: Tensor) -> LayerProblem:

@@ -29,11 +29,12 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
         mask: True where a weight may differ from zero.
         start: (R, D) weights from which conjugate gradients start.
     """
-    support = int(mask.sum(1).max())
+    support = max(problem.of_all(int(mask.sum(1).max())))
     if support == 0:
         return torch.zeros_like(problem.target)
     # Cholesky: S^3 / 3 MACs a row, at a lower rate than a large product; conjugate gradients: D^2 an iteration.
-    cost = CG_COST if mask.numel() * mask.shape[1] <= LARGE_WORK else LARGE_CG_COST
+    rows = sum(problem.of_all(len(mask)))
+    cost = CG_COST if rows * mask.shape[1] ** 2 <= LARGE_WORK else LARGE_CG_COST
     if support**3 / 3 > cost * mask.shape[1] ** 2:
         # float32 takes half the time, and its rounding errors are below the tolerance. With inputs of unit variance H needs no
         # other preconditioner, and with weights relative to about the largest, activations and outputs may be of any size.
@@ -48,7 +49,9 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
         relative = scale / largest_weight(problem)
         target = (problem.target * (relative / scale.square())).float()
         start = None if start is None else (start * relative).float()
-        return refit_by_conjugate_gradients(product, target, mask, start=start).to(scale) / relative
+        return (
+            refit_by_conjugate_gradients(product, target, mask, start=start, of_all=problem.of_all).to(scale) / relative
+        )
     return refit_by_cholesky(problem, mask)
 
 
@@ -80,6 +83,7 @@ def refit_by_conjugate_gradients(
     *,
     start: Tensor | None = None,
     tolerance: float = CG_TOLERANCE,
+    of_all: Callable[[bool], list[bool]] = lambda ended: [ended],
 ) -> Tensor:
     """Conjugate gradients on H_SS w = t_S, every row its own step lengths; stops at a relative residual of `tolerance`.
 
@@ -89,6 +93,7 @@ def refit_by_conjugate_gradients(
         mask: True where a weight may differ from zero.
         start: (R, D) weights to start from.
         tolerance: of each row's residual.
+        of_all: whether the rows are done -> whether those of each part are, as in `LayerProblem`; all go on until all are.
     """
     weight = torch.zeros_like(target) if start is None else start * mask
     residual = target - product(weight) if start is not None else target.clone()
@@ -96,7 +101,7 @@ def refit_by_conjugate_gradients(
     wanted = tolerance**2 * (target * mask).square().sum(1)
     direction, energy = residual.clone(), residual.square().sum(1)
     for _ in range(CG_ITERATIONS):
-        if bool((energy <= wanted).all()):
+        if all(of_all(bool((energy <= wanted).all()))):
             break
         image = product(direction).mul_(mask)
         curvature = torch.linalg.vecdot(direction, image)

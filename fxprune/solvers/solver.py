@@ -29,11 +29,13 @@ class Solver(ABC):
         name: as `method=` takes it.
         published: whether it runs by default as its paper has it, without what is fxprune's own (`Options.resolved`).
         safeguarded: whether the largest weights may be kept in place of its choice where they leave a smaller error.
+        takes_rows: whether, under a pattern of each row, it solves some rows as it would among the others.
     """
 
     name: ClassVar[str]
     published: ClassVar[bool] = False
     safeguarded: ClassVar[bool] = False
+    takes_rows: ClassVar[bool] = False
 
     @property
     def needs_statistics(self) -> bool:
@@ -80,6 +82,7 @@ class SparseGPT(Solver):
     name: ClassVar[str] = "sparsegpt"
     published: ClassVar[bool] = True
     safeguarded: ClassVar[bool] = True
+    takes_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.block_size, int) or self.block_size < 1:
@@ -96,6 +99,7 @@ class ExactOBS(Solver):
     name: ClassVar[str] = "exact_obs"
     published: ClassVar[bool] = True
     safeguarded: ClassVar[bool] = True
+    takes_rows: ClassVar[bool] = True
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Tensor:  # noqa: D102
         return exact_obs(problem, pattern)
@@ -112,6 +116,7 @@ class ADMM(Solver):
     rho: float | None = None
     name: ClassVar[str] = "admm"
     safeguarded: ClassVar[bool] = True
+    takes_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.rho is not None and not (isinstance(self.rho, (int, float)) and self.rho > 0):

@@ -6,16 +6,18 @@ up in float64, so that many batches neither overflow nor drift and a large mean 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.geometry import LayerGeometry
+from fxprune.runtime.processes import gathered, summed, world
 from fxprune.statistics.offset import InsideMoments, Offset, inside_moments, inside_of, spread
 from fxprune.statistics.patches import image_sum
 from fxprune.statistics.pool import Pool
@@ -71,6 +73,22 @@ class InputStatistics:
             products, both = products - mean[:, :, None] * share, both - share[:, None] * share
         return products, both
 
+    def about(self, offset: Tensor | None) -> InputStatistics:
+        """The same moments about another offset, (G, C/G) float64; None: about zero.
+
+        X = X' + M o = X'' + M o'', so X'' = X' + M d with d = o - o'': as in `hessian`.
+        """
+        if self.inside is None:
+            assert offset is None, "moments of X alone do not say how X lies to the inside of the image"
+            return self
+        seen, d = self.inside, self.inside.offset if offset is None else self.inside.offset - offset
+        mixed = spread(seen.products, d)
+        of_inside = spread(seen.both.expand(len(d), -1, -1), d).mT
+        products = self.products + mixed + mixed.mT + spread(of_inside, d)
+        sums = self.sums + spread(seen.inside.expand(len(d), -1), d)
+        inside = None if offset is None else InsideMoments(offset, seen.products + of_inside, seen.inside, seen.both)
+        return replace(self, products=products, sums=sums, inside=inside, factors={})
+
     @property
     def variance(self) -> Tensor:
         """Of each input, (G, D) float64: the diagonal of the centred Hessian before constants are taken out."""
@@ -125,6 +143,7 @@ class CrossStatistics:
         outputs_offset: (G, R/G) float64, what is taken from Y.
         inputs: what is taken from a batch's x; None before the first batch.
         outputs: what is taken from its y.
+        inputs_total: (G, D) float64, X 1, where several processes share the work, and Y has an offset that is each one's own.
     """
 
     cross: Tensor
@@ -134,6 +153,7 @@ class CrossStatistics:
     outputs_offset: Tensor | float = 0.0
     inputs: Offset | None = None
     outputs: Offset | None = None
+    inputs_total: Tensor | float = 0.0
 
     @classmethod
     def empty(cls, geometry: LayerGeometry, device: torch.device) -> CrossStatistics:
@@ -151,6 +171,8 @@ class CrossStatistics:
             self.inputs, self.outputs = Offset.of(x, dim), Offset.of(y, dim)
             if self.outputs.values is not None:
                 self.outputs_offset = self.outputs.values.double().reshape(self.total.shape)
+        if self.outputs.values is not None and world().count > 1:
+            self.inputs_total = self.inputs_total + geometry.patches(image_sum(x)).sum(1)
         x, y = self.inputs.removed(x, dim), self.outputs.removed(y, dim)
         dtype = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(dtype), y.to(dtype)
@@ -176,6 +198,21 @@ class CrossStatistics:
             outputs_offset=self.outputs_offset + change.outputs_offset,
         )
 
+    def summed(self) -> CrossStatistics:
+        """Those of all processes together."""
+        if world().count == 1:
+            return self
+        own = self.outputs_offset if isinstance(self.outputs_offset, Tensor) else None
+        counts, offsets = zip(*gathered((self.count, own)), strict=True)
+        offset, cross, total = _common(counts, offsets), self.with_inputs, self.total
+        moved = (0.0 if own is None else own) - (0.0 if offset is None else offset)
+        if self.count and isinstance(moved, Tensor):
+            assert isinstance(self.inputs_total, Tensor)
+            cross = cross + moved[:, :, None] * self.inputs_total[:, None]
+            total = total + self.count * moved
+        cross, total = summed([cross, total])
+        return CrossStatistics(cross, total, sum(counts), outputs_offset=0.0 if offset is None else offset)
+
     @property
     def with_inputs(self) -> Tensor:
         """Y' X^T, (G, R/G, D) float64: the offset of the inputs put back."""
@@ -198,6 +235,15 @@ class CrossStatistics:
 
 def _zero_or(bias: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if bias is None else bias.to(like).reshape(like.shape)
+
+
+def _common(counts: Sequence[int], offsets: Sequence[Tensor | None]) -> Tensor | None:
+    """An offset for the sums of all processes: the first one's, or zero (None) if any with images has none.
+
+    Sums are in float64, in which the offset matters little: it is products of one batch that have to be taken about it.
+    """
+    of_seen = [offset for count, offset in zip(counts, offsets, strict=True) if count]
+    return of_seen[0] if of_seen and all(offset is not None for offset in of_seen) else None
 
 
 class HessianObserver(nn.Module):
@@ -260,13 +306,44 @@ class HessianObserver(nn.Module):
             self.enabled = enabled
 
     def statistics(self) -> InputStatistics:
-        """The moments of everything observed so far."""
+        """The moments of everything observed so far, of several processes by all of them together: each has to ask."""
         self._pool.flush()
         if self._statistics is None:
-            gram, total = self._gram.total(), torch.as_tensor(self._total)
-            assert self._offset is not None
-            self._statistics = InputStatistics(gram, total, self._count, self._inside, self._offset.eps)
+            self._statistics = self._own() if world().count == 1 else self._summed()
         return self._statistics
+
+    def _own(self) -> InputStatistics:
+        gram, total = self._gram.total(), torch.as_tensor(self._total)
+        assert self._offset is not None
+        return InputStatistics(gram, total, self._count, self._inside, self._offset.eps)
+
+    def _summed(self) -> InputStatistics:
+        """Of all processes, of which some may have seen nothing."""
+        own = self._own() if self._count else None
+        offset = None if own is None or own.inside is None else own.inside.offset
+        seen = gathered((self._count, offset, None if own is None else (own.eps, own.products.device.type)))
+        counts, offsets, kinds = zip(*seen, strict=True)
+        known = next(filter(None, kinds), None)
+        if known is None:
+            return self._own()  # An error.
+        common = _common(counts, offsets)
+        own = self._nothing(known[1], common) if own is None else own.about(common)
+        tensors = [own.products, own.sums]
+        if own.inside is not None:
+            tensors += [own.inside.products, own.inside.inside, own.inside.both]
+        products, sums, *of_inside = summed(tensors)
+        inside = InsideMoments(own.inside.offset, *of_inside) if own.inside is not None else None
+        return InputStatistics(products, sums, sum(counts), inside, max(kind[0] for kind in kinds if kind))
+
+    def _nothing(self, device: str, offset: Tensor | None) -> InputStatistics:
+        """The moments of no patches."""
+        groups, columns, positions = self.geometry.matrices, self.geometry.columns, math.prod(self.geometry.kernel_size)
+        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
+        inside = None
+        if offset is not None:
+            of_inside = zeros(groups, columns, positions), zeros(positions), zeros(positions, positions)
+            inside = InsideMoments(offset, *of_inside)
+        return InputStatistics(zeros(groups, columns, columns), zeros(groups, columns), 0, inside)
 
     def extra_repr(self) -> str:
         """Shown in the graph module's repr."""

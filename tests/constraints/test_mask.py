@@ -58,6 +58,6 @@ def test_where_statistics_are_many_a_few_rows_settle_it(monkeypatch: pytest.Monk
         fitted.append(len(problem.weight))
         return refit(problem, *arguments, **named)
 
-    monkeypatch.setattr("fxprune.constraints.mask.refit", counting)
+    monkeypatch.setattr("fxprune.layers.constraint.refit", counting)
     sparse_matrix(group, Pattern.parse("2:4"), method_of("admm", "2:4"))
     assert fitted == [32, 8]
