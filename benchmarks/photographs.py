@@ -141,7 +141,7 @@ def write(path: Path, rows: list[Row]) -> None:
         "",
         "    python -m benchmarks.photographs --data ../shared/data",
         "",
-        f"Machine: {rows[-1].machine}. One run each; other jobs ran beside them, so compare CPU seconds.",
+        f"Machine: {rows[-1].machine}. One run each.",
         "",
         "| pattern | images | method | accuracy | agreement | KL | agreement in the report | KL in the report | CPU s |",
         "|---|---|---|---|---|---|---|---|---|",
