@@ -28,15 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.solvers.problem import WIDE, LayerProblem
+from fxprune.solvers.problem import WIDE, LayerProblem, float32_factor
 from fxprune.solvers.refit import refit
-from fxprune.solvers.shifted_systems import divided_by_shifts, unit_diagonal
+from fxprune.solvers.shifted_systems import divided_by_shifts
 from fxprune.statistics import Centred, Moments
 
 CORRECTION_DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # Relative to the mean of H's diagonal.
 DAMPINGS = (0.1, 0.3, 1.0, 3.0)
 WORTH = (
-    1.05  # By so much a correction has to help more than the whole one at the least damping, having noise of its own.
+    1.05  # By so much a correction has to help more than the whole one at the least damping: it has noise of its own.
 )
 WORTH_OF_OUTPUT = 2e-3  # So much of the output's energy a damping has to save.
 TRIAL_ROWS = 16
@@ -140,10 +140,11 @@ def _damped(
     size = dense.abs() * seen.hessian.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()[:, None]
     kept = max(1, round((1 - sparsity) * dense.shape[-1]))
     mask = torch.zeros_like(dense, dtype=torch.bool).scatter_(-1, size.topk(kept).indices, True)
-    problem = LayerProblem(seen.hessian, wanted @ seen.hessian, wanted, rank=rank)
+    problem, wide = LayerProblem(seen.hessian, wanted @ seen.hessian, wanted, rank=rank), dense.shape[-1] >= WIDE
 
     def error(damping: float) -> float:
-        damped = _damped_quickly(problem, damping)
+        # A wide H is not factored to see whether it can be: its re-fit is by conjugate gradients.
+        damped = problem.damped_unchecked(damping) if wide else problem.damped(damping)
         weight = torch.stack([refit(group, own) for group, own in zip(damped.groups(), mask, strict=True)])
         return float((weight @ unseen.hessian * weight).sum() - 2 * (weight * target).sum())
 
@@ -155,18 +156,6 @@ def _damped(
         best, least_error = damping, found
     energy = float((dense @ unseen.hessian * dense).sum())
     return replace(correction, damping=best) if with_least - least_error > WORTH_OF_OUTPUT * energy else correction
-
-
-def _damped_quickly(problem: LayerProblem, damping: float) -> LayerProblem:
-    """As `LayerProblem.damped`; a wide H is not factored to see whether it can be: conjugate gradients will not mind."""
-    if problem.hessian.shape[-1] < WIDE:
-        return problem.damped(damping)
-    scale = problem.hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    shift = torch.where(scale > 0, damping * scale, 1.0).expand(problem.hessian.shape[:-1])
-    hessian = problem.hessian.clone()
-    hessian.diagonal(dim1=-2, dim2=-1).add_(shift)
-    target = problem.target + problem.weight * shift[..., None, :]
-    return replace(problem, hessian=hessian, target=target, shift=shift, damping=damping, factors={})
 
 
 def _row_mixtures(dense: Tensor) -> Callable[[Tensor], Tensor]:
@@ -200,8 +189,8 @@ def _optimum(problem: LayerProblem) -> Tensor:
     if problem.hessian.shape[-1] < WIDE:
         return problem.optimum()
     hessian = problem.hessian
-    factor, info = problem.once("scaled factor", lambda: torch.linalg.cholesky_ex(unit_diagonal(hessian).float()))
-    if info.any():
+    factor = problem.once("float32 factor", lambda: float32_factor(hessian))
+    if factor is None:
         return problem.optimum()
     scale = hessian.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :]
     return torch.cholesky_solve((problem.target / scale).float().mT, factor).mT.double() / scale

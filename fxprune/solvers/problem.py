@@ -89,20 +89,12 @@ class LayerProblem:
         if "damped" not in factors:
             factors["damped"] = self._damped(damping)
         hessian, shift, damping = factors["damped"]
-        target = self.target + self.weight * shift[..., None, :]
-        return replace(self, hessian=hessian, target=target, damping=damping, shift=shift, factors=factors)
+        return self._with(hessian, shift, damping, factors)
 
     def _damped(self, damping: float) -> tuple[Tensor, Tensor, float]:
         """H + diag(shift), shift (..., D), and the damping that it took."""
-        diagonal = self.hessian.diagonal(dim1=-2, dim2=-1)
-        scale = diagonal.mean(-1, keepdim=True)
         for _ in range(DAMPING_TRIES):
-            # A group whose inputs are all dead has nothing to learn from: lambda = 1 keeps its weights.
-            shift = torch.where(scale > 0, damping * scale, 1.0).expand_as(diagonal)
-            if damping == 0:
-                shift = torch.where(diagonal == 0, 1.0, shift)
-            hessian = self.hessian.clone()
-            hessian.diagonal(dim1=-2, dim2=-1).add_(shift)
+            hessian, shift = self._shifted(damping)
             if is_positive_definite(hessian):
                 return hessian, shift, damping
             damping = max(10 * damping, SMALLEST_DAMPING)
@@ -110,6 +102,27 @@ class LayerProblem:
             f"the Hessian ({self.hessian.shape[-1]} columns) is not positive definite even with damping "
             f"{damping / 10:g}; use more calibration images, or more damping"
         )
+
+    def _shifted(self, damping: float) -> tuple[Tensor, Tensor]:
+        """H + diag(shift), whether it can be factored or not, and shift (..., D)."""
+        diagonal = self.hessian.diagonal(dim1=-2, dim2=-1)
+        scale = diagonal.mean(-1, keepdim=True)
+        # A group whose inputs are all dead has nothing to learn from: lambda = 1 keeps its weights.
+        shift = torch.where(scale > 0, damping * scale, 1.0).expand_as(diagonal)
+        if damping == 0:
+            shift = torch.where(diagonal == 0, 1.0, shift)
+        hessian = self.hessian.clone()
+        hessian.diagonal(dim1=-2, dim2=-1).add_(shift)
+        return hessian, shift
+
+    def damped_unchecked(self, damping: float) -> LayerProblem:
+        """As `damped`, but whether H can be factored then is not tried: for what needs no factors."""
+        hessian, shift = self._shifted(damping)
+        return self._with(hessian, shift, damping, {})
+
+    def _with(self, hessian: Tensor, shift: Tensor, damping: float, factors: dict[Any, Any]) -> LayerProblem:
+        target = self.target + self.weight * shift[..., None, :]
+        return replace(self, hessian=hessian, target=target, damping=damping, shift=shift, factors=factors)
 
     def groups(self) -> Iterator[LayerProblem]:
         """The problem of each group, (D, D) and (R, D)."""
@@ -149,13 +162,23 @@ def is_positive_definite(hessian: Tensor) -> bool:
     What float32 can factor with a unit diagonal has no eigenvalue below a rounding error of float32, in which such problems are
     solved. What it cannot factor may still be positive definite in float64.
     """
-    if hessian.shape[-1] >= WIDE:
-        scale = hessian.diagonal(dim1=-2, dim2=-1).rsqrt()
-        scaled = hessian * scale[..., None]
-        scaled *= scale[..., None, :]
-        if not torch.linalg.cholesky_ex(scaled.float()).info.any():
-            return True
+    if hessian.shape[-1] >= WIDE and float32_factor(hessian) is not None:
+        return True
     return not bool(torch.linalg.cholesky_ex(hessian).info.any())
+
+
+def float32_factor(hessian: Tensor) -> Tensor | None:
+    """The Cholesky factor (..., D, D) of H / (s s^T), s = sqrt(diag H), in float32; None if it cannot be factored so."""
+    factor, info = torch.linalg.cholesky_ex(unit_diagonal(hessian).float())
+    return None if info.any() else factor
+
+
+def unit_diagonal(hessian: Tensor) -> Tensor:
+    """H / (s s^T), (..., D, D), s = sqrt(diag H)."""
+    scale = hessian.diagonal(dim1=-2, dim2=-1).sqrt()
+    scaled = hessian / scale[..., None]
+    scaled /= scale[..., None, :]
+    return scaled
 
 
 def largest_weight(problem: LayerProblem) -> Tensor:

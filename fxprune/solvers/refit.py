@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fxprune.solvers.problem import LARGE_WORK, LayerProblem, largest_weight
-from fxprune.solvers.shifted_systems import LowRankSystems, unit_diagonal
+from fxprune.solvers.problem import LARGE_WORK, LayerProblem, largest_weight, unit_diagonal
+from fxprune.solvers.shifted_systems import LowRankSystems
 
 CHUNK_BYTES = 256 * 2**20
 CG_TOLERANCE = 3e-3  # Leaves less than 1e-3 of the layer error: 5e-6 of the output's energy, of which 1e-2 is lost.

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fxprune.solvers.problem import WIDE, LayerProblem
+from fxprune.solvers.problem import WIDE, LayerProblem, float32_factor, unit_diagonal
 
 MIDDLE_RHO = 0.3  # rho_0, for rho from 0.1 to 1 and a diagonal of ones.
 INVERSE_LEAF = 256
@@ -208,12 +208,10 @@ def inverse_diagonal(problem: LayerProblem) -> Tensor:
     scale = problem.hessian.diagonal().sqrt()
     if low_rank is not None:
         return low_rank.inverse_diagonal().to(scale) / scale.square()
-    scaled = unit_diagonal(problem.hessian)
-    if len(scaled) >= WIDE:
-        factor, info = torch.linalg.cholesky_ex(scaled.float())
-        if not info.any():
-            return inverse_of_lower(factor).square_().sum(0).to(scale) / scale.square()
-    return inverse_of_lower(torch.linalg.cholesky(scaled)).square_().sum(0) / scale.square()
+    factor = float32_factor(problem.hessian) if len(scale) >= WIDE else None
+    if factor is None:
+        factor = torch.linalg.cholesky(unit_diagonal(problem.hessian))
+    return inverse_of_lower(factor).square_().sum(0).to(scale) / scale.square()
 
 
 def inverse_of_lower(matrix: Tensor) -> Tensor:
@@ -249,14 +247,6 @@ def inverse(matrix: Tensor) -> Tensor:
     result[half:, :half] = corner.mT
     result[half:, half:] = below
     return result
-
-
-def unit_diagonal(hessian: Tensor) -> Tensor:
-    """H / (s s^T), (..., D, D), s = sqrt(diag H)."""
-    scale = hessian.diagonal(dim1=-2, dim2=-1).sqrt()
-    scaled = hessian / scale[..., None]
-    scaled /= scale[..., None, :]
-    return scaled
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
