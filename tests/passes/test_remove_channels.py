@@ -180,6 +180,16 @@ def test_channels_and_rank() -> None:
     assert after <= 0.7 * 0.8 * before * 1.01
 
 
+@pytest.mark.parametrize(
+    "method", ["sparsegpt", "exact_obs", "magnitude"]
+)  # Their defaults re-fit no layer that stays dense.
+def test_a_layer_that_loses_inputs_makes_up_for_them_where_no_rank_is_asked_of_it(method: str) -> None:
+    found = compiled(network("Residual"), "channels:0.7+rank:0.9", channel_multiple=4, method=method)
+    narrowed = [row for row in found.report.layers if row.status == "narrowed" and row.channels[1] < row.channels[0]]
+    assert narrowed
+    assert all(row.relative_error is not None for row in narrowed)
+
+
 def test_channels_come_first_in_a_chain() -> None:
     with pytest.raises(PatternError, match=r"comes first, write 'channels:0.7\+2:4'"):
         fxprune.Recipe.parse("2:4+channels:0.7")
