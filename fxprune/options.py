@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # `fxprune prune --help` shows these options, and must not wa
 Target = Literal["weights", "dense", "skip", "relu_aware"]
 Inputs = Literal["pruned", "dense"]
 Factorisation = Literal["data_aware", "svd"]
+CHANNELS_POLISH = 4  # Epochs.
 LIGHT_SPARSITY = 0.5  # Up to here ReLU-aware targets gain nothing on held-out images.
 
 
@@ -43,7 +44,8 @@ class Options:
         global_budget: for unstructured patterns: spread the zeros over the layers by what each costs.
         channel_multiple: where channels are removed, a multiple of so many stays, and at least so many: 8 for CPUs and most
             NPUs, 32 or 64 for GPUs. A layer that loses none may have any number.
-        polish: epochs afterwards in which the activations learn the dense model's, masks fixed; 0 for none.
+        polish: epochs afterwards in which the activations learn the dense model's, masks fixed; 0 for none. None: 4 where
+            channels are removed, which leaves errors that no layer can make up for by itself, and none otherwise.
         flip: polish on mirrored images too; right for photographs, wrong for digits.
         holdout: share of the images, at most 0.5, that takes no part in the statistics; agreement, KL and layer errors in
             the report are measured there. None: a tenth, at least 16, of 64 images or more, and none of fewer.
@@ -63,7 +65,7 @@ class Options:
     permute: bool | None = None
     global_budget: bool = False
     channel_multiple: int = 8
-    polish: int = 0
+    polish: int | None = None
     flip: bool = False
     holdout: float | None = None
     seed: int = 0
@@ -96,7 +98,7 @@ class Options:
             raise OptionsError(f"patches is {self.patches}; it is a number for each column, 0 for all there are")
         if not isinstance(self.channel_multiple, int) or self.channel_multiple < 1:
             raise OptionsError(f"channel_multiple is {self.channel_multiple!r}; it is a number of channels, at least 1")
-        if self.polish < 0:
+        if self.polish is not None and self.polish < 0:
             raise OptionsError(f"polish is {self.polish}; it is a number of epochs, 0 for none")
         if self.holdout is not None and not 0 <= self.holdout <= 0.5:
             raise OptionsError(f"holdout is {self.holdout}; it is a share of the images, from 0 to 0.5")
@@ -120,6 +122,8 @@ class Options:
         light = recipe.sparsity <= LIGHT_SPARSITY and not recipe.removes_channels
         if missing.get("target") == "relu_aware" and light:
             missing["target"] = "skip"
+        if recipe.removes_channels and not solver.published and self.polish is None:
+            missing["polish"] = CHANNELS_POLISH
         missing["permute"] = grouped and bool(own.permute if self.permute is None else self.permute)
         return replace(self, **missing)
 
@@ -150,6 +154,7 @@ PUBLISHED = Options(
     reconstruct=False,
     patches=0,
     permute=False,
+    polish=0,
 )
 OURS = Options(
     inputs="pruned",
@@ -161,6 +166,7 @@ OURS = Options(
     reconstruct=True,
     patches=64,
     permute=True,
+    polish=0,
 )
 
 

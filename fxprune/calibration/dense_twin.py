@@ -56,9 +56,9 @@ class DenseTwin:
             before = self.kept.get(name)
             self.kept[name] = now if before is None else before.after(now.places)
 
-    def wanted(self, node: Node, value: Any) -> Any:
-        """The dense value of a node of the other graph, of those channels that it has there."""
-        kept = self.kept.get(node.name)
+    def wanted(self, name: str, value: Any) -> Any:
+        """The dense value of the node of that name, of those channels that the other graph has there."""
+        kept = self.kept.get(name)
         return kept.of(value) if kept is not None and isinstance(value, Tensor) else value
 
     def calls(self, nodes: Iterable[Node]) -> dict[Node, TwinCall]:

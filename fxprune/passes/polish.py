@@ -6,22 +6,25 @@ feature distillation (Romero et al. 2015, FitNets; block by block in Lucas & Maz
 overfits a few hundred images far less than matching logits, since an image has thousands of activations and only a few logits.
 Logits that were scaled (`Options.temperature`) are compared before their scale, which least squares would take back.
 
-Adam's steps are relative to the size of a layer's weights (Shazeer & Stern 2018, Adafactor, section 8), so that one step size
-suits layers and networks of any scale.
+Adam's steps are relative to the size of a row's weights (Shazeer & Stern 2018, Adafactor, section 8): folded BatchNorm leaves
+rows of one layer a hundred times smaller than others, which a step that suits these would destroy. How large a step a network
+bears is found on the way: each epoch ends with the mean of its later weights (Polyak & Juditsky 1992); if the held-out images
+gain by it, the next epoch's steps are larger, and if not, the epoch is undone and the next one's are smaller.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
+from torch.optim.swa_utils import AveragedModel
 
 from fxprune.annotations import annotate, annotate_graph, annotation, report_of
 from fxprune.calibration.batches import count, inputs_of, take
@@ -31,16 +34,19 @@ from fxprune.calibration.failures import run_graph
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.consumers import consumers
 from fxprune.errors import GraphError, OptionsError
+from fxprune.geometry import LayerGeometry, MatrixLayer
 from fxprune.graph import Runner, device_of
 from fxprune.layers.problem import layer_of
 from fxprune.layers.shared import weight_calls
 from fxprune.passes.base import CalibratedPass
 from fxprune.runtime.processes import from_process, gathered, in_order, world
 
-STEP = 0.01  # Of the root mean square of the weights that a layer has kept.
-WARM_UP = 0.1
-STEP_IMAGES = 64
+FIRST_STEP = 0.005  # Of the root mean square of the weights that a row has kept.
+LARGER, SMALLER = 1.5, 0.25  # The step after an epoch that gained, and after one that did not.
+WARM_UP = 5  # Steps.
+STEP_IMAGES = 16
 HOLD_OUT_EVERY = 8
+SMALLEST_ROW = 1e-3  # Of the largest row's weights: what has hardly any weight must be able to grow.
 
 Inputs = list[Any]
 
@@ -78,7 +84,7 @@ class Polish(CalibratedPass):
         layers = [
             node
             for node in graph_module.graph.nodes
-            if (report := annotation(node).report) is not None and report.relative_error is not None
+            if (report := annotation(node).report) is not None and report.relative_error  # 0: as in the dense model.
         ]
         if not layers:
             return PassResult(graph_module, False)
@@ -88,14 +94,20 @@ class Polish(CalibratedPass):
             held_out = training[::HOLD_OUT_EVERY]
             training = [x for number, x in enumerate(training) if number % HOLD_OUT_EVERY] or training
         distance = _Distance(calibration.dense, graph_module, layers)
-        before = best = copy.deepcopy(graph_module.state_dict())
-        least = distance.mean(held_out)
-        for _ in self._epochs(layers, distance, training):
+        weights, gained = _Weights(layers, distance.pruned), False
+        generator = torch.Generator().manual_seed(self.seed)
+        least, step_size = distance.mean(held_out), FIRST_STEP
+        for _ in range(self.epochs):
+            before = weights.state()
+            self._epoch(weights, distance, training, step_size, generator)
             found = distance.mean(held_out)
             if found < least:  # False for NaN, too.
-                least, best = found, copy.deepcopy(graph_module.state_dict())
-        graph_module.load_state_dict(best)
-        if best is before:
+                least, gained, step_size = found, True, LARGER * step_size
+            else:
+                weights.restore(before)
+                step_size *= SMALLER
+        weights.release()
+        if not gained:
             calibration.warn(
                 f"polish={self.epochs} gained nothing on the images held out: the weights stay as they were"
             )
@@ -105,40 +117,96 @@ class Polish(CalibratedPass):
             _update_report(calibration.dense, graph_module, layers, of_all, is_score=is_score)
         return PassResult(graph_module, True)
 
-    def _epochs(self, layers: list[Node], distance: _Distance, steps: list[_Step]) -> Iterator[int]:
-        """Adam on a one-cycle schedule, an epoch at a time; gradients outside the masks are zeroed: zeros stay zero."""
-        own = {p: p.requires_grad for p in distance.pruned.parameters()}
-        weights = [p.requires_grad_(True) for node in layers for p in layer_of(node).parameters()]
-        masks = [p != 0 if p.dim() > 1 else torch.ones_like(p, dtype=torch.bool) for p in weights]
-        sizes = [_step_size(layer_of(node).weight.detach()) for node in layers for _ in layer_of(node).parameters()]
-        optimizer = torch.optim.Adam([{"params": [p], "lr": size} for p, size in zip(weights, sizes, strict=True)])
-        total = self.epochs * len(steps)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, sizes, total_steps=total, pct_start=WARM_UP)
-        generator = torch.Generator().manual_seed(self.seed)
-        for epoch in range(self.epochs):
-            for number in torch.randperm(len(steps), generator=generator, device="cpu").tolist():
-                step = steps[number]
-                mirrored = _half(step.images, generator) if self.flip else None
-                optimizer.zero_grad()
-                if step.inputs is not None:
-                    with torch.enable_grad():
-                        loss = distance(step.inputs if mirrored is None else _mirrored(step.inputs, mirrored))
-                    loss.backward()
-                _gradients_of(step.process, weights)
-                for p, mask in zip(weights, masks, strict=True):
-                    if p.grad is not None:
-                        p.grad *= mask
-                optimizer.step()
-                schedule.step()
-            yield epoch
-        for p, flag in own.items():
+    def _epoch(
+        self,
+        weights: _Weights,
+        distance: _Distance,
+        steps: Sequence[_Step],
+        step_size: float,
+        generator: torch.Generator,
+    ) -> None:
+        """Takes every step once, in a random order; leaves the mean of the weights after the second half of them."""
+        later = AveragedModel(weights.scaled)
+        for taken, number in enumerate(torch.randperm(len(steps), generator=generator, device="cpu").tolist()):
+            step = steps[number]
+            mirrored = _half(step.images, generator) if self.flip else None
+            if step.inputs is not None:
+                with torch.enable_grad():
+                    loss = distance(step.inputs if mirrored is None else _mirrored(step.inputs, mirrored))
+                loss.backward()
+            weights.step(step_size, step.process)
+            if taken >= len(steps) // 2:
+                later.update_parameters(weights.scaled)
+        weights.set(later.module.parameters())
+
+
+class _Weights:
+    """The parameters of layers, and Adam on them in units of what their rows have kept; zeros of weights stay zero.
+
+    Adam's steps do not depend on the scale of a gradient, so that the one of a parameter serves for it in any unit.
+    """
+
+    def __init__(self, layers: Sequence[Node], pruned: GraphModule) -> None:
+        self._flags = {p: p.requires_grad for p in pruned.parameters()}
+        self._own = [p.requires_grad_(True) for node in layers for p in layer_of(node).parameters()]
+        self._masks = [p != 0 if p.dim() > 1 else torch.ones_like(p, dtype=torch.bool) for p in self._own]
+        self._sizes = [size for node in layers for size in _row_sizes(layer_of(node))]
+        # At least in float32: the steps of a model in half precision would be lost in its rounding.
+        self.scaled = nn.ParameterList(p.detach() / size for p, size in zip(self._own, self._sizes, strict=True))
+        self._adam = torch.optim.Adam(self.scaled, betas=(0.9, 0.99))
+        self._taken = 0
+
+    @torch.no_grad()
+    def step(self, size: float, process: int) -> None:
+        """One step of Adam on the gradients of the layers' parameters, which a process has; they are used up."""
+        _gradients_of(process, self._own)
+        for scaled, p, mask in zip(self.scaled, self._own, self._masks, strict=True):
+            scaled.grad = None if p.grad is None else (p.grad * mask).to(scaled.dtype)
+            p.grad = None
+        self._taken += 1
+        self._adam.param_groups[0]["lr"] = size * min(1.0, self._taken / WARM_UP)
+        self._adam.step()
+        self.set(self.scaled)
+
+    @torch.no_grad()
+    def set(self, scaled: Iterable[Tensor]) -> None:
+        """Give the layers these values, in units of their rows."""
+        for p, own, value, size in zip(self._own, self.scaled, scaled, self._sizes, strict=True):
+            own.copy_(value)
+            p.copy_(value * size)
+
+    def state(self) -> tuple[Any, ...]:
+        """Values and Adam's moments, to go back to."""
+        return copy.deepcopy(
+            ([p.detach() for p in self._own], self.scaled.state_dict(), self._adam.state_dict(), self._taken)
+        )
+
+    @torch.no_grad()
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Go back."""
+        own, scaled, adam, self._taken = state
+        for p, value in zip(self._own, own, strict=True):
+            p.copy_(value)  # Not by their units: what no epoch improves is to stay bit for bit.
+        self.scaled.load_state_dict(scaled)
+        self._adam.load_state_dict(adam)
+
+    def release(self) -> None:
+        """Leave all parameters of the model as trainable as they were, without gradients."""
+        for p, flag in self._flags.items():
             p.grad = None
             p.requires_grad_(flag)
 
 
-def _step_size(weight: Tensor) -> float:
-    kept = weight[weight != 0]
-    return STEP * float(kept.square().mean().sqrt()) if len(kept) else STEP
+def _row_sizes(module: MatrixLayer) -> list[Tensor]:
+    """For each parameter of a layer the root mean square of what its rows have kept of the weight, shaped to go with it."""
+    geometry = LayerGeometry.of(module)
+    rows = geometry.to_matrix(module.weight.detach())  # (G, R/G, D)
+    kept = rows.count_nonzero(2).clamp_min(1)
+    size = (rows.double().square().sum(2) / kept).sqrt().to(torch.promote_types(rows.dtype, torch.float32))
+    largest = size.max()
+    size = size.clamp_min(SMALLEST_ROW * largest) if largest > 0 else torch.ones_like(size)
+    of_weight = geometry.to_weight(size[:, :, None].expand_as(rows))
+    return [of_weight if p is module.weight else size.flatten() for p in module.parameters()]
 
 
 class _Distance:
@@ -146,7 +214,6 @@ class _Distance:
 
     def __init__(self, twin: DenseTwin, pruned: GraphModule, layers: list[Node]) -> None:
         self.twin, self.pruned = twin, pruned
-        self._matched = {fed.name: fed for fed in map(_fed, layers)}
         self._pairs = _counterparts(twin.graph_module, {_fed(node).name: node for node in layers})
         reports = {_fed(node).name: annotation(node).report for node in layers}
         self._scales = {name: 1.0 if row is None else row.logit_scale for name, row in reports.items()}
@@ -155,11 +222,11 @@ class _Distance:
         with torch.no_grad():
             dense = _Recorder(self.twin.graph_module, set(self._pairs.values())).outputs(inputs)
         pruned = _Recorder(self.pruned, set(self._pairs)).outputs(inputs)
-        terms = [
-            F.mse_loss(p / self._scales[name], d := self.twin.wanted(self._matched[name], dense[self._pairs[name]]))
-            / d.var().clamp_min(torch.finfo(d.dtype).tiny)
-            for name, p in pruned.items()
-        ]
+        terms = []
+        for name, p in pruned.items():
+            counterpart = self._pairs[name]
+            d = self.twin.wanted(counterpart, dense[counterpart])
+            terms.append(F.mse_loss(p / self._scales[name], d) / d.var().clamp_min(torch.finfo(d.dtype).tiny))
         return torch.stack(terms).mean()
 
     @torch.no_grad()
@@ -276,7 +343,6 @@ def _update_report(
 ) -> None:
     """Measure every layer's error, and the agreement at the output, again: the weights are others now."""
     calls, dense = weight_calls(graph_module), twin.graph_module
-    nodes = {node.name: node for node in graph_module.graph.nodes}
     errors = {node: OutputError(channel_dim(node)) for node in layers}
     of_call = {call.name: errors[node] for node in layers for call in calls[node]}
     pairs = _counterparts(dense, {call.name: node for node in layers for call in calls[node]})
@@ -286,7 +352,7 @@ def _update_report(
         wanted.outputs(inputs)
         found.outputs(inputs)
         for name, error in of_call.items():
-            error.update(twin.wanted(nodes[name], wanted.kept[pairs[name]]), found.kept[name])
+            error.update(twin.wanted(pairs[name], wanted.kept[pairs[name]]), found.kept[name])
         if is_score:
             agreement.update(wanted.result, found.result)
     errors = dict(zip(errors, OutputError.summed([*errors.values()]), strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ def model():
 
 @pytest.fixture
 def batches():
+    torch.manual_seed(0)
     return list((3 * torch.randn(256, 3, 8, 8)).split(16))
 
 
@@ -81,6 +84,89 @@ def test_a_model_of_two_inputs():
         for epochs in (0, 8)
     )
     assert polished.report["b"].relative_error != plain.report["b"].relative_error
+
+
+def uneven() -> nn.Module:
+    """Rows of one layer that differ a hundredfold, as folded BatchNorm leaves them; the next layer makes up for it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 6),
+    ).eval()  # fmt: skip
+    scale = torch.logspace(-2, 0, 16)
+    with torch.no_grad():
+        for layer, following in ((model[0], model[2]), (model[2], model[4])):
+            layer.weight.mul_(scale[:, None, None, None])
+            layer.bias.mul_(scale)
+            following.weight.div_(scale[:, None, None])
+    return model
+
+
+def test_small_rows_take_small_steps(batches):
+    errors = {
+        epochs: fxprune.compile(uneven(), batches, "1:4", progress=False, options=Options(polish=epochs)).report.layers
+        for epochs in (0, 2)
+    }
+    assert errors[2][0].relative_error == 0  # Nothing is pruned before it: it stays as it is.
+    for plain, polished in zip(errors[0], errors[2], strict=True):
+        assert polished.relative_error <= 1.05 * plain.relative_error, plain.name
+    assert errors[2][-1].relative_error < 0.97 * errors[0][-1].relative_error
+
+
+def test_epochs_that_gain_nothing_are_undone(batches, monkeypatch):
+    monkeypatch.setattr("fxprune.passes.polish.FIRST_STEP", 100.0)
+    plain = fxprune.compile(uneven(), batches, "1:4", progress=False)
+    with pytest.warns(fxprune.CalibrationWarning, match="polish=2 gained nothing"):
+        polished = fxprune.compile(uneven(), batches, "1:4", progress=False, options=Options(polish=2))
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, polished.state_dict()[name]), name
+    assert polished.report.layers == tuple(
+        replace(row, seconds=polished.report[row.name].seconds) for row in plain.report.layers
+    )
+
+
+def test_steps_shrink_until_they_gain(batches, monkeypatch):
+    """The first ones are far too large."""
+    monkeypatch.setattr("fxprune.passes.polish.FIRST_STEP", 1.0)
+    plain, polished = (
+        fxprune.compile(uneven(), batches, "1:4", progress=False, options=Options(polish=epochs)) for epochs in (0, 6)
+    )
+    assert polished.report.layers[-1].relative_error < plain.report.layers[-1].relative_error
+
+
+def test_transposed_convolutions(batches):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 12, 2, stride=2, groups=2), nn.ReLU(),
+        nn.Conv2d(12, 4, 3),
+    ).eval()  # fmt: skip
+    plain, polished = (
+        fxprune.compile(model, batches, "1:4", progress=False, options=Options(polish=epochs)) for epochs in (0, 4)
+    )
+    assert polished.report["4"].relative_error < plain.report["4"].relative_error
+    assert not torch.equal(polished.get_submodule("2").weight, plain.get_submodule("2").weight)
+
+
+def test_a_model_in_half_precision_gains(batches):
+    """Its steps are smaller than what float16 tells apart, and are summed in float32."""
+    plain, polished = (
+        fxprune.compile(
+            uneven().half(), [x.half() for x in batches], "1:4", progress=False, options=Options(polish=epochs)
+        )
+        for epochs in (0, 4)
+    )
+    assert polished.report.layers[-1].relative_error < 0.97 * plain.report.layers[-1].relative_error
+
+
+def test_channels_are_polished_by_default(model, batches):
+    def found(**options: int) -> fxprune.PruneReport:
+        compiled = fxprune.compile(
+            model, batches, "channels:0.7", progress=False, options=Options(channel_multiple=1, **options)
+        )
+        return compiled.report
+
+    errors = [report.layers[-1].relative_error for report in (found(), found(polish=4), found(polish=0))]
+    assert errors[0] == errors[1] < errors[2]
 
 
 def test_flip_mirrors_half_of_the_images():

@@ -174,7 +174,7 @@ def test_a_chain_is_solved_on_the_smaller_layers() -> None:
 
 
 def test_channels_and_rank() -> None:
-    found = compiled(network("Residual"), "channels:0.7+rank:0.8", channel_multiple=1)
+    found = compiled(network("Residual"), "channels:0.7+rank:0.8", channel_multiple=1)  # Polished, too.
     assert any(row.status == "factored" for row in found.report.layers)
     before, after = found.report.macs
     assert after <= 0.7 * 0.8 * before * 1.01
