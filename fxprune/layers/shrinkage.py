@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.solvers.problem import WIDE, LayerProblem, float32_factor
-from fxprune.solvers.refit import refit
-from fxprune.solvers.shifted_systems import divided_by_shifts
+from fxprune.solvers.few_columns import columns_of
+from fxprune.solvers.problem import WIDE, LayerProblem
+from fxprune.solvers.refit import refit, refit_by_conjugate_gradients
+from fxprune.solvers.shifted_systems import conjugate_gradients, divided_by_shifts
 from fxprune.statistics import Centred, Moments
 
 CORRECTION_DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # Relative to the mean of H's diagonal.
@@ -42,6 +43,7 @@ WORTH_OF_OUTPUT = 2e-3  # So much of the output's energy a damping has to save.
 TRIAL_ROWS = 16
 LARGEST_FACTOR = 2.0
 MIXTURES = 64
+LEFT_OUT = 1e-4  # Of the trace of a Hessian, where a trial takes it for one of few columns.
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,23 @@ class Shrinkage:
     correction_damping: float
     strength: float = 1.0
 
-    def wanted(self, dense: Tensor, moments: Centred, factors: dict[Any, Any] | None = None) -> Tensor:
+    def wanted(
+        self, dense: Tensor, moments: Centred, factors: dict[Any, Any] | None = None, rank: int | None = None
+    ) -> Tensor:
         """W = W0 + alpha R (H + mu I)^-1, (G, R/G, D) float64.
 
         Args:
             dense: W0, (G, R/G, D) float64.
             moments: H and T.
             factors: of H, shared by all that have it; see `LayerProblem.damped`.
+            rank: of H, as in `LayerProblem`.
         """
         if not self.strength:
             return dense
-        correction = moments.target - dense @ moments.hessian
-        problem = LayerProblem(moments.hessian, correction, torch.zeros_like(dense))
-        return dense + self.strength * _optimum(problem.damped(self.correction_damping, factors))
+        problem = LayerProblem(moments.hessian, moments.target, dense, rank=rank)
+        problem = problem.damped(self.correction_damping, factors)
+        correction = problem.target - problem.image(dense)
+        return dense + self.strength * _optimum(replace(problem, target=correction))
 
     def problem(
         self,
@@ -84,9 +90,9 @@ class Shrinkage:
         `rank` is that of H, as in `LayerProblem`.
         """
         of = (lambda damping: None) if factors is None else (lambda damping: factors.setdefault((True, damping), {}))
-        wanted = self.wanted(dense, moments, of(self.correction_damping))
-        problem = LayerProblem(moments.hessian, wanted @ moments.hessian, wanted, rank=rank)
-        return problem.damped(self.damping, of(self.damping))
+        wanted = self.wanted(dense, moments, of(self.correction_damping), rank)
+        problem = LayerProblem(moments.hessian, wanted, wanted, rank=rank).damped(self.damping, of(self.damping))
+        return replace(problem, target=problem.image(wanted))
 
 
 def choose(dense: Tensor, whole: Moments, check: Moments, damping: float, sparsity: float) -> Shrinkage:
@@ -136,17 +142,19 @@ def _damped(
 ) -> Shrinkage:
     """The same correction with the damping under which some rows, masked by size, do best on the unseen images."""
     rows = torch.linspace(0, dense.shape[1] - 1, min(dense.shape[1], TRIAL_ROWS), device=dense.device).round().long()
-    wanted, target, dense = (x[:, rows] for x in (correction.wanted(dense, seen), unseen.target, dense))
-    size = dense.abs() * seen.hessian.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()[:, None]
+    wide, chosen, target = dense.shape[-1] >= WIDE, dense[:, rows], unseen.target[:, rows]
+    size = chosen.abs() * seen.hessian.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()[:, None]
     kept = max(1, round((1 - sparsity) * dense.shape[-1]))
-    mask = torch.zeros_like(dense, dtype=torch.bool).scatter_(-1, size.topk(kept).indices, True)
-    problem, wide = LayerProblem(seen.hessian, wanted @ seen.hessian, wanted, rank=rank), dense.shape[-1] >= WIDE
+    mask = torch.zeros_like(chosen, dtype=torch.bool).scatter_(-1, size.topk(kept).indices, True)
+    if wide:
+        fitted = _wide_fits(correction, chosen, replace(seen, target=seen.target[:, rows]), mask, rank)
+    else:
+        fitted = _fits(correction.wanted(dense, seen)[:, rows], seen, mask)
+    dense, hessian = chosen, unseen.hessian.float() if wide else unseen.hessian
 
     def error(damping: float) -> float:
-        # A wide H is not factored to see whether it can be: its re-fit is by conjugate gradients.
-        damped = problem.damped_unchecked(damping) if wide else problem.damped(damping)
-        weight = torch.stack([refit(group, own) for group, own in zip(damped.groups(), mask, strict=True)])
-        return float((weight @ unseen.hessian * weight).sum() - 2 * (weight * target).sum())
+        weight = fitted(damping)
+        return float((_times(weight, hessian) * weight).sum() - 2 * (weight * target).sum())
 
     best, with_least = correction.damping, error(correction.damping)
     least_error = with_least
@@ -154,8 +162,70 @@ def _damped(
         if (found := error(damping)) >= least_error:
             break  # Too little damping and too much are both worse than what lies between.
         best, least_error = damping, found
-    energy = float((dense @ unseen.hessian * dense).sum())
+    energy = float((_times(dense, hessian) * dense).sum())
     return replace(correction, damping=best) if with_least - least_error > WORTH_OF_OUTPUT * energy else correction
+
+
+def _fits(wanted: Tensor, seen: Centred, mask: Tensor) -> Callable[[float], Tensor]:
+    """For a damping, the best weights (G, K, D) on a mask, of which `wanted` are to be what they are without one."""
+    problem = LayerProblem(seen.hessian, wanted @ seen.hessian, wanted)
+
+    def fitted(damping: float) -> Tensor:
+        groups = problem.damped(damping).groups()
+        return torch.stack([refit(group, own) for group, own in zip(groups, mask, strict=True)])
+
+    return fitted
+
+
+def _wide_fits(
+    correction: Shrinkage, dense: Tensor, seen: Centred, mask: Tensor, rank: int
+) -> Callable[[float], Tensor]:
+    """The same for some rows (G, K, D) of a layer of many columns, nearly: no H is copied or factored for any damping.
+
+    Conjugate gradients multiply with H in float32, or with the few columns that H of few patches, at most `rank`, is made of.
+    """
+    diagonal = seen.hessian.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    hessian, wanted = seen.hessian.float(), dense
+    if correction.strength:
+        shift = (correction.correction_damping * mean).clamp_min(torch.finfo(torch.float32).tiny).float()[:, :, None]
+        left = (seen.target - _times(dense, hessian)).float()
+        wanted = dense + correction.strength * divided_by_shifts(hessian, left, [shift])[0]
+    products = [_product(*of_group, rank) for of_group in zip(seen.hessian, hessian, strict=True)]
+
+    def fitted_group(g: int, shift: Tensor) -> Tensor:
+        # For inputs of unit variance and weights of about 1, as in `refit`.
+        scale = (diagonal[g] + shift).sqrt()
+        relative = wanted[g] * scale
+        largest = relative.abs().max().clamp_min(torch.finfo(relative.dtype).tiny)
+        of_inputs, of_shift = scale.float(), (shift / scale.square()).float()
+
+        def product(x: Tensor) -> Tensor:
+            return (products[g](x / of_inputs) / of_inputs).addcmul_(x, of_shift)
+
+        target = product((relative / largest).float())
+        return refit_by_conjugate_gradients(product, target, mask[g]).to(scale) / scale * largest
+
+    def fitted(damping: float) -> Tensor:
+        shifts = torch.where(mean > 0, damping * mean, 1.0).expand_as(diagonal)  # As `LayerProblem.damped` has it.
+        return torch.stack([fitted_group(g, shift) for g, shift in enumerate(shifts)])
+
+    return fitted
+
+
+def _product(hessian: Tensor, single: Tensor, rank: int) -> Callable[[Tensor], Tensor]:
+    """X -> X H in float32, of H (D, D) in float64 and in float32."""
+    diagonal = hessian.diagonal()
+    columns = columns_of(hessian, torch.zeros_like(diagonal), rank, LEFT_OUT * float(diagonal.sum()))
+    if columns is None:
+        return single.__rmatmul__
+    few = columns.float()
+    return lambda x: x @ few @ few.mT
+
+
+def _times(weight: Tensor, hessian: Tensor) -> Tensor:
+    """W H, in the precision of H."""
+    return (weight.to(hessian.dtype) @ hessian).to(weight.dtype)
 
 
 def _row_mixtures(dense: Tensor) -> Callable[[Tensor], Tensor]:
@@ -185,18 +255,30 @@ def _steps(hessian: Tensor, correction: Tensor, scale: Tensor, dampings: Sequenc
 
 
 def _optimum(problem: LayerProblem) -> Tensor:
-    """The dense minimiser (G, R/G, D); of a wide problem by a factor in float32, which will do for a correction of weights."""
+    """The dense minimiser (G, R/G, D); of a wide problem nearly, which will do for a correction of weights."""
     if problem.hessian.shape[-1] < WIDE:
         return problem.optimum()
-    hessian = problem.hessian
-    factor = problem.once("float32 factor", lambda: float32_factor(hessian))
-    if factor is None:
+    groups = list(problem.groups())
+    if all(group.low_rank is not None for group in groups):
+        return torch.stack([_by_few_columns(group) for group in groups])
+    if (factor := problem.single_factor) is None:
         return problem.optimum()
-    scale = hessian.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :]
+    scale = problem.hessian.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :]
     return torch.cholesky_solve((problem.target / scale).float().mT, factor).mT.double() / scale
 
 
-def rescaled(weight: Tensor, moments: Centred) -> Tensor:
+def _by_few_columns(problem: LayerProblem) -> Tensor:
+    """The dense minimiser (R, D) of one group whose H has a low rank."""
+    systems, scale = problem.low_rank, problem.hessian.diagonal().sqrt()
+    assert systems is not None
+    target = (problem.target / scale).float()
+    start = torch.zeros_like(target)
+    # The first step is the solution but for rounding, of which the others leave less.
+    found, _ = conjugate_gradients(systems, start, start, target, 0.0, steps=3, tolerance=1e-4)
+    return found.to(scale) / scale
+
+
+def rescaled(weight: Tensor, moments: Centred, problem: LayerProblem) -> Tensor:
     """Each row times the factor in [1, LARGEST_FACTOR] with which it fits the whole target best: damping has made it too small.
 
     One number a row hardly overfits: it is the relaxed fit of Meinshausen (2007).
@@ -204,7 +286,10 @@ def rescaled(weight: Tensor, moments: Centred) -> Tensor:
     Args:
         weight: (G, R/G, D).
         moments: H, undamped, and T with all of the correction.
+        problem: of the same H, damped.
     """
+    assert problem.shift is not None
     along = (weight * moments.target).sum(-1, keepdim=True)
-    curvature = (weight @ moments.hessian * weight).sum(-1, keepdim=True)
+    image = problem.image(weight) - weight * problem.shift[..., None, :]
+    curvature = (image * weight).sum(-1, keepdim=True)
     return weight * torch.where(curvature > 0, along / curvature, 1.0).clamp(1.0, LARGEST_FACTOR)

@@ -133,9 +133,10 @@ def test_rows_are_rescaled_to_fit_best_but_never_shrunk() -> None:
     factor = torch.tensor([[0.5, 1.4, 7.0], [1.0, 1.9, 1.1]], dtype=torch.float64)
     hessian, target = x @ x.mT, factor[..., None] * weight @ (x @ x.mT)
     seen = Centred(hessian, target, x.mean(-1), x.mean(-1))
-    found = rescaled(weight, seen)
+    problem = LayerProblem(hessian, target, weight).damped(0.1)
+    found = rescaled(weight, seen, problem)
     torch.testing.assert_close(found, weight * factor.clamp(1, LARGEST_FACTOR)[..., None])
-    assert torch.equal(rescaled(weight * 0, seen), weight * 0)
+    assert torch.equal(rescaled(weight * 0, seen, problem), weight * 0)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])

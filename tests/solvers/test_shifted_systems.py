@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from fxprune.solvers import LayerProblem
+from fxprune.solvers.few_columns import LowRankSystems
 from fxprune.solvers.shifted_systems import (
     DenseSystems,
-    LowRankSystems,
     conjugate_gradients,
     divided_by_shifts,
     inverse,
     inverse_diagonal,
     inverse_of_lower,
-    low_rank_systems,
     systems_of,
     unit_diagonal,
 )
@@ -49,7 +48,7 @@ def test_inverses_by_halves(make_case, monkeypatch, columns, leaf):
 
 
 def test_low_rank_form_is_the_hessian(of_few, monkeypatch):
-    systems = low_rank_systems(of_few)
+    systems = of_few.low_rank
     assert isinstance(systems, LowRankSystems)
     assert systems.factor.shape == (61, 6)
     hessian, x = unit_diagonal(of_few.hessian).float(), torch.randn(7, 61)
@@ -59,10 +58,10 @@ def test_low_rank_form_is_the_hessian(of_few, monkeypatch):
 
 
 def test_a_rank_that_is_too_low_is_not_believed(of_few):
-    assert low_rank_systems(replace(of_few, rank=5)) is None
-    assert low_rank_systems(replace(of_few, rank=8)) is None  # 61 / 8 columns are the most that pay.
-    assert low_rank_systems(replace(of_few, rank=None)) is None
-    assert isinstance(systems_of(replace(of_few, rank=5)), DenseSystems)
+    assert replace(of_few, rank=5, factors={}).low_rank is None
+    assert replace(of_few, rank=8, factors={}).low_rank is None  # 61 / 8 columns are the most that pay.
+    assert replace(of_few, rank=None, factors={}).low_rank is None
+    assert isinstance(systems_of(replace(of_few, rank=5, factors={})), DenseSystems)
 
 
 @pytest.mark.parametrize("wide", [1, 1000])
