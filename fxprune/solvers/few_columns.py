@@ -80,7 +80,7 @@ def columns_of(hessian: Tensor, taken: Tensor, rank: int | None, allowed: float)
     sketch = torch.randn(len(hessian), rank, generator=generator, dtype=torch.float64).to(hessian)
     columns = hessian @ sketch - taken[:, None] * sketch
     values, vectors = torch.linalg.eigh(sketch.mT @ columns)
-    # About means the rank is one less. What rounding has made of such eigenvalues, in products in float32, is nothing to divide by.
+    # About means the rank is one less: that eigenvalue is what products in float32 have made of zero.
     some = values > torch.finfo(torch.float32).eps * values[-1].clamp_min(0)
     columns = columns @ (vectors[:, some] / values[some].sqrt())
     left_out = (hessian.diagonal() - taken).sum() - columns.square().sum()
