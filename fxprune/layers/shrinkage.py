@@ -23,12 +23,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxprune.solvers.few_columns import columns_of
+from fxprune.solvers.few_columns import LowRankSystems, columns_of
 from fxprune.solvers.problem import WIDE, LayerProblem
 from fxprune.solvers.refit import refit, refit_by_conjugate_gradients
 from fxprune.solvers.shifted_systems import conjugate_gradients, divided_by_shifts
@@ -105,27 +106,85 @@ def choose(dense: Tensor, whole: Moments, check: Moments, damping: float, sparsi
         damping: the least, for both; kept, with the whole correction, where nothing else is clearly better.
         sparsity: share of zeros that pruning will want; 0 leaves nothing to be made up for.
     """
-    seen, unseen = whole.without(check), check.centred
+    unseen_rank = check.inputs.count
+    seen = _Images(whole.without(check), whole.inputs.count - unseen_rank)
+    unseen = _Images(check.centred, unseen_rank)
     correction = _correction(dense, seen, unseen, damping)
-    if not sparsity:
-        return correction
-    return _damped(correction, dense, seen, unseen, sparsity, rank=whole.inputs.count - check.inputs.count)
+    return _damped(correction, dense, seen, unseen, sparsity) if sparsity else correction
 
 
-def _correction(dense: Tensor, seen: Centred, unseen: Centred, damping: float) -> Shrinkage:
+class _Images:
+    """The moments of some images, and products with their H.
+
+    Where H has many columns, products are in float32, or with the few columns that H of few patches is made of.
+
+    Attributes:
+        moments: of the images.
+        few: U (G, D, k) float32, H = U U^T, or None.
+        hessian: H (G, D, D) float32.
+    """
+
+    def __init__(self, moments: Centred, rank: int) -> None:
+        self.moments = moments
+        self.few = _few_columns(moments.hessian, rank) if moments.hessian.shape[-1] >= WIDE else None
+
+    @cached_property
+    def hessian(self) -> Tensor:
+        return self.moments.hessian.float()
+
+    def product(self, x: Tensor) -> Tensor:
+        """X H, (G, K, D) -> (G, K, D), as exact as X has it; of many columns in float32."""
+        if self.few is not None:
+            return (x.float() @ self.few @ self.few.mT).to(x)
+        exact = x.dtype == torch.float64 and x.shape[-1] < WIDE
+        return (x.to(self.hessian) @ self.hessian).to(x) if not exact else x @ self.moments.hessian
+
+    def divided(self, x: Tensor, shifts: Sequence[Tensor]) -> Iterator[Tensor | None]:
+        """X (H + sigma I)^-1 for several sigma (G, 1, 1), ascending; None where that cannot be factored."""
+        if self.few is not None:
+            for shift in shifts:
+                divided = [
+                    LowRankSystems(own.flatten().expand(len(few)), few).divided(of_group, 0.0)
+                    for own, few, of_group in zip(shift, self.few, x, strict=True)
+                ]
+                yield torch.stack(divided)
+        elif x.shape[-1] >= WIDE:
+            yield from divided_by_shifts(self.hessian, x, shifts)
+        else:
+            for shift in shifts:
+                shifted = self.hessian.clone()
+                shifted.diagonal(dim1=1, dim2=2).add_(shift[:, :, 0])
+                factor, info = torch.linalg.cholesky_ex(shifted)
+                yield None if info.any() else torch.cholesky_solve(x.mT, factor).mT
+
+
+def _few_columns(hessian: Tensor, rank: int) -> Tensor | None:
+    """U (G, D, k) float32 with H = U U^T for every group, or None."""
+    found = []
+    for own in hessian:
+        diagonal = own.diagonal()
+        columns = columns_of(own, torch.zeros_like(diagonal), rank, LEFT_OUT * float(diagonal.sum()))
+        if columns is None:
+            return None
+        found.append(columns.float())
+    most = max(columns.shape[1] for columns in found)
+    return torch.stack([torch.nn.functional.pad(columns, (0, most - columns.shape[1])) for columns in found])
+
+
+def _correction(dense: Tensor, seen: _Images, unseen: _Images, damping: float) -> Shrinkage:
     """The damping and strength of the correction, at the least damping of everything else."""
     mix = _row_mixtures(dense)
     mixed = mix(dense)
-    wanted = (mix(unseen.target) - mixed @ unseen.hessian).float()
-    correction = (mix(seen.target) - mixed @ seen.hessian).float()
-    hessian, fitted_hessian = unseen.hessian.float(), seen.hessian.float()
-    scale = fitted_hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+    wanted = (mix(unseen.moments.target) - unseen.product(mixed)).float()
+    correction = (mix(seen.moments.target) - seen.product(mixed)).float()
+    scale = _mean_variance(seen.moments.hessian)
     trials = sorted({max(damping, value) for value in CORRECTION_DAMPINGS})
     best, chosen, whole_gain = 0.0, Shrinkage(damping, damping, 0.0), -math.inf
-    for trial, step in zip(trials, _steps(fitted_hessian, correction, scale, trials), strict=True):
+    steps = seen.divided(correction, [trial * scale for trial in trials])
+    for trial, step in zip(trials, steps, strict=True):
         if step is None:
             continue
-        along, curvature = float((wanted * step).sum()), float((step @ hessian * step).sum())
+        along, curvature = float((wanted * step).sum()), float((unseen.product(step) * step).sum())
         if trial == damping:
             whole_gain = 2 * along - curvature
         if not (along > 0 and curvature > 0):
@@ -137,24 +196,27 @@ def _correction(dense: Tensor, seen: Centred, unseen: Centred, damping: float) -
     return Shrinkage(damping, damping) if WORTH * whole_gain >= best and whole_gain > 0 else chosen
 
 
-def _damped(
-    correction: Shrinkage, dense: Tensor, seen: Centred, unseen: Centred, sparsity: float, *, rank: int
-) -> Shrinkage:
+def _mean_variance(hessian: Tensor) -> Tensor:
+    """The mean of H's diagonal, (G, 1, 1) float32, above 0."""
+    mean = hessian.diagonal(dim1=1, dim2=2).float().mean(1)
+    return mean.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
+
+
+def _damped(correction: Shrinkage, dense: Tensor, seen: _Images, unseen: _Images, sparsity: float) -> Shrinkage:
     """The same correction with the damping under which some rows, masked by size, do best on the unseen images."""
     rows = torch.linspace(0, dense.shape[1] - 1, min(dense.shape[1], TRIAL_ROWS), device=dense.device).round().long()
-    wide, chosen, target = dense.shape[-1] >= WIDE, dense[:, rows], unseen.target[:, rows]
-    size = chosen.abs() * seen.hessian.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()[:, None]
+    chosen, target = dense[:, rows], unseen.moments.target[:, rows]
+    size = chosen.abs() * seen.moments.hessian.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()[:, None]
     kept = max(1, round((1 - sparsity) * dense.shape[-1]))
     mask = torch.zeros_like(chosen, dtype=torch.bool).scatter_(-1, size.topk(kept).indices, True)
-    if wide:
-        fitted = _wide_fits(correction, chosen, replace(seen, target=seen.target[:, rows]), mask, rank)
+    if dense.shape[-1] >= WIDE:
+        fitted = _wide_fits(correction, chosen, seen, seen.moments.target[:, rows], mask)
     else:
-        fitted = _fits(correction.wanted(dense, seen)[:, rows], seen, mask)
-    dense, hessian = chosen, unseen.hessian.float() if wide else unseen.hessian
+        fitted = _fits(correction.wanted(dense, seen.moments)[:, rows], seen.moments, mask)
 
     def error(damping: float) -> float:
         weight = fitted(damping)
-        return float((_times(weight, hessian) * weight).sum() - 2 * (weight * target).sum())
+        return float((unseen.product(weight) * weight).sum() - 2 * (weight * target).sum())
 
     best, with_least = correction.damping, error(correction.damping)
     least_error = with_least
@@ -162,7 +224,7 @@ def _damped(
         if (found := error(damping)) >= least_error:
             break  # Too little damping and too much are both worse than what lies between.
         best, least_error = damping, found
-    energy = float((_times(dense, hessian) * dense).sum())
+    energy = float((unseen.product(chosen) * chosen).sum())
     return replace(correction, damping=best) if with_least - least_error > WORTH_OF_OUTPUT * energy else correction
 
 
@@ -178,20 +240,20 @@ def _fits(wanted: Tensor, seen: Centred, mask: Tensor) -> Callable[[float], Tens
 
 
 def _wide_fits(
-    correction: Shrinkage, dense: Tensor, seen: Centred, mask: Tensor, rank: int
+    correction: Shrinkage, dense: Tensor, seen: _Images, target: Tensor, mask: Tensor
 ) -> Callable[[float], Tensor]:
-    """The same for some rows (G, K, D) of a layer of many columns, nearly: no H is copied or factored for any damping.
-
-    Conjugate gradients multiply with H in float32, or with the few columns that H of few patches, at most `rank`, is made of.
-    """
-    diagonal = seen.hessian.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True)
-    hessian, wanted = seen.hessian.float(), dense
+    """The same for some rows (G, K, D) of a layer of many columns, nearly: no H is copied or factored for any damping."""
+    diagonal = seen.moments.hessian.diagonal(dim1=1, dim2=2)
+    mean, wanted = diagonal.mean(1, keepdim=True), dense
     if correction.strength:
-        shift = (correction.correction_damping * mean).clamp_min(torch.finfo(torch.float32).tiny).float()[:, :, None]
-        left = (seen.target - _times(dense, hessian)).float()
-        wanted = dense + correction.strength * divided_by_shifts(hessian, left, [shift])[0]
-    products = [_product(*of_group, rank) for of_group in zip(seen.hessian, hessian, strict=True)]
+        shift = correction.correction_damping * _mean_variance(seen.moments.hessian)
+        (step,) = seen.divided((target - seen.product(dense)).float(), [shift])
+        assert step is not None
+        wanted = dense + correction.strength * step
+    hessians = seen.hessian if seen.few is None else seen.few
+
+    def product_of(g: int, x: Tensor) -> Tensor:
+        return x @ hessians[g] if seen.few is None else x @ hessians[g] @ hessians[g].mT
 
     def fitted_group(g: int, shift: Tensor) -> Tensor:
         # For inputs of unit variance and weights of about 1, as in `refit`.
@@ -201,7 +263,7 @@ def _wide_fits(
         of_inputs, of_shift = scale.float(), (shift / scale.square()).float()
 
         def product(x: Tensor) -> Tensor:
-            return (products[g](x / of_inputs) / of_inputs).addcmul_(x, of_shift)
+            return (product_of(g, x / of_inputs) / of_inputs).addcmul_(x, of_shift)
 
         target = product((relative / largest).float())
         return refit_by_conjugate_gradients(product, target, mask[g]).to(scale) / scale * largest
@@ -211,21 +273,6 @@ def _wide_fits(
         return torch.stack([fitted_group(g, shift) for g, shift in enumerate(shifts)])
 
     return fitted
-
-
-def _product(hessian: Tensor, single: Tensor, rank: int) -> Callable[[Tensor], Tensor]:
-    """X -> X H in float32, of H (D, D) in float64 and in float32."""
-    diagonal = hessian.diagonal()
-    columns = columns_of(hessian, torch.zeros_like(diagonal), rank, LEFT_OUT * float(diagonal.sum()))
-    if columns is None:
-        return single.__rmatmul__
-    few = columns.float()
-    return lambda x: x @ few @ few.mT
-
-
-def _times(weight: Tensor, hessian: Tensor) -> Tensor:
-    """W H, in the precision of H."""
-    return (weight.to(hessian.dtype) @ hessian).to(weight.dtype)
 
 
 def _row_mixtures(dense: Tensor) -> Callable[[Tensor], Tensor]:
@@ -240,18 +287,6 @@ def _row_mixtures(dense: Tensor) -> Callable[[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(MIXTURES, rows, generator=generator, dtype=torch.float64).to(dense) / MIXTURES**0.5
     return lambda matrix: mixing @ matrix
-
-
-def _steps(hessian: Tensor, correction: Tensor, scale: Tensor, dampings: Sequence[float]) -> Iterator[Tensor | None]:
-    """R (H + lambda I)^-1 for each damping, (G, R/G, D) float32; None where H + lambda I cannot be factored."""
-    if hessian.shape[-1] >= WIDE:
-        shifts = [damping * scale[:, None, None] for damping in dampings]
-        yield from divided_by_shifts(hessian, correction, shifts)
-        return
-    for damping in dampings:
-        shift = (damping * scale)[:, None].expand(-1, hessian.shape[-1])
-        factor, info = torch.linalg.cholesky_ex(hessian + torch.diag_embed(shift))
-        yield None if info.any() else torch.cholesky_solve(correction.mT, factor).mT
 
 
 def _optimum(problem: LayerProblem) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxprune.pattern import Pattern
+from fxprune.solvers.few_columns import LowRankSystems
 from fxprune.solvers.problem import LARGE_WORK, LayerProblem
 from fxprune.solvers.shifted_systems import conjugate_gradients, systems_of
 
@@ -83,6 +84,7 @@ def admm_by_products(problem: LayerProblem, pattern: Pattern, *, rho: float | No
     first = LARGE_RHOS[0] if rho is None else rho
     growth = (max(LARGE_RHOS[1], 2 * first) / first) ** (1 / (LARGE_ITERATIONS - 1))
     systems = problem.once("systems", lambda: systems_of(problem))
+    is_exact = isinstance(systems, LowRankSystems)
     weight = (problem.weight * scale).float()
     left = (problem.target - problem.image(problem.weight)) / scale
     # Of a target that the dense weights meet, rounding is all that is left.
@@ -97,9 +99,12 @@ def admm_by_products(problem: LayerProblem, pattern: Pattern, *, rho: float | No
     for iteration in range(LARGE_ITERATIONS):
         rho = first * growth**iteration
         wanted = left - multiplier + rho * (sparse - weight)
-        change, image = conjugate_gradients(
-            systems, change, image, wanted, rho, steps=LARGE_STEPS, tolerance=LARGE_TOLERANCE
-        )
+        if is_exact:
+            change = systems.divided(wanted, rho)
+        else:
+            change, image = conjugate_gradients(
+                systems, change, image, wanted, rho, steps=LARGE_STEPS, tolerance=LARGE_TOLERANCE
+            )
         shifted = OVER_RELAXATION * (weight + change) + (1 - OVER_RELAXATION) * sparse + multiplier / rho
         sparse = shifted * pattern.mask(shifted.abs())
         multiplier = rho * (shifted - sparse)
