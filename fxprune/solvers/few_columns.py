@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 LOW_RANK = 8  # A rank of at most D / 8 pays.
-LEFT_OUT = 1e-3  # Of the damping: by so much at most a low-rank form may differ from H, in the mean of its eigenvalues.
+LEFT_OUT = 1e-2  # Of the damping: by so much at most a low-rank form may differ from H, in the mean of its eigenvalues.
 
 
 @dataclass(frozen=True)
