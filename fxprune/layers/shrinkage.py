@@ -42,8 +42,9 @@ WORTH = (
 )
 WORTH_OF_OUTPUT = 2e-3  # So much of the output's energy a damping has to save.
 TRIAL_ROWS = 16
+TRIAL_TOLERANCE = 1e-2  # Leaves 1e-4 of the output's energy, of which WORTH_OF_OUTPUT counts.
 LARGEST_FACTOR = 2.0
-MIXTURES = 64
+MIXTURES = 32
 LEFT_OUT = 1e-4  # Of the trace of a Hessian, where a trial takes it for one of few columns.
 
 
@@ -266,7 +267,11 @@ def _wide_fits(
             return (product_of(g, x / of_inputs) / of_inputs).addcmul_(x, of_shift)
 
         target = product((relative / largest).float())
-        return refit_by_conjugate_gradients(product, target, mask[g]).to(scale) / scale * largest
+        return (
+            refit_by_conjugate_gradients(product, target, mask[g], tolerance=TRIAL_TOLERANCE).to(scale)
+            / scale
+            * largest
+        )
 
     def fitted(damping: float) -> Tensor:
         shifts = torch.where(mean > 0, damping * mean, 1.0).expand_as(diagonal)  # As `LayerProblem.damped` has it.
@@ -278,8 +283,8 @@ def _wide_fits(
 def _row_mixtures(dense: Tensor) -> Callable[[Tensor], Tensor]:
     """For layers of many columns and rows, a few random mixtures of the rows in their place, (G, R/G, D) -> (G, K, D).
 
-    Gains are inner products summed over rows, and those of random mixtures are the same on average: with 64 they are off by
-    a few percent, and they choose among dampings that are tenfold apart.
+    Gains are inner products summed over rows, and those of random mixtures are the same on average: with 32 they are off by
+    some percent, and they choose among dampings that are tenfold apart.
     """
     rows, columns = dense.shape[1:]
     if columns < WIDE or rows <= MIXTURES:
