@@ -26,7 +26,7 @@ MAX_ITERATIONS = 300
 RHO_EVERY = 3
 # Large problems: a set number of over-relaxed iterations, with rho on its way up from the first to the last.
 LARGE_RHOS = (0.1, 1.0)
-LARGE_ITERATIONS = 18
+LARGE_ITERATIONS = 20
 LARGE_STEPS = 3  # Of conjugate gradients, at most, in an iteration.
 LARGE_TOLERANCE = 0.03  # Of their residual. A mask from steps that are less exact costs percents.
 OVER_RELAXATION = 1.6
