@@ -126,3 +126,28 @@ def test_one_inverse_serves_every_rho(make_case, monkeypatch):
         )
         exact = (wanted.double() @ torch.linalg.inv(shifted(hessian, rho))).float()
         assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("rank", [6, None])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_products_of_wide_problems(of_few, monkeypatch, size, rank):
+    monkeypatch.setattr(importlib.import_module("fxprune.solvers.problem"), "WIDE", 1)
+    few = LayerProblem(size * of_few.hessian, of_few.target, of_few.weight, shift=size * of_few.shift, rank=rank)
+    expected = few.weight @ few.hessian
+    torch.testing.assert_close(few.image(few.weight), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    stacked = replace(
+        few,
+        **{name: torch.stack([getattr(few, name)] * 2) for name in ("hessian", "target", "weight", "shift")},
+        factors={},
+    )
+    torch.testing.assert_close(stacked.image(stacked.weight)[1], few.image(few.weight))
+
+
+def test_a_mean_that_lowers_the_rank_leaves_the_form_exact(make_case):
+    case = make_case(7, 61, samples=6)
+    x = case.inputs - case.inputs.mean(1, keepdim=True)
+    problem = replace(case.problem, hessian=x @ x.mT, rank=6).damped(0.01)
+    systems = problem.low_rank
+    assert isinstance(systems, LowRankSystems)
+    y = torch.randn(7, 61)
+    torch.testing.assert_close(systems.product(y), y @ unit_diagonal(problem.hessian).float(), rtol=1e-4, atol=1e-4)
