@@ -5,7 +5,8 @@
     python -m benchmarks.speed --small                          tiny sizes, to see that it works (a minute or two)
     python -m benchmarks.speed --device cuda                    ResNet-50 and the statistics on a GPU
 
-Sections: statistics (ResNet-18's 3x3 stride-1 layers), compile (ResNet-20), growth (images, channels, depth), resnet50.
+Sections: statistics (ResNet-18's 3x3 stride-1 layers), compile (ResNet-20), growth (images, channels, depth), resnet50,
+wide (compilations in dense passes over the same images, CPU seconds), spilled (a set larger than memory).
 Computations that are compared run in turn, A B A B, and ratios are taken round by round. Trained weights and CIFAR-10
 images are read from `FXPRUNE_DATA` (else ../shared/data); random ones stand in for them where they are absent.
 """
@@ -21,14 +22,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import machine
-from benchmarks.speed import layer_statistics, resnet50, whole_compile
+from benchmarks.speed import layer_statistics, resnet50, whole_compile, wide
 from benchmarks.speed.measure import Times, load, product_rate
 from benchmarks.speed.output import write_markdown, write_plots
 from benchmarks.speed.rows import Row, merge
 from fxprune.experiments.csv_rows import read_rows, write_rows
 
 HERE = Path(__file__).resolve().parent
-SECTIONS = ("statistics", "compile", "growth", "resnet50")
+SECTIONS = ("statistics", "compile", "growth", "resnet50", "wide", "spilled")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -90,7 +91,22 @@ def _resnet50(given: argparse.Namespace) -> Iterator[Row]:
         yield resnet50.run(images, 224, given.device, given.threads, budget, "resnet50", given.resnet50_method)
 
 
-SECTION_OF = {"statistics": _statistics, "compile": _compile, "growth": _growth, "resnet50": _resnet50}
+def _wide(given: argparse.Namespace) -> Iterator[Row]:
+    return wide.run(given.wide_cases.split(","), small=given.small, say=_say)
+
+
+def _spilled(given: argparse.Namespace) -> Iterator[Row]:
+    return wide.spilled(given.data, repeats=given.repeats, small=given.small, say=_say)
+
+
+SECTION_OF = {
+    "statistics": _statistics,
+    "compile": _compile,
+    "growth": _growth,
+    "resnet50": _resnet50,
+    "wide": _wide,
+    "spilled": _spilled,
+}
 
 
 def _say(text: str) -> None:
@@ -115,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--imagenet-batch", type=int, default=32)
     parser.add_argument("--resnet50-images", type=int, help="128 on the CPU, 1024 on a GPU if not given")
     parser.add_argument("--resnet50-method", default="admm")
+    parser.add_argument("--wide-cases", default=",".join(wide.CASES), help="of the wide section")
     parser.add_argument("--budget-gib", type=float, help="memory for ResNet-50; 8 on the CPU, 16 on a GPU if not given")
     return parser
 

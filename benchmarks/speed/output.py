@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.speed.layer_statistics import LEAN, OURS, UNFOLD
 from benchmarks.speed.rows import Row
 from benchmarks.speed.whole_compile import DEFAULT, DENSE, HOOKS
+from benchmarks.speed.wide import SPILLED
 from fxprune.files import atomic
 from fxprune.plots.style import figure, label_ends, save_figure
 
@@ -20,7 +21,10 @@ TITLES = {
     "growth: channels": "Growth with channels (3x3 layer at 14x14)",
     "growth: depth": "Growth with depth",
     "resnet50": "ResNet-50, random weights",
+    "wide": "Compilations in dense passes over the same images, CPU seconds",
+    "spilled": "A set larger than memory",
 }
+PASSES = {"resnet50, 128 images 224x224": 6, "resnet18, 512 images 224x224": 4}
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "s": lambda r: _seconds(r),
     "x first": lambda r: _number(r.over_first, ".2f"),
@@ -113,6 +117,14 @@ def bars(rows: Sequence[Row], *, on_gpu: bool = False) -> list[str]:
             said.append(f"{row.case}: peak {peak:.2f} GiB (bar 8), {row.seconds:.0f} s: {_met(peak <= 8)}")
         elif row.section == "resnet50":
             said.append(f"{row.case}: {row.seconds:.1f} s (bar 30): {_met(row.seconds <= 30)}")
+    for row in rows:
+        passes = next((bar for start, bar in PASSES.items() if row.case.startswith(start)), None)
+        if row.section == "wide" and row.method == DEFAULT and passes is not None:
+            share = _known(row.over_first)
+            said.append(f"{row.case}: {share:.1f} dense passes in CPU seconds (bar {passes}): {_met(share <= passes)}")
+        elif row.section == "spilled" and row.method == SPILLED:
+            share = _known(row.over_first)
+            said.append(f"{row.case}: {row.method} takes {share:.2f} of the time (bar 1.3): {_met(share <= 1.3)}")
     return said or ["None of the sections with a bar has been run."]
 
 

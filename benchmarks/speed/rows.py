@@ -14,7 +14,7 @@ class Row:
     """One computation. None: not measured, or without meaning there.
 
     Attributes:
-        section: "statistics", "compile", "growth" or "resnet50".
+        section: "statistics", "compile", "growth", "resnet50", "wide" or "spilled".
         case: layer, model or size.
         method: which of the ways that are compared.
         seconds: median over the repeats; least and most beside it.

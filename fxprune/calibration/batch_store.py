@@ -6,11 +6,9 @@ most recently used ones instead would move every batch every time.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
-from pathlib import Path
+from itertools import chain, dropwhile
 from typing import Any
 
 import psutil
@@ -19,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from fxprune.errors import CalibrationError
+from fxprune.calibration.scratch import ScratchFiles
 
 SHARE_OF_FREE_DEVICE_MEMORY = 0.5
 SHARE_OF_FREE_HOST_MEMORY = 0.6
@@ -74,7 +72,6 @@ class _Slot:
     values: BatchValues | None
     nbytes: int
     tier: str
-    file: Path | None = None
     spec: Any = None
 
 
@@ -96,7 +93,7 @@ class BatchStore:
             self._limits = {"device": memory_limit or host, "host": 0}
         self._slots: dict[int, _Slot] = {}
         self._held = {"device": 0, "host": 0, "disk": 0}
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: ScratchFiles | None = None
         self.peak_bytes = 0
         self.spilled_bytes = 0
 
@@ -123,15 +120,13 @@ class BatchStore:
         values = self.look(number)
         slot = self._slots.pop(number)
         self._held[slot.tier] -= slot.nbytes
-        if slot.file is not None:
-            slot.file.unlink()
         return values
 
     def look(self, number: int) -> BatchValues:
         """A batch's values, on the device; they stay in the store."""
         slot = self._slots[number]
         if slot.values is None:
-            return self._read(slot)
+            return self._read(number, slot)
         if slot.tier == "device":
             return slot.values
         return slot.values.mapped(lambda t: t.to(self.device, non_blocking=True))
@@ -139,24 +134,21 @@ class BatchStore:
     def _write(self, number: int, values: BatchValues, nbytes: int) -> _Slot:
         """Write the tensors to a scratch file; everything else about the batch stays in memory."""
         if self._scratch is None:
-            self._scratch = tempfile.TemporaryDirectory(prefix="fxprune-")
-        file = Path(self._scratch.name) / f"{number}.pt"
+            self._scratch = ScratchFiles()
         leaves, spec = tree_flatten((values.dense_values, values.pruned_values))
         tensors = {id(t): i for i, t in enumerate(values.tensors())}
-        try:
-            # Clones: a view would drag its whole storage into the file.
-            torch.save([t.cpu().clone() for t in values.tensors()], file)
-        except (OSError, RuntimeError) as error:
-            raise CalibrationError(
-                f"calibration values do not fit in memory, and writing {nbytes / 2**20:.0f} MiB of them to {file.parent} "
-                f"failed ({error}); free space there, set TMPDIR to another disk, or use fewer calibration images"
-            ) from error
+        self._scratch.write(number, list(values.tensors()))
         kept = [_Saved(tensors[id(leaf)]) if id(leaf) in tensors else leaf for leaf in leaves]
-        return _Slot(None, nbytes, "disk", file, (kept, spec))
+        return _Slot(None, nbytes, "disk", (kept, spec))
 
-    def _read(self, slot: _Slot) -> BatchValues:
-        assert slot.file is not None
-        tensors = [t.to(self.device) for t in torch.load(slot.file, map_location="cpu", weights_only=True)]
+    def _read(self, number: int, slot: _Slot) -> BatchValues:
+        assert self._scratch is not None
+        tensors = [t.to(self.device) for t in self._scratch.read(number)]
+        # Batches are visited in the order in which they were put.
+        later = dropwhile(lambda key: key != number, self._slots)
+        following = next((key for key in later if key != number and self._slots[key].values is None), None)
+        if following is not None:
+            self._scratch.read_ahead(following)
         kept, spec = slot.spec
         return BatchValues(*tree_unflatten([tensors[v.index] if isinstance(v, _Saved) else v for v in kept], spec))
 

@@ -116,7 +116,7 @@ def solve_layer(
 
     def solved(parts: Sequence[Part], moments: Moments | None) -> SolvedLayer:
         if shrinks and moments is not None and len(parts) == 1:
-            parts = [replace(parts[0], matrix=rescaled(parts[0].matrix, moments.centred))]
+            parts = [replace(parts[0], matrix=rescaled(parts[0].matrix, moments.centred, problem))]
         matrix = product(geometry, parts)
         if not torch.isfinite(matrix).all():
             raise SolverError("the solution holds NaN or infinite values; use more calibration images, or more damping")
@@ -136,9 +136,10 @@ def solve_layer(
     def trial(moments: Moments, check: Moments) -> SolvedLayer:
         """The layer on the same mask, fitted to all images but those of `check`."""
         (part,), others = parts, moments.without(check)
-        matrix = part.fitted(shrinkage.problem(dense, others))
+        of_others = shrinkage.problem(dense, others)
+        matrix = part.fitted(of_others)
         if shrinks:
-            matrix = rescaled(matrix, others)
+            matrix = rescaled(matrix, others, of_others)
         bias = (others.mean_target - mean_product(geometry, matrix, others.mean)).flatten().to(module.weight)
         return SolvedLayer((_as_parameters(replace(part, matrix=matrix), bias, module.weight),))
 

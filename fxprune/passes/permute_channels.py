@@ -269,9 +269,9 @@ def _readers(node: Node, classes: Classes, damping: float) -> Iterator[Reader]:
     weight = geometry.to_matrix(layer_of(node).weight.detach()).double()
     statistics = observer_of(node).statistics()
     hessian = statistics.hessian(centred=True)
-    target = weight @ hessian
-    variance = (target * weight).sum()
-    problem = LayerProblem(hessian, target, weight, rank=statistics.count).damped(damping)
+    problem = LayerProblem(hessian, weight, weight, rank=statistics.count).damped(damping)  # Of H alone.
+    assert problem.shift is not None
+    variance = ((problem.image(weight) - weight * problem.shift[:, None]) * weight).sum()
     inverse = torch.stack([inverse_diagonal(group) for group in problem.groups()])
     scores = weight.square() / inverse[:, None] / torch.where(variance > 0, variance, 1.0)
     scores = replace(geometry, blocks=1).to_matrix(geometry.to_weight(scores))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxprune.pattern import Pattern
+from fxprune.solvers.few_columns import LowRankSystems
 from fxprune.solvers.problem import LARGE_WORK, LayerProblem
 from fxprune.solvers.shifted_systems import conjugate_gradients, systems_of
 
@@ -25,10 +26,11 @@ MAX_ITERATIONS = 300
 RHO_EVERY = 3
 # Large problems: a set number of over-relaxed iterations, with rho on its way up from the first to the last.
 LARGE_RHOS = (0.1, 1.0)
-LARGE_ITERATIONS = 18
+LARGE_ITERATIONS = 20
 LARGE_STEPS = 3  # Of conjugate gradients, at most, in an iteration.
 LARGE_TOLERANCE = 0.03  # Of their residual. A mask from steps that are less exact costs percents.
 OVER_RELAXATION = 1.6
+ROUNDING = 1e-5
 
 
 def admm(problem: LayerProblem, pattern: Pattern, *, rho: float | None = None) -> Tensor:
@@ -82,10 +84,14 @@ def admm_by_products(problem: LayerProblem, pattern: Pattern, *, rho: float | No
     first = LARGE_RHOS[0] if rho is None else rho
     growth = (max(LARGE_RHOS[1], 2 * first) / first) ** (1 / (LARGE_ITERATIONS - 1))
     systems = problem.once("systems", lambda: systems_of(problem))
+    is_exact = isinstance(systems, LowRankSystems)
     weight = (problem.weight * scale).float()
-    left = ((problem.target - problem.weight @ problem.hessian) / scale).float()
+    left = (problem.target - problem.image(problem.weight)) / scale
+    # Of a target that the dense weights meet, rounding is all that is left.
+    steps = 0 if bool(left.norm() <= ROUNDING * (problem.target / scale).norm()) else 20
+    left = left.float()
     change, image = conjugate_gradients(
-        systems, torch.zeros_like(weight), torch.zeros_like(weight), left, 0.0, steps=20, tolerance=LARGE_TOLERANCE
+        systems, torch.zeros_like(weight), torch.zeros_like(weight), left, 0.0, steps=steps, tolerance=LARGE_TOLERANCE
     )
     dense = weight + change
     sparse = dense * pattern.mask(dense.abs())
@@ -93,9 +99,12 @@ def admm_by_products(problem: LayerProblem, pattern: Pattern, *, rho: float | No
     for iteration in range(LARGE_ITERATIONS):
         rho = first * growth**iteration
         wanted = left - multiplier + rho * (sparse - weight)
-        change, image = conjugate_gradients(
-            systems, change, image, wanted, rho, steps=LARGE_STEPS, tolerance=LARGE_TOLERANCE
-        )
+        if is_exact:
+            change = systems.divided(wanted, rho)
+        else:
+            change, image = conjugate_gradients(
+                systems, change, image, wanted, rho, steps=LARGE_STEPS, tolerance=LARGE_TOLERANCE
+            )
         shifted = OVER_RELAXATION * (weight + change) + (1 - OVER_RELAXATION) * sparse + multiplier / rho
         sparse = shifted * pattern.mask(shifted.abs())
         multiplier = rho * (shifted - sparse)

@@ -10,6 +10,8 @@ where t_ip is the (M - N)-th smallest of the group's other M - 1 scores and S_ip
 two channels changes the loss by the sum of two of its entries. Exchanges are made, the best of each slot first, until
 none lowers the loss: the greedy search of Pool & Yu 2021, Channel Permutations for N:M Sparsity, which bounds the same
 problem by trying exchanges one at a time.
+
+L1 distances are slow. The table of a large problem is one matrix product of codes (`LevelCodes`), nearly the same numbers.
 """
 
 from __future__ import annotations
@@ -23,11 +25,17 @@ from torch import Tensor
 
 from fxprune.pattern import NMPattern
 from fxprune.runtime.processes import shared
+from fxprune.solvers.shifted_systems import product_dtype
 
 STARTS = 4
 TOLERANCE = 1e-9
+EXACT_WORK = 5 * 10**6  # Up to which a table is computed as it is defined.
+COARSE, FINE = 4, 16  # Levels of a code: for the descent from each start, and for the best end's last steps.
+CODED_TOLERANCE = 1e-6  # Of rounding in products of codes.
+LEAST_ROUND = 1e-4  # Of the loss: a round of exchanges by codes that gains less is the last.
 MAX_TABLE_WORK = 2 * 10**9
 MAX_SEARCH_WORK = 2 * 10**8
+MAX_CODES = 2**26  # Numbers of one table's codes.
 CHUNK_NUMBERS = 2**23
 
 
@@ -56,9 +64,17 @@ class Permutation:
 
 def lost(scores: Tensor, pattern: NMPattern) -> Tensor:
     """What N:M loses in each row and group: the sum of the M - N smallest scores, (P, C) -> (P, C / M)."""
-    groups = scores.unflatten(-1, (-1, pattern.m))
-    smallest: Tensor = groups.topk(pattern.m - pattern.n, dim=-1, largest=False, sorted=False).values
-    return smallest.sum(-1)
+    of_each = scores.unflatten(-1, (-1, pattern.m))
+    return torch.stack(_smallest(of_each, pattern.m - pattern.n)).sum(0)
+
+
+def _smallest(groups: Tensor, count: int) -> list[Tensor]:
+    """The smallest numbers of each group in order, (..., M) -> count times (...); a top-k of each group takes longer."""
+    found = list(groups.unbind(-1))
+    for place in range(count):
+        for i in range(len(found) - 1, place, -1):
+            found[i - 1], found[i] = torch.minimum(found[i - 1], found[i]), torch.maximum(found[i - 1], found[i])
+    return found[:count]
 
 
 def permute(views: Sequence[View], pattern: NMPattern, *, seed: int = 0) -> Permutation:
@@ -67,9 +83,10 @@ def permute(views: Sequence[View], pattern: NMPattern, *, seed: int = 0) -> Perm
     The search starts from the present order, from one that deals the channels out to the groups by their total score,
     and from random ones; the best end wins. Starts depend on the channels' scores alone, not on their present order.
 
-    Two bounds keep it short. There are fewer starts than STARTS where n * n * P is over MAX_SEARCH_WORK / STARTS, and
-    where it is over MAX_TABLE_WORK, the search looks only at the rows that lose most; its result is judged on all rows.
-    One descent takes about six tables, at some 5e8 / s on one core.
+    Where n * n * P is over EXACT_WORK, the search goes by codes, in few levels from every start and in more from the best
+    end. Two bounds keep it short. There are fewer starts than STARTS where n * n * P is over MAX_SEARCH_WORK / STARTS, and
+    where it is over MAX_TABLE_WORK, or the codes over MAX_CODES, the search looks only at the rows that lose most. Its
+    result is judged on all rows. One descent takes about six tables, by codes at some 5e9 / s on one core.
 
     Args:
         views: all layers that read the channels, with the same n.
@@ -81,27 +98,82 @@ def permute(views: Sequence[View], pattern: NMPattern, *, seed: int = 0) -> Perm
     present = torch.arange(n, device=views[0].slots.device)
     before = _loss(views, pattern, present)
     work = n * n * sum(len(view.scores) for view in views)
-    sample = views if work <= MAX_TABLE_WORK else list(_heaviest(views, pattern, MAX_TABLE_WORK / work))
+    exact = work <= EXACT_WORK
+    share = min(1.0, MAX_TABLE_WORK / max(1, work), MAX_CODES * n / max(1, FINE * work))
+    sample = views if share == 1 else list(_heaviest(views, pattern, share))
     count = max(1, min(STARTS, MAX_SEARCH_WORK // max(1, work)))
-    best = Permutation(present, before, before)
 
     def end_of(start: Tensor) -> tuple[list[int], float]:
-        order = descend(sample, pattern, start)
+        order = descend(sample, pattern, start, levels=None if exact else COARSE)
         return order.tolist(), _loss(views, pattern, order)
 
-    for order, after in shared(end_of, list(_starts(views, pattern, count, seed))):
-        if after < best.after - TOLERANCE * before:
-            best = Permutation(torch.tensor(order, device=present.device), before, after)
-    return best
+    ends = shared(end_of, list(_starts(views, pattern, count, seed)))
+    order, after = min(ends, key=lambda end: end[1])
+    found = torch.tensor(order, device=present.device)
+    if not exact:
+        finer = descend(sample, pattern, found, levels=FINE)
+        if (loss := _loss(views, pattern, finer)) < after:
+            found, after = finer, loss
+    return (
+        Permutation(found, before, after) if after < before * (1 - TOLERANCE) else Permutation(present, before, before)
+    )
 
 
-def descend(views: Sequence[View], pattern: NMPattern, order: Tensor) -> Tensor:
-    """Exchange channels until no exchange of two lowers the loss; (n,) -> (n,)."""
-    table = ExchangeTable(views, pattern, order)
-    least = TOLERANCE * _loss(views, pattern, order)
+def descend(views: Sequence[View], pattern: NMPattern, order: Tensor, *, levels: int | None = None) -> Tensor:
+    """Exchange channels until no exchange of two lowers the loss, (n,) -> (n,).
+
+    With `levels`, by codes of so many, until a round of exchanges hardly lowers it.
+    """
+    table = ExchangeTable(views, pattern, order, levels=levels)
+    loss, order = table.loss(), table.order.clone()
+    first = loss
+    least = (TOLERANCE if levels is None else CODED_TOLERANCE) * first
     while len(pairs := table.best_pairs(least)):
         table.exchange(pairs)
+        if levels is not None:  # What the codes leave out may be more than what a round gains.
+            before, loss = loss, table.loss()
+            if loss >= before:
+                return order
+            if before - loss < LEAST_ROUND * first:
+                break
+        order = table.order.clone()
     return table.order
+
+
+class LevelCodes:
+    """Numbers a, b >= 0 as vectors whose inner product is about min(a, b).
+
+    With levels 0 = u_0 < u_1 < ... < u_L and the share c_l(a) in [0, 1] of step l, from u_(l-1) to u_l, that lies below a,
+
+        min(a, b) ~ sum over l of (u_l - u_(l-1)) c_l(a) c_l(b)
+
+    which is exact where a and b are in different steps. The levels of each row are quantiles of its numbers.
+
+    Args:
+        numbers: (P, n) b.
+        levels: L.
+    """
+
+    def __init__(self, numbers: Tensor, levels: int) -> None:
+        n = numbers.shape[1]
+        at = torch.linspace(0, n - 1, levels + 1, device=numbers.device)[1:].round().long()
+        upper = numbers.sort(1).values[:, at]
+        self._lower = torch.nn.functional.pad(upper, (1, -1))
+        self._steps = upper - self._lower
+        self._dtype = product_dtype(numbers.device)
+        self._own = self._shares(numbers, weighted=True)
+
+    def minima(self, numbers: Tensor) -> Tensor:
+        """About the sum over rows of min(a, b) for every column of (P, k) a and every one of b, (k, n) float32."""
+        return (self._shares(numbers, weighted=False).mT @ self._own).float()
+
+    def _shares(self, numbers: Tensor, *, weighted: bool) -> Tensor:
+        """c_l of each number, or (u_l - u_(l-1)) c_l, (L P, k)."""
+        shares = numbers.new_empty((self._steps.shape[1], *numbers.shape), dtype=self._dtype)
+        for into, lower, step in zip(shares, self._lower.T, self._steps.T, strict=True):
+            above = torch.minimum((numbers - lower[:, None]).clamp_(min=0), step[:, None])
+            into.copy_(above if weighted else above / step.clamp_min(torch.finfo(step.dtype).tiny)[:, None])
+        return shares.flatten(0, 1)
 
 
 class ExchangeTable:
@@ -111,18 +183,27 @@ class ExchangeTable:
         views: all layers that read the n channels.
         pattern: N:M.
         order: (n,) the channel in each slot to begin with.
+        levels: of codes for the channels' scores; None: no codes, the table is exact.
     """
 
-    def __init__(self, views: Sequence[View], pattern: NMPattern, order: Tensor) -> None:
+    def __init__(self, views: Sequence[View], pattern: NMPattern, order: Tensor, *, levels: int | None = None) -> None:
+        if levels is not None:
+            largest = torch.stack([view.scores.max() for view in views]).max()
+            views = [View((view.scores / largest).float(), view.slots) for view in views]
         self.order = order.clone()
         self._pattern = pattern
         self._views = views
         self._groups = [view.slots // pattern.m for view in views]
         self._channels = [view.scores[:, view.slots] for view in views]
+        self._codes = None if levels is None else [LevelCodes(channels, levels) for channels in self._channels]
         self._current = [_ordered(view, order) for view in views]
         self._tables = [view.scores.new_empty(len(order), len(order)) for view in views]
         for v in range(len(views)):
             self._update(v, torch.arange(len(order), device=order.device))
+
+    def loss(self) -> float:
+        """What all views lose now."""
+        return math.fsum(float(lost(current, self._pattern).sum(dtype=torch.float64)) for current in self._current)
 
     def changes(self) -> Tensor:
         """By how much the loss changes if the channels of slots i and j are exchanged, (n, n)."""
@@ -159,16 +240,20 @@ class ExchangeTable:
         """Enter the rows of some slots in one view's table."""
         M, lose = self._pattern.m, self._pattern.m - self._pattern.n
         channels = self._channels[v]
-        for part in slots.split(max(1, CHUNK_NUMBERS // (M * len(channels)))):
+        for part in slots.split(max(1, CHUNK_NUMBERS // len(channels))):
             columns = self._views[v].slots[part]
-            groups = self._current[v].unflatten(1, (-1, M))[:, columns // M]
-            own = torch.arange(M, device=part.device) == (columns % M)[:, None]
-            others = groups.masked_fill(own, torch.inf).topk(lose, dim=2, largest=False).values
-            threshold = others[:, :, -1]
-            rest = others[:, :, :-1].sum((0, 2)) - groups.topk(lose, dim=2, largest=False).values.sum((0, 2))
-            distance = torch.cdist(threshold.T.contiguous(), channels.T.contiguous(), p=1)
-            minima = (threshold.sum(0)[:, None] + channels.sum(0) - distance) / 2
-            self._tables[v][part] = minima + rest[:, None]
+            groups, of_slot = (columns // M).unique(return_inverse=True)
+            # The (M - N)-th smallest of a group's others is that of the group, or the next if the own number is not above it.
+            smallest = _smallest(self._current[v].unflatten(1, (-1, M))[:, groups], lose + 1)
+            last, following = smallest[-2][:, of_slot], smallest[-1][:, of_slot]
+            threshold = torch.where(self._current[v][:, columns] <= last, following, last)
+            if self._codes is None:
+                distance = torch.cdist(threshold.T.contiguous(), channels.T.contiguous(), p=1)
+                minima = (threshold.sum(0)[:, None] + channels.sum(0) - distance) / 2
+            else:
+                minima = self._codes[v].minima(threshold)
+            # Less that of the slot's own channel, S_ip cancels, and so does most of what codes leave out.
+            self._tables[v][part] = minima - minima.gather(1, self.order[part][:, None])
 
 
 def _loss(views: Sequence[View], pattern: NMPattern, order: Tensor) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import SolverError
+from fxprune.solvers.few_columns import LowRankSystems, low_rank_systems
 
 T = TypeVar("T")
 
@@ -87,16 +88,18 @@ class LayerProblem:
             raise SolverError("the layer's statistics hold NaN or infinite values; check the calibration data")
         factors = {} if factors is None else factors
         if "damped" not in factors:
-            factors["damped"] = self._damped(damping)
+            factors["damped"] = self._damped(damping, factors)
         hessian, shift, damping = factors["damped"]
         return self._with(hessian, shift, damping, factors)
 
-    def _damped(self, damping: float) -> tuple[Tensor, Tensor, float]:
-        """H + diag(shift), shift (..., D), and the damping that it took."""
+    def _damped(self, damping: float, factors: dict[Any, Any]) -> tuple[Tensor, Tensor, float]:
+        """H + diag(shift), shift (..., D), and the damping that it took; what shows that H can be factored is kept."""
         for _ in range(DAMPING_TRIES):
             hessian, shift = self._shifted(damping)
-            if is_positive_definite(hessian):
+            found = replace(self, hessian=hessian, shift=shift, factors=factors)
+            if found._is_positive_definite():
                 return hessian, shift, damping
+            factors.clear()
             damping = max(10 * damping, SMALLEST_DAMPING)
         raise SolverError(
             f"the Hessian ({self.hessian.shape[-1]} columns) is not positive definite even with damping "
@@ -115,10 +118,47 @@ class LayerProblem:
         hessian.diagonal(dim1=-2, dim2=-1).add_(shift)
         return hessian, shift
 
-    def damped_unchecked(self, damping: float) -> LayerProblem:
-        """As `damped`, but whether H can be factored then is not tried: for what needs no factors."""
-        hessian, shift = self._shifted(damping)
-        return self._with(hessian, shift, damping, {})
+    def _is_positive_definite(self) -> bool:
+        """Whether H can be factored, as a wide one of few columns surely can.
+
+        Other wide ones are tried in float32 first, which takes half the time: what it can factor with a unit diagonal has no
+        eigenvalue below a rounding error of float32, in which such problems are solved. What it cannot factor may still be
+        positive definite in float64.
+        """
+        if self.hessian.shape[-1] >= WIDE:
+            groups = [self] if self.hessian.dim() == 2 else self.groups()
+            if all(group.low_rank is not None for group in groups) or self.single_factor is not None:
+                return True
+        return not bool(torch.linalg.cholesky_ex(self.hessian).info.any())
+
+    @property
+    def low_rank(self) -> LowRankSystems | None:
+        """H / (s s^T) of one group, s = sqrt(diag H), as a diagonal and a few columns in float32, or None."""
+        return self.once("few columns", lambda: low_rank_systems(self.hessian, self.shift, self.rank))
+
+    @property
+    def single(self) -> Tensor:
+        """H / (s s^T), (..., D, D) float32."""
+        return self.once("float32", lambda: unit_diagonal(self.hessian).float())
+
+    @property
+    def single_factor(self) -> Tensor | None:
+        """The Cholesky factor of H / (s s^T), (..., D, D) float32; None if it cannot be factored so."""
+        return self.once("float32 factor", lambda: float32_factor(self.hessian))
+
+    def image(self, weight: Tensor) -> Tensor:
+        """W H, (..., R, D); for many columns in float32, relative to the inputs' deviations, or by few columns."""
+        if self.hessian.shape[-1] < WIDE:
+            return weight @ self.hessian
+        if self.hessian.dim() == 3:
+            return torch.stack([group.image(own) for group, own in zip(self.groups(), weight, strict=True)])
+        scale = self.hessian.diagonal().sqrt()
+        relative = weight * scale
+        largest = relative.abs().max().clamp_min(torch.finfo(relative.dtype).tiny)
+        relative = (relative / largest).float()
+        product = self.single.__rmatmul__ if self.low_rank is None else self.low_rank.product
+        found: Tensor = product(relative).to(scale)
+        return found * (scale * largest)
 
     def _with(self, hessian: Tensor, shift: Tensor, damping: float, factors: dict[Any, Any]) -> LayerProblem:
         target = self.target + self.weight * shift[..., None, :]
@@ -153,18 +193,7 @@ class LayerProblem:
 
     def losses(self, weight: Tensor) -> Tensor:
         """Of each row, (..., R)."""
-        return ((weight @ self.hessian - 2 * self.target) * weight).sum(-1)
-
-
-def is_positive_definite(hessian: Tensor) -> bool:
-    """Whether a symmetric (..., D, D) float64 can be factored. A wide one is tried in float32 first, which takes half the time.
-
-    What float32 can factor with a unit diagonal has no eigenvalue below a rounding error of float32, in which such problems are
-    solved. What it cannot factor may still be positive definite in float64.
-    """
-    if hessian.shape[-1] >= WIDE and float32_factor(hessian) is not None:
-        return True
-    return not bool(torch.linalg.cholesky_ex(hessian).info.any())
+        return ((self.image(weight) - 2 * self.target) * weight).sum(-1)
 
 
 def float32_factor(hessian: Tensor) -> Tensor | None:

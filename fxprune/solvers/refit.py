@@ -11,8 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fxprune.solvers.problem import LARGE_WORK, LayerProblem, largest_weight, unit_diagonal
-from fxprune.solvers.shifted_systems import LowRankSystems
+from fxprune.solvers.problem import LARGE_WORK, LayerProblem, largest_weight
 
 CHUNK_BYTES = 256 * 2**20
 CG_TOLERANCE = 3e-3  # Leaves less than 1e-3 of the layer error: 5e-6 of the output's energy, of which 1e-2 is lost.
@@ -39,13 +38,8 @@ def refit(problem: LayerProblem, mask: Tensor, *, start: Tensor | None = None) -
         # float32 takes half the time, and its rounding errors are below the tolerance. With inputs of unit variance H needs no
         # other preconditioner, and with weights relative to about the largest, activations and outputs may be of any size.
         scale = problem.hessian.diagonal().sqrt()
-        systems = problem.factors.get("systems")
         product: Callable[[Tensor], Tensor]
-        if isinstance(systems, LowRankSystems):
-            product = systems.product
-        else:
-            hessian = problem.once("float32", lambda: unit_diagonal(problem.hessian).float())
-            product = hessian.__rmatmul__
+        product = problem.single.__rmatmul__ if problem.low_rank is None else problem.low_rank.product
         relative = scale / largest_weight(problem)
         target = (problem.target * (relative / scale.square())).float()
         start = None if start is None else (start * relative).float()

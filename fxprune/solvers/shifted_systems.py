@@ -3,28 +3,22 @@
 A factorisation of each H + rho I would take most of the time of a wide layer. Here one inverse, of H + rho_0 I, is the
 preconditioner of conjugate gradients for all of them: (H + rho I) (H + rho_0 I)^-1 has its eigenvalues between
 min(1, rho / rho_0) and max(1, rho / rho_0), however badly conditioned H is. Neither has to be exact, so both factors are
-held in bfloat16 where the processor multiplies in it.
-
-H of few patches has a low rank. Then H = diag(d) + U U^T, products take a share k / D of the time, and the inverse is exact
-for every rho, by the formula of Sherman, Morrison and Woodbury.
+held in bfloat16 where the processor multiplies in it. H of few patches is `few_columns.LowRankSystems`, exact for every rho.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fxprune.solvers.problem import WIDE, LayerProblem, float32_factor, unit_diagonal
+from fxprune.solvers.problem import WIDE, LayerProblem, unit_diagonal
 
 MIDDLE_RHO = 0.3  # rho_0, for rho from 0.1 to 1 and a diagonal of ones.
 INVERSE_LEAF = 256
-LOW_RANK = 8  # A rank of at most D / 8 pays.
 SHIFTS_STEPS, SHIFTS_TOLERANCE = 60, 1e-2  # For gains of which only the order counts.
-LEFT_OUT = 1e-3  # Of the damping: by so much at most a low-rank form may differ from H, in the mean of its eigenvalues.
 
 
 class ShiftedSystems(Protocol):
@@ -39,7 +33,7 @@ class ShiftedSystems(Protocol):
 
 def systems_of(problem: LayerProblem) -> ShiftedSystems:
     """Those of a damped problem's H / (s s^T), s = sqrt(diag H), whose diagonal is ones."""
-    return low_rank_systems(problem) or DenseSystems(unit_diagonal(problem.hessian).float())
+    return problem.low_rank or DenseSystems(problem.single)
 
 
 class DenseSystems:
@@ -61,37 +55,6 @@ class DenseSystems:
 
     def divided(self, x: Tensor, rho: float) -> Tensor:  # noqa: D102
         return (x.to(self._dtype) @ self._inverse).to(x.dtype)
-
-
-@dataclass(frozen=True)
-class LowRankSystems:
-    """Of H = diag(d) + U U^T.
-
-    Attributes:
-        diagonal: (D,) d > 0.
-        factor: (D, k) U.
-    """
-
-    diagonal: Tensor
-    factor: Tensor
-
-    def product(self, x: Tensor) -> Tensor:  # noqa: D102
-        return x * self.diagonal + (x @ self.factor) @ self.factor.mT
-
-    def divided(self, x: Tensor, rho: float) -> Tensor:  # noqa: D102
-        weighted = self.factor / (self.diagonal + rho)[:, None]
-        inner = self.factor.mT @ weighted
-        inner.diagonal().add_(1.0)
-        x = x / (self.diagonal + rho)
-        return x - torch.cholesky_solve((x @ self.factor).mT, torch.linalg.cholesky(inner)).mT @ weighted.mT
-
-    def inverse_diagonal(self) -> Tensor:
-        """The diagonal of H^-1, (D,)."""
-        weighted = self.factor / self.diagonal[:, None]
-        inner = self.factor.mT @ weighted
-        inner.diagonal().add_(1.0)
-        solved = torch.cholesky_solve(weighted.mT, torch.linalg.cholesky(inner)).mT
-        return 1 / self.diagonal - (weighted * solved).sum(1)
 
 
 def conjugate_gradients(
@@ -137,30 +100,6 @@ def conjugate_gradients(
     return found, image
 
 
-def low_rank_systems(problem: LayerProblem) -> LowRankSystems | None:
-    """H / (s s^T) of a damped problem as a diagonal and a few columns; None where it is not known to have so low a rank.
-
-    The columns are a Nystrom approximation of H0, H without its damping, from as many random columns as its rank: exact up to
-    rounding, and certain, since H0 - U U^T is positive semidefinite and its trace says how large it is (Tropp et al. 2017).
-    """
-    hessian, shift, rank = problem.hessian, problem.shift, problem.rank
-    if shift is None or rank is None or LOW_RANK * rank > len(hessian) or not bool((shift > 0).all()):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    sketch = torch.randn(len(hessian), rank, generator=generator, dtype=torch.float64).to(hessian)
-    columns = hessian @ sketch - shift[:, None] * sketch
-    columns += torch.finfo(columns.dtype).eps * columns.norm() * sketch  # What rounding could make of zero eigenvalues.
-    factor, info = torch.linalg.cholesky_ex(sketch.mT @ columns)
-    if info.any():
-        return None
-    columns = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
-    diagonal = hessian.diagonal()
-    left_out = (diagonal - shift).sum() - columns.square().sum()
-    if bool(left_out.abs() > LEFT_OUT * shift.sum()):
-        return None
-    return LowRankSystems((shift / diagonal).float(), (columns / diagonal.sqrt()[:, None]).float())
-
-
 def divided_by_shifts(hessian: Tensor, wanted: Tensor, shifts: Sequence[Tensor]) -> list[Tensor]:
     """Y (H + sigma I)^-1 for several sigma, by conjugate gradients for the least of them.
 
@@ -204,11 +143,11 @@ def divided_by_shifts(hessian: Tensor, wanted: Tensor, shifts: Sequence[Tensor])
 
 def inverse_diagonal(problem: LayerProblem) -> Tensor:
     """The diagonal of H^-1, (D,) float64, of one group's damped problem; of many columns by float32, if that can factor H."""
-    low_rank = low_rank_systems(problem)
+    low_rank = problem.low_rank
     scale = problem.hessian.diagonal().sqrt()
     if low_rank is not None:
         return low_rank.inverse_diagonal().to(scale) / scale.square()
-    factor = float32_factor(problem.hessian) if len(scale) >= WIDE else None
+    factor = problem.single_factor if len(scale) >= WIDE else None
     if factor is None:
         factor = torch.linalg.cholesky(unit_diagonal(problem.hessian))
     return inverse_of_lower(factor).square_().sum(0).to(scale) / scale.square()

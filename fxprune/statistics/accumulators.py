@@ -52,7 +52,7 @@ class InputStatistics:
         second = self.products / self.count
         if centred:
             mean = self.sums / self.count
-            second = second - mean[:, :, None] * mean[:, None, :]
+            second.baddbmm_(mean[:, :, None], mean[:, None, :], alpha=-1)
         if self.inside is not None:
             offset, (products, both) = self.inside.offset, self._with_inside(centred=centred)
             mixed = spread(products, offset)

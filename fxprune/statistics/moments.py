@@ -30,7 +30,11 @@ class Moments:
     @cached_property
     def centred(self) -> Centred:
         """About the means of all that was seen."""
-        hessian, target = self.inputs.hessian(centred=True), self.cross.target(self.inputs, None, centred=True)
+        # Another target of the same layer finds H there.
+        factors = self.inputs.factors
+        if "centred" not in factors:
+            factors["centred"] = self.inputs.hessian(centred=True)
+        hessian, target = factors["centred"], self.cross.target(self.inputs, None, centred=True)
         return Centred(hessian, target, self.inputs.mean, self.cross.mean)
 
     def without(self, part: Moments) -> Centred:
@@ -38,10 +42,14 @@ class Moments:
         count, own, a, b = self.inputs.count, part.inputs.count, self.centred, part.centred
         left = count - own
         x, y = a.mean - b.mean, a.mean_target - b.mean_target
-        between = count * own / left
+
+        def less(whole: Tensor, of_part: Tensor, y: Tensor) -> Tensor:
+            found = (whole * (count / left)).sub_(of_part, alpha=own / left)
+            return found.baddbmm_(y[:, :, None], x[:, None, :], alpha=-count * own / left**2)
+
         return Centred(
-            (count * a.hessian - own * b.hessian - between * x[:, :, None] * x[:, None, :]) / left,
-            (count * a.target - own * b.target - between * y[:, :, None] * x[:, None, :]) / left,
+            less(a.hessian, b.hessian, x),
+            less(a.target, b.target, y),
             a.mean + x * own / left,
             a.mean_target + y * own / left,
         )

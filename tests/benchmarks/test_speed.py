@@ -107,11 +107,13 @@ def test_a_bar_that_is_missed_is_said_to_be() -> None:
 
 def test_the_small_run_writes_every_file(tmp_path: Path) -> None:
     stem = tmp_path / "speed"
-    given = ["--small", "--repeats", "1", "--threads", "1", "--sections", "statistics"]
+    given = ["--small", "--repeats", "1", "--threads", "1", "--sections", "statistics,wide,spilled"]
+    given += ["--wide-cases", "resnet18-small"]
     main([*given, "--output", str(stem), "--data", str(tmp_path)])
     assert {row.method for row in read_rows(stem.with_suffix(".csv"), Row)} >= {OURS, UNFOLD}
     text = stem.with_suffix(".md").read_text()
-    assert "Machine (statistics): " in text
+    assert "Machine (statistics; wide; spilled): " in text
+    assert "in 16 MiB takes" in text
     assert "an open figure" in text
     assert (tmp_path / "speed_statistics.png").stat().st_size > 1000
 

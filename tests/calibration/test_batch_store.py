@@ -8,6 +8,7 @@ from torch import nn
 
 import fxprune
 from fxprune import FxPruneError
+from fxprune.calibration import scratch
 from fxprune.calibration.batch_store import BatchStore, BatchValues
 
 
@@ -58,10 +59,39 @@ def test_a_scratch_folder_that_cannot_be_written_is_named(monkeypatch):
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(scratch, "_write_all", full)
     store = BatchStore(torch.device("cpu"), 1)
+    store.put(0, values(0)[0])  # Written behind.
     with pytest.raises(FxPruneError, match=r"No space left.*TMPDIR"):
-        store.put(0, values(0)[0])
+        store.take(0)
+    store.put(0, values(0)[0])
+    with pytest.raises(FxPruneError, match=r"No space left.*TMPDIR"):
+        store.put(1, values(1)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+def test_scratch_files_keep_types_and_strides(dtype):
+    files = scratch.ScratchFiles()
+    whole = torch.randn(2, 6, 5, 4).to(dtype)
+    given = [whole, whole.to(memory_format=torch.channels_last), whole[:, 1:3], whole[0, 0, 0, 0], whole[:0], whole.mT]
+    files.write(3, given)
+    for tensor, back in zip(given, files.read(3), strict=True):
+        assert torch.equal(tensor, back)
+        assert back.dtype == dtype
+    assert files.read(3)[1].is_contiguous(memory_format=torch.channels_last)
+    assert files.read(3)[5].stride() == whole.mT.stride()
+
+
+def test_what_was_read_ahead_is_not_given_once_it_was_written_over():
+    files = scratch.ScratchFiles()
+    for key in range(3):
+        files.write(key, [torch.full((100,), float(key))])
+    files.read_ahead(1)
+    files.write(1, [torch.full((7,), 9.0)])  # Shorter than the file was.
+    assert torch.equal(files.read(1)[0], torch.full((7,), 9.0))
+    files.read_ahead(2)
+    assert torch.equal(files.read(0)[0], torch.zeros(100))
+    assert torch.equal(files.read(2)[0], torch.full((100,), 2.0))
 
 
 def test_a_memory_limit_does_not_change_the_result():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -133,9 +135,10 @@ def test_rows_are_rescaled_to_fit_best_but_never_shrunk() -> None:
     factor = torch.tensor([[0.5, 1.4, 7.0], [1.0, 1.9, 1.1]], dtype=torch.float64)
     hessian, target = x @ x.mT, factor[..., None] * weight @ (x @ x.mT)
     seen = Centred(hessian, target, x.mean(-1), x.mean(-1))
-    found = rescaled(weight, seen)
+    problem = LayerProblem(hessian, target, weight).damped(0.1)
+    found = rescaled(weight, seen, problem)
     torch.testing.assert_close(found, weight * factor.clamp(1, LARGEST_FACTOR)[..., None])
-    assert torch.equal(rescaled(weight * 0, seen), weight * 0)
+    assert torch.equal(rescaled(weight * 0, seen, problem), weight * 0)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
@@ -226,3 +229,27 @@ def test_only_what_the_model_puts_out_as_scores_of_an_image_is_scaled() -> None:
     for model in (Scaled(), Two(), Classifier().features[:5]):
         report = fxprune.compile(model.eval(), images.split(30), "1:4", progress=False).report
         assert {row.logit_scale for row in report.layers} == {1}
+
+
+@pytest.mark.parametrize(("images", "few"), [(24, True), (60, True), (60, False), (400, False)])
+def test_trials_of_wide_layers_find_what_those_of_narrow_ones_do(
+    images: int, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, by conjugate gradients and, where H of few patches has so low a rank, on few columns."""
+    shrinkage, problem = (
+        importlib.import_module(f"fxprune.{name}") for name in ("layers.shrinkage", "solvers.problem")
+    )
+    dense, whole, check, _, _ = linear_problem(images, noise=1.0, correction=0.5, seed=3)
+    narrow = choose(dense, whole, check, 0.01, 0.5)
+    for module in (shrinkage, problem):
+        monkeypatch.setattr(module, "WIDE", 1)
+    columns = importlib.import_module("fxprune.solvers.few_columns")
+    monkeypatch.setattr(columns, "LOW_RANK", 1 if few else 10**6)
+    wide = choose(dense, whole, check, 0.01, 0.5)
+    assert (wide.damping, wide.correction_damping) == (narrow.damping, narrow.correction_damping)
+    assert wide.strength == pytest.approx(narrow.strength, rel=0.02)
+    seen = whole.centred
+    expected, found = narrow.problem(dense, seen), wide.problem(dense, seen, rank=images)
+    scale = expected.weight.abs().max()
+    assert float((found.weight - expected.weight).abs().max()) < 0.02 * float(scale)
+    torch.testing.assert_close(found.target, found.weight @ found.hessian, rtol=1e-4, atol=1e-4 * float(scale))

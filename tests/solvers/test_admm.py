@@ -10,7 +10,7 @@ import torch
 
 from fxprune.pattern import Pattern
 from fxprune.solvers import LayerProblem, admm, exact_obs, refit, shifted_systems
-from fxprune.solvers.shifted_systems import LowRankSystems
+from fxprune.solvers.few_columns import LowRankSystems
 
 module = sys.modules[admm.__module__]
 admm_by_products = module.admm_by_products

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from fxprune.solvers import LayerProblem
+from fxprune.solvers.few_columns import LowRankSystems
 from fxprune.solvers.shifted_systems import (
     DenseSystems,
-    LowRankSystems,
     conjugate_gradients,
     divided_by_shifts,
     inverse,
     inverse_diagonal,
     inverse_of_lower,
-    low_rank_systems,
     systems_of,
     unit_diagonal,
 )
@@ -49,7 +48,7 @@ def test_inverses_by_halves(make_case, monkeypatch, columns, leaf):
 
 
 def test_low_rank_form_is_the_hessian(of_few, monkeypatch):
-    systems = low_rank_systems(of_few)
+    systems = of_few.low_rank
     assert isinstance(systems, LowRankSystems)
     assert systems.factor.shape == (61, 6)
     hessian, x = unit_diagonal(of_few.hessian).float(), torch.randn(7, 61)
@@ -59,10 +58,10 @@ def test_low_rank_form_is_the_hessian(of_few, monkeypatch):
 
 
 def test_a_rank_that_is_too_low_is_not_believed(of_few):
-    assert low_rank_systems(replace(of_few, rank=5)) is None
-    assert low_rank_systems(replace(of_few, rank=8)) is None  # 61 / 8 columns are the most that pay.
-    assert low_rank_systems(replace(of_few, rank=None)) is None
-    assert isinstance(systems_of(replace(of_few, rank=5)), DenseSystems)
+    assert replace(of_few, rank=5, factors={}).low_rank is None
+    assert replace(of_few, rank=8, factors={}).low_rank is None  # 61 / 8 columns are the most that pay.
+    assert replace(of_few, rank=None, factors={}).low_rank is None
+    assert isinstance(systems_of(replace(of_few, rank=5, factors={})), DenseSystems)
 
 
 @pytest.mark.parametrize("wide", [1, 1000])
@@ -127,3 +126,28 @@ def test_one_inverse_serves_every_rho(make_case, monkeypatch):
         )
         exact = (wanted.double() @ torch.linalg.inv(shifted(hessian, rho))).float()
         assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("rank", [6, None])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_products_of_wide_problems(of_few, monkeypatch, size, rank):
+    monkeypatch.setattr(importlib.import_module("fxprune.solvers.problem"), "WIDE", 1)
+    few = LayerProblem(size * of_few.hessian, of_few.target, of_few.weight, shift=size * of_few.shift, rank=rank)
+    expected = few.weight @ few.hessian
+    torch.testing.assert_close(few.image(few.weight), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    stacked = replace(
+        few,
+        **{name: torch.stack([getattr(few, name)] * 2) for name in ("hessian", "target", "weight", "shift")},
+        factors={},
+    )
+    torch.testing.assert_close(stacked.image(stacked.weight)[1], few.image(few.weight))
+
+
+def test_a_mean_that_lowers_the_rank_leaves_the_form_exact(make_case):
+    case = make_case(7, 61, samples=6)
+    x = case.inputs - case.inputs.mean(1, keepdim=True)
+    problem = replace(case.problem, hessian=x @ x.mT, rank=6).damped(0.01)
+    systems = problem.low_rank
+    assert isinstance(systems, LowRankSystems)
+    y = torch.randn(7, 61)
+    torch.testing.assert_close(systems.product(y), y @ unit_diagonal(problem.hessian).float(), rtol=1e-4, atol=1e-4)
