@@ -101,7 +101,7 @@ def torch_pruning(task: Task, share: float, multiple: int) -> nn.Module:
 METHODS: dict[str, Callable[[Task, float, int], nn.Module]] = {
     "ours": compiled("channels:{}"),
     "ours, skip target": compiled("channels:{}", target="skip"),
-    "ours + polish": compiled("channels:{}", polish=8),
+    "ours without polish": compiled("channels:{}", polish=0),
     "magnitude": compiled("channels:{}", "magnitude"),
     "magnitude + re-fit": compiled("channels:{}", "magnitude", **REFIT),
     "low rank": compiled("rank:{}"),

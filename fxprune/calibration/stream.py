@@ -35,7 +35,7 @@ from fxprune.calibration.observers import observer_of, observers_off
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
 from fxprune.calibration.reading import Slot, Source, read_into
 from fxprune.calibration.sampling import BatchPlace, PatchSample, sample_patches
-from fxprune.calibration.targets import cross_statistics, outputs_of_both, relu_aware_statistics
+from fxprune.calibration.targets import checked, cross_statistics, outputs_of_both, relu_aware_statistics
 from fxprune.consumers import consumers, puts_out
 from fxprune.errors import GraphError
 from fxprune.geometry import LayerGeometry
@@ -200,6 +200,9 @@ class CalibrationStream:
         self._first_call: dict[Node, Node] = {}  # Of later calls of layers that have been replaced.
         self._dense_modules: dict[Node, nn.Module] = {}  # What these call in the dense model.
         self.of_all_calls: dict[Node, InputStatistics] = {}  # Of layers with several calls, by the first.
+        self.checks: dict[
+            HessianObserver, HessianObserver
+        ] = {}  # What sees every fourth image of what an observer sees.
         self._outcome: Outcome | None = None
 
     @classmethod
@@ -400,7 +403,10 @@ class CalibrationStream:
                     with self.stopwatch.measure("statistics"):
                         x = self.observed(values, source)
                         sample = self.sample(observer.geometry, x, slot.place)
-                        observer.observe(sample.input(x), sample.geometry)
+                        seen = observer.geometry.batched(sample.input(x))
+                        observer.observe(seen, sample.geometry)
+                        if observer in self.checks and sample.is_whole and len(seen) == slot.place.images:
+                            self.checks[observer].observe(checked(seen, slot.place), sample.geometry)
             except (RuntimeError, IndexError, ValueError):
                 for layer in node.users:  # What the layer itself says about such an input is of more use.
                     self._execute(layer, values.dense, slot.batch, dense=True)
@@ -494,11 +500,33 @@ def dense_statistics(
         options: resolved.
         nodes: calls of observed layers.
     """
-    if not nodes:
-        yield {}
-        return
-    with _gathered(CalibrationStream.of(graph_module, calibration, options), nodes) as statistics:
+    with _dense_statistics(graph_module, calibration, options, nodes, checked=False) as (statistics, _):
         yield statistics
+
+
+@contextmanager
+def checked_dense_statistics(
+    graph_module: GraphModule, calibration: Calibration, options: Options, nodes: Sequence[Node]
+) -> Iterator[tuple[dict[Node, InputStatistics], dict[Node, InputStatistics]]]:
+    """The same, and those of every fourth image alone, for layers that take all patches there are (`layers.shrinkage`)."""
+    with _dense_statistics(graph_module, calibration, options, nodes, checked=True) as found:
+        yield found
+
+
+@contextmanager
+def _dense_statistics(
+    graph_module: GraphModule, calibration: Calibration, options: Options, nodes: Sequence[Node], *, checked: bool
+) -> Iterator[tuple[dict[Node, InputStatistics], dict[Node, InputStatistics]]]:
+    if not nodes:
+        yield {}, {}
+        return
+    stream = CalibrationStream.of(graph_module, calibration, options)
+    if checked:
+        stream.checks = {observer: HessianObserver(observer.geometry) for observer in map(observer_of, nodes)}
+    with _gathered(stream, nodes) as statistics:
+        checks = {node: stream.checks[observer_of(node)] for node in nodes if checked}
+        some = {node: check.statistics() for node, check in checks.items() if check.has_seen()}
+        yield statistics, {node: own for node, own in some.items() if own.count < statistics[node].count}
 
 
 @contextmanager

@@ -30,6 +30,11 @@ CHECK_EVERY = 4  # Of the images of a layer that sees all of them, one in so man
 RELU_AWARE_SHARE = 0.25  # Of the patches: only the change of the target is gathered; it is small, and so is its noise.
 
 
+def checked(values: Tensor, place: BatchPlace) -> Tensor:
+    """Of the values of a batch's images those that check what is fitted to the others."""
+    return values[-place.first % CHECK_EVERY :: CHECK_EVERY]
+
+
 def cross_statistics(
     stream: CalibrationStream, node: Node, geometry: LayerGeometry, *, skip: bool
 ) -> tuple[CrossStatistics, Moments | None]:
@@ -67,8 +72,7 @@ def cross_statistics(
         of_both = geometry.batched(sample.input(x)), geometry.batched(y)
         pool.put(sample.geometry, *of_both)
         if stream.check and sample.is_whole and len(of_both[0]) == place.images:
-            chosen = slice(-place.first % CHECK_EVERY, None, CHECK_EVERY)
-            check_pool.put(sample.geometry, of_both[0][chosen], of_both[1][chosen])
+            check_pool.put(sample.geometry, *(checked(value, place) for value in of_both))
 
     with observer.paused() as observes:
         stream.advance(node, visit)

@@ -32,7 +32,7 @@ from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.dense_twin import DenseTwin
 from fxprune.calibration.macs import macs_per_sample
 from fxprune.calibration.shapes import Example
-from fxprune.calibration.stream import dense_statistics
+from fxprune.calibration.stream import checked_dense_statistics
 from fxprune.channels import Channels as Analysis
 from fxprune.channels import analyse_channels
 from fxprune.channels.remove import remove_channels
@@ -207,10 +207,15 @@ class RemoveChannels(CalibratedPass):
         twins = {node.name: node for node in found.observed.graph.nodes}
         wanted = {reader: twins[reader.name] for width in found.widths for reader in width.readers}
         calibration.on_layer("choosing channels", 0)
-        of_twins = stack.enter_context(
-            dense_statistics(found.observed, calibration, self.method.options, list(dict.fromkeys(wanted.values())))
+        twins_wanted = list(dict.fromkeys(wanted.values()))
+        of_twins, checks = stack.enter_context(
+            checked_dense_statistics(found.observed, calibration, self.method.options, twins_wanted)
         )
-        return Readers({node: of_twins[twin] for node, twin in wanted.items()}, self.method.options)
+        return Readers(
+            {node: of_twins[twin] for node, twin in wanted.items()},
+            {node: checks[twin] for node, twin in wanted.items() if twin in checks},
+            self.method.options,
+        )
 
     def _remove(
         self,

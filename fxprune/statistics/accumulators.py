@@ -89,6 +89,15 @@ class InputStatistics:
         inside = None if offset is None else InsideMoments(offset, seen.products + of_inside, seen.inside, seen.both)
         return replace(self, products=products, sums=sums, inside=inside, factors={})
 
+    def hessian_without(self, part: InputStatistics, *, centred: bool) -> Tensor:
+        """`hessian` of the patches that are not in a part of what was seen, by Chan, Golub & LeVeque 1983."""
+        left = self.count - part.count
+        both = self.count * self.hessian(centred=centred) - part.count * part.hessian(centred=centred)
+        if centred:
+            apart = self.mean - part.mean
+            both -= self.count * part.count / left * apart[:, :, None] * apart[:, None, :]
+        return both / left
+
     @property
     def variance(self) -> Tensor:
         """Of each input, (G, D) float64: the diagonal of the centred Hessian before constants are taken out."""
@@ -304,6 +313,11 @@ class HessianObserver(nn.Module):
             yield enabled and not self._count and not len(self._pool)
         finally:
             self.enabled = enabled
+
+    def has_seen(self) -> bool:
+        """Whether any process has observed anything: each has to ask."""
+        self._pool.flush()
+        return any(gathered(self._count))
 
     def statistics(self) -> InputStatistics:
         """The moments of everything observed so far, of several processes by all of them together: each has to ask."""

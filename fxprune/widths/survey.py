@@ -7,6 +7,7 @@ later layer makes up for them, as it does for what a block has lost inside.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ from fxprune.solvers.problem import LayerProblem
 from fxprune.statistics import InputStatistics
 from fxprune.widths.network import Width, columns_of, rows_of
 from fxprune.widths.plan import Curve
+
+DAMPINGS = (0.1, 1.0, 10.0, 100.0)  # Relative to the mean of H's diagonal.
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,15 @@ class Readers:
 
     Args:
         statistics: of the inputs of the layers.
+        checks: those of every fourth image, of layers without patches to spare.
         options: resolved.
     """
 
-    def __init__(self, statistics: Mapping[Node, InputStatistics], options: Options) -> None:
+    def __init__(
+        self, statistics: Mapping[Node, InputStatistics], checks: Mapping[Node, InputStatistics], options: Options
+    ) -> None:
         self.statistics = statistics
+        self.checks = checks
         self.options = options
         self._known: dict[Node, tuple[LayerProblem, Tensor]] = {}
 
@@ -81,14 +88,59 @@ class Readers:
         change = (problem.weight - matrix)[None]
         return matrix, mean_product(LayerGeometry.of(layer_of(node)), change, self.statistics[node].mean)[0]
 
+    def _damping(self, node: Node, dense: Tensor) -> float:
+        """The damping that is best on images left out of the fit, that of the options where there are patches to spare.
+
+        In as many columns as patches, or fewer, any columns seem to make up for any others. On EfficientNet-Lite1 with 250
+        images, 225 patches for the 1,280 columns of its classifier, all but 226 of them seemed to be free.
+        """
+        if node not in self.checks:
+            return self.options.damping
+        check, centred = self.checks[node], bool(self.options.bias_correction)
+        (seen,) = self.statistics[node].hessian_without(check, centred=centred)
+        (unseen,) = check.hessian(centred=centred)
+        return settled_damping(dense, seen, unseen, self.options.damping)
+
     def _of(self, node: Node) -> tuple[LayerProblem, Tensor]:
         if node not in self._known:
             module = layer_of(node)
             dense = LayerGeometry.of(module).to_matrix(module.weight.detach()).double()
             hessian = self.statistics[node].hessian(centred=bool(self.options.bias_correction))
-            problem = next(LayerProblem(hessian, dense @ hessian, dense).damped(self.options.damping).groups())
+            damping = self._damping(node, dense[0])
+            problem = next(LayerProblem(hessian, dense @ hessian, dense).damped(damping).groups())
             self._known[node] = problem, torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian))
         return self._known[node]
+
+
+def settled_damping(dense: Tensor, seen: Tensor, unseen: Tensor, least: float) -> float:
+    """With which damping the larger half of a layer's columns makes up best for the others on unseen images.
+
+    Args:
+        dense: (R, D) float64.
+        seen: H of the images fitted, (D, D).
+        unseen: H of others.
+        least: damping to start from, relative to the mean of H's diagonal, as all.
+    """
+    size = dense.square().sum(0) * seen.diagonal()
+    stay = size.topk(max(1, len(size) // 2)).indices
+    scale, target = seen.diagonal().mean(), (dense @ seen)[:, stay]
+
+    def error(damping: float) -> float:
+        system = seen[stay][:, stay]
+        system.diagonal().add_(damping * scale)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if failed:
+            return math.inf
+        change = -dense
+        change[:, stay] += torch.cholesky_solve((target + damping * scale * dense[:, stay]).mT, factor).mT
+        return float((change @ unseen * change).sum())
+
+    best, least_error = least, error(least)
+    for damping in (d for d in DAMPINGS if d > least):
+        if (found := error(damping)) >= least_error:
+            break
+        best, least_error = damping, found
+    return best
 
 
 def survey(
