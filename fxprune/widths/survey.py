@@ -68,6 +68,7 @@ class Readers:
         self.checks = checks
         self.options = options
         self._known: dict[Node, tuple[LayerProblem, Tensor]] = {}
+        self._settled: dict[Node, Settled] = {}
 
     def problem(self, node: Node) -> LayerProblem:
         """What the layer's own dense output asks of it, (D, D) and (R, D)."""
@@ -88,31 +89,49 @@ class Readers:
         change = (problem.weight - matrix)[None]
         return matrix, mean_product(LayerGeometry.of(layer_of(node)), change, self.statistics[node].mean)[0]
 
-    def _damping(self, node: Node, dense: Tensor) -> float:
-        """The damping that is best on images left out of the fit, that of the options where there are patches to spare.
+    def unseen_share(self, node: Node) -> float:
+        """What a cost in this problem comes to on images that it was not fitted to, as a multiple."""
+        self._of(node)
+        return self._settled[node].unseen_share
+
+    def _settle(self, node: Node, dense: Tensor) -> Settled:
+        """The damping of the options where there are patches to spare, else the one that is best on images left out of the fit.
 
         In as many columns as patches, or fewer, any columns seem to make up for any others. On EfficientNet-Lite1 with 250
         images, 225 patches for the 1,280 columns of its classifier, all but 226 of them seemed to be free.
         """
         if node not in self.checks:
-            return self.options.damping
+            return Settled(self.options.damping, 1.0)
         check, centred = self.checks[node], bool(self.options.bias_correction)
         (seen,) = self.statistics[node].hessian_without(check, centred=centred)
         (unseen,) = check.hessian(centred=centred)
-        return settled_damping(dense, seen, unseen, self.options.damping)
+        return settle(dense, seen, unseen, self.options.damping)
 
     def _of(self, node: Node) -> tuple[LayerProblem, Tensor]:
         if node not in self._known:
             module = layer_of(node)
             dense = LayerGeometry.of(module).to_matrix(module.weight.detach()).double()
             hessian = self.statistics[node].hessian(centred=bool(self.options.bias_correction))
-            damping = self._damping(node, dense[0])
-            problem = next(LayerProblem(hessian, dense @ hessian, dense).damped(damping).groups())
+            self._settled[node] = settled = self._settle(node, dense[0])
+            problem = next(LayerProblem(hessian, dense @ hessian, dense).damped(settled.damping).groups())
             self._known[node] = problem, torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian))
         return self._known[node]
 
 
-def settled_damping(dense: Tensor, seen: Tensor, unseen: Tensor, least: float) -> float:
+@dataclass(frozen=True)
+class Settled:
+    """How a layer's problem is posed where there are few images.
+
+    Attributes:
+        damping: relative to the mean of H's diagonal.
+        unseen_share: error on unseen images over what it costs in the damped problem.
+    """
+
+    damping: float
+    unseen_share: float
+
+
+def settle(dense: Tensor, seen: Tensor, unseen: Tensor, least: float) -> Settled:
     """With which damping the larger half of a layer's columns makes up best for the others on unseen images.
 
     Args:
@@ -125,22 +144,26 @@ def settled_damping(dense: Tensor, seen: Tensor, unseen: Tensor, least: float) -
     stay = size.topk(max(1, len(size) // 2)).indices
     scale, target = seen.diagonal().mean(), (dense @ seen)[:, stay]
 
-    def error(damping: float) -> float:
+    def tried(damping: float) -> tuple[float, float]:
+        """The error on unseen images, and the cost on those seen."""
+        shift = damping * scale
         system = seen[stay][:, stay]
-        system.diagonal().add_(damping * scale)
+        system.diagonal().add_(shift)
         factor, failed = torch.linalg.cholesky_ex(system)
         if failed:
-            return math.inf
+            return math.inf, 1.0
         change = -dense
-        change[:, stay] += torch.cholesky_solve((target + damping * scale * dense[:, stay]).mT, factor).mT
-        return float((change @ unseen * change).sum())
+        change[:, stay] += torch.cholesky_solve((target + shift * dense[:, stay]).mT, factor).mT
+        cost = float((change @ seen * change).sum() + shift * change.square().sum())
+        return float((change @ unseen * change).sum()), cost
 
-    best, least_error = least, error(least)
+    best, (error, cost) = least, tried(least)
     for damping in (d for d in DAMPINGS if d > least):
-        if (found := error(damping)) >= least_error:
+        found = tried(damping)
+        if found[0] >= error:
             break
-        best, least_error = damping, found
-    return best
+        best, (error, cost) = damping, found
+    return Settled(best, error / cost if cost > 0 and math.isfinite(error) else 1.0)
 
 
 def survey(
@@ -207,7 +230,7 @@ def _relative(score: Tensor) -> Tensor:
 def _read(readers: Readers, node: Node, columns: Tensor, variance: float) -> ReadUnits:
     flat = columns.flatten().to(readers.inverse(node).device)
     inverse, weight = readers.inverse(node), readers.problem(node).weight
-    return ReadUnits(inverse[flat][:, flat], weight[:, flat], 1 / variance)
+    return ReadUnits(inverse[flat][:, flat], weight[:, flat], readers.unseen_share(node) / variance)
 
 
 def _whole_order(elimination: Elimination, units: int) -> Tensor:

@@ -191,22 +191,19 @@ def test_a_layer_that_loses_inputs_makes_up_for_them_where_no_rank_is_asked_of_i
 
 
 def test_few_images_do_not_make_columns_free() -> None:
-    """A classifier with more columns than images can fit them with any few of its columns, and nothing else."""
+    """With as many columns as images any columns can make up for any others on these images, and on no others."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 256, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(), nn.Linear(256, 60),
-    ).eval()  # fmt: skip
-    x, unseen = torch.randn(1000, 3, 6, 6).cumsum(3), torch.randn(500, 3, 6, 6).cumsum(3)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 60)).eval()
+    x, unseen = torch.randn(1000, 64), torch.randn(500, 64)
     errors = []
-    for few in (60, 1000):
+    for number in (250, 1000):
         found = fxprune.compile(
-            model, x[:few].split(30), "channels:0.7", options=Options(channel_multiple=1, polish=0), progress=False
+            model, x[:number].split(30), "channels:0.7", options=Options(channel_multiple=1, polish=0), progress=False
         )
         with torch.no_grad():
             wanted, got = model(unseen), found(unseen)
         errors.append(float((got - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()))
-    assert errors[0] < 4 * errors[1]
+    assert errors[0] < 1.7 * errors[1]
 
 
 def test_channels_come_first_in_a_chain() -> None:
