@@ -72,6 +72,19 @@ class AssignsToItems(Net):
         return x
 
 
+class WritesIntoViews(Net):
+    def between(self, x: Tensor) -> Tensor:
+        scale = self.first.bias.clone()
+        scale[4:8].zero_()
+        scale[8:][2:4].fill_(3.0).mul_(2)
+        y = x * scale[:, None, None]
+        y[:, 0].copy_(y[:, 1, :1])
+        y[..., 2].clamp_(min=0.1)
+        first = y[0]
+        first[1].neg_()
+        return y
+
+
 class MoreArguments(Net):
     def forward(self, x: Tensor, *args, augment: bool = False, **kwargs) -> Tensor:
         if isinstance(x, dict) or args or kwargs.get("profile"):
@@ -92,7 +105,7 @@ class KeepsSomething(Net):
 
 @pytest.mark.parametrize(
     "cls",
-    [AsksForShapes, Iterates, SamePadding, MakesTensors, AssignsToItems, MoreArguments, KeepsSomething],
+    [AsksForShapes, Iterates, SamePadding, MakesTensors, AssignsToItems, WritesIntoViews, MoreArguments, KeepsSomething],
     ids=lambda cls: cls.__name__,
 )
 def test_questions_about_shapes_are_answered_by_the_example(cls):
