@@ -86,6 +86,8 @@ class _Stages:
         if leaves:
             self.row.note = f"called as a whole: {', '.join(leaves)}"
         self.row.of_possible, self.row.of_all, self.row.rest = shares(self.model, compiled.report, self.pattern)
+        all_of_it = sum(p.numel() for p in self.model.parameters() if p.dim() > 1)
+        self.row.unread = sum(row.weights for row in compiled.report.unread) / max(all_of_it, 1)
         wanted, got = self._outputs(self.model), self._outputs(compiled)
         if [x.shape for x in wanted] != [x.shape for x in got] and not hasattr(compiled, "parts"):
             raise ValueError("other shapes of outputs")
@@ -161,7 +163,8 @@ def shares(model: nn.Module, report: PruneReport, pattern: str) -> tuple[float, 
 
     What could hold the pattern is told by the user's model alone, and not by the report: convolutions, transposed ones and
     linear layers with a number of input channels that suits it, the matrices of attention and recurrent layers, and bare
-    parameters that something multiplies by.
+    parameters that something multiplies by. Weights that no output depends on, which the compiled model does without, count
+    among all weights only.
 
     Args:
         model: the user's.
@@ -174,7 +177,7 @@ def shares(model: nn.Module, report: PruneReport, pattern: str) -> tuple[float, 
     could = possible(model, report, pattern)
     reasons: Counter[str] = Counter()
     for row in rows:
-        if row.status != "pruned" and "not a multiple" not in row.reason:
+        if row.status not in ("pruned", "unread") and "not a multiple" not in row.reason:
             reasons[row.reason] += row.weights
     told = [
         f"{weights / total:.1%}: {reason}"[:160]
@@ -189,7 +192,7 @@ def shares(model: nn.Module, report: PruneReport, pattern: str) -> tuple[float, 
 
 
 def possible(model: nn.Module, report: PruneReport, pattern: str) -> int:
-    """How many weights of a model could hold a pattern."""
+    """How many weights of a model could hold a pattern, without those that no output depends on."""
     chosen = fxprune.Pattern.parse(pattern)
     multiple = int(pattern.partition(":")[2])
     found: dict[int, int] = {}
@@ -206,6 +209,10 @@ def possible(model: nn.Module, report: PruneReport, pattern: str) -> int:
         elif not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             bare |= {f"{path}.{name}" if path else name: p for name, p in weights.items()}
     rows = {row.name: row for row in report.layers}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for row in report.unread:
+        unread = parameters.get(f"{row.name}.weight", parameters.get(row.name))
+        found.pop(id(unread), None)
     for name, p in bare.items():
         row = rows.get(name)
         if id(p) not in found and row is not None and any(f"only {product}" in row.reason for product in PRODUCTS):

@@ -18,8 +18,10 @@ def is_block(index: Any) -> bool:
 def writes_in_place(method: str) -> bool:
     """Whether a method of tensors changes its tensor, and has a counterpart that gives a new one."""
     name = method.removesuffix("_")
-    return method.endswith("_") and not name.endswith("_") and (
-        method in (*_REPLACING, "copy_") or callable(getattr(torch.Tensor, name, None))
+    return (
+        method.endswith("_")
+        and not name.endswith("_")
+        and (method in (*_REPLACING, "copy_") or callable(getattr(torch.Tensor, name, None)))
     )
 
 

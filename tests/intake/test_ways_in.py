@@ -105,7 +105,16 @@ class KeepsSomething(Net):
 
 @pytest.mark.parametrize(
     "cls",
-    [AsksForShapes, Iterates, SamePadding, MakesTensors, AssignsToItems, WritesIntoViews, MoreArguments, KeepsSomething],
+    [
+        AsksForShapes,
+        Iterates,
+        SamePadding,
+        MakesTensors,
+        AssignsToItems,
+        WritesIntoViews,
+        MoreArguments,
+        KeepsSomething,
+    ],
     ids=lambda cls: cls.__name__,
 )
 def test_questions_about_shapes_are_answered_by_the_example(cls):
