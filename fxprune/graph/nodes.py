@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from fxprune.errors import GraphError
 
@@ -62,6 +62,15 @@ def input_of(node: Node) -> Node:
     if not isinstance(argument, Node):
         raise GraphError(f"node {node.name!r} is called with {argument!r} where a tensor was expected")
     return argument
+
+
+def without_input(graph: Graph) -> set[Node]:
+    """The nodes that no input of the graph leads to: what they give is the same for every batch."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "output") and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def is_tied(graph_module: GraphModule, parameter: torch.Tensor) -> bool:
