@@ -97,28 +97,36 @@ class _Stages:
         try:
             return self._export()
         except ExportError as error:
-            if "torch.onnx.export fails" in str(error) and not self._torch_exports():
-                told = f"torch's exporter fails on the model, too: {error}"[:LONGEST]
-                self.row.note = f"{self.row.note}; {told}" if self.row.note else told
+            if "pass dynamic_batch=False" in str(error) and not self._torch_exports(open_batch=True):
+                self._export(dynamic_batch=False)
+                self._note("exported for one batch size, which torch's exporter fixes in the model, too")
+                return None
+            if "torch.onnx.export fails" in str(error) and not self._torch_exports(open_batch=False):
+                self._note(f"torch's exporter fails on the model, too: {error}"[:LONGEST])
                 return "-"
             raise
 
-    def _torch_exports(self) -> bool:
-        """Whether torch's exporter takes the user's model."""
-        batch = self.batches[0]
+    def _note(self, told: str) -> None:
+        self.row.note = f"{self.row.note}; {told}" if self.row.note else told
+
+    def _torch_exports(self, *, open_batch: bool) -> bool:
+        """Whether torch's exporter takes the user's model, and leaves the batch size open if it is to."""
+        batch = self.batches[0] if isinstance(self.batches[0], tuple) else (self.batches[0],)
+        axes = tuple({0: torch.export.Dim("batch")} for _ in batch) if open_batch else None
         try:
-            torch.onnx.export(self.model, batch if isinstance(batch, tuple) else (batch,), dynamo=True, verbose=False)
+            program = torch.onnx.export(self.model, batch, dynamo=True, verbose=False, dynamic_shapes=axes)
         except Exception:
             return False
-        return True
+        assert program is not None
+        return not open_batch or not any(isinstance(x.shape[0], int) for x in program.model.graph.inputs if x.shape)
 
-    def _export(self) -> None:
+    def _export(self, *, dynamic_batch: bool = True) -> None:
         if hasattr(self.compiled, "parts"):
             for name, part in self.compiled.parts.items():
                 calls = self.compiled.inputs_of(name, self.batches[0])
                 fxprune.export_onnx(part, self.folder / "part.onnx", calls[0])
             return
-        fxprune.export_onnx(self.compiled, self.folder / "model.onnx", self.batches[0])
+        fxprune.export_onnx(self.compiled, self.folder / "model.onnx", self.batches[0], dynamic_batch=dynamic_batch)
 
     def diff(self) -> None:
         if not str(fxprune.diff(self.model, self.compiled, example_inputs=self.batches[0])):
