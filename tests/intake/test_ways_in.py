@@ -270,3 +270,15 @@ def test_the_users_model_keeps_its_parametrizations():
     trace(model, example=X)
     torch.testing.assert_close(model(X), wanted, rtol=0, atol=0)
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("example", [None, X], ids=["", "on an example"])
+def test_messages_name_no_class_of_ours(example):
+    class ThroughNumpy(Net):
+        def between(self, x: Tensor) -> Tensor:
+            return torch.from_numpy(x.detach().numpy())
+
+    with pytest.raises(TraceError, match=r"got a torch\.fx Proxy, which stands for a tensor\)") as raised:
+        trace(ThroughNumpy(), example=example)
+    assert "InplaceProxy" not in str(raised.value)
+    assert "ValueProxy" not in str(raised.value)
