@@ -97,7 +97,7 @@ class _Stages:
         try:
             return self._export()
         except ExportError as error:
-            if "pass dynamic_batch=False" in str(error) and not self._torch_exports(open_batch=True):
+            if "fixes the batch size in its graph" in str(error) and not self._torch_exports(open_batch=True):
                 self._export(dynamic_batch=False)
                 self._note("exported for one batch size, which torch's exporter fixes in the model, too")
                 return None
