@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from benchmarks.coverage.awkward import RETURNED
 from benchmarks.coverage.row import OK, Row
 from benchmarks.coverage.zoos import Case
 from fxprune.calibration.batches import map_tensors, tensors_in
-from fxprune.errors import ExportError
+from fxprune.errors import ExportError, ValidationError
 from fxprune.experiments.tasks import module_classes
 from fxprune.geometry import LayerGeometry, is_matrix_layer
 from fxprune.intake.record import intake
@@ -96,12 +97,13 @@ class _Stages:
     def export(self) -> str | None:
         try:
             return self._export()
-        except ExportError as error:
+        except (ExportError, ValidationError) as error:
             if "fixes the batch size in its graph" in str(error) and not self._torch_exports(open_batch=True):
                 self._export(dynamic_batch=False)
                 self._note("exported for one batch size, which torch's exporter fixes in the model, too")
                 return None
-            if "torch.onnx.export fails" in str(error) and not self._torch_exports(open_batch=False):
+            refused = "torch.onnx.export fails" in str(error) or "onnx.checker rejects" in str(error)
+            if refused and not self._torch_exports(open_batch=False):
                 self._note(f"torch's exporter fails on the model, too: {error}"[:LONGEST])
                 return "-"
             raise
@@ -110,14 +112,16 @@ class _Stages:
         self.row.note = f"{self.row.note}; {told}" if self.row.note else told
 
     def _torch_exports(self, *, open_batch: bool) -> bool:
-        """Whether torch's exporter takes the user's model, and leaves the batch size open if it is to."""
+        """Whether torch's exporter makes a valid file of the user's model, and leaves the batch size open if it is to."""
         batch = self.batches[0] if isinstance(self.batches[0], tuple) else (self.batches[0],)
         axes = tuple({0: torch.export.Dim("batch")} for _ in batch) if open_batch else None
         try:
             program = torch.onnx.export(self.model, batch, dynamo=True, verbose=False, dynamic_shapes=axes)
+            assert program is not None
+            program.save(self.folder / "torch.onnx", external_data=True)
+            onnx.checker.check_model(self.folder / "torch.onnx")
         except Exception:
             return False
-        assert program is not None
         return not open_batch or not any(isinstance(x.shape[0], int) for x in program.model.graph.inputs if x.shape)
 
     def _export(self, *, dynamic_batch: bool = True) -> None:
