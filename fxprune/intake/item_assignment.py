@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-_REPLACING = {"zero_": torch.zeros_like, "fill_": torch.full_like}  # The others have a namesake without the underscore.
+_REPLACING: dict[str, Callable[..., Any]] = {
+    "zero_": torch.zeros_like,
+    "fill_": torch.full_like,
+}  # The others have a namesake without the underscore.
 
 
 def is_block(index: Any) -> bool:
