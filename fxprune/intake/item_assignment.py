@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+# The others have a namesake without the underscore.
 _REPLACING: dict[str, Callable[..., Any]] = {
     "zero_": torch.zeros_like,
     "fill_": torch.full_like,
-}  # The others have a namesake without the underscore.
+}
 
 
 def is_block(index: Any) -> bool:
