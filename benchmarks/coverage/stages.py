@@ -107,7 +107,8 @@ class _Stages:
                 return None
             refused = "torch.onnx.export fails" in str(error) or "onnx.checker rejects" in str(error)
             if refused and not self._torch_exports(open_batch=False):
-                self._note(f"torch's exporter fails on the model, too: {error}"[:LONGEST])
+                told = f"torch's exporter fails on the model, too: {error}"
+                self._note(" ".join(told.split())[:LONGEST])
                 return "-"
             raise
 
