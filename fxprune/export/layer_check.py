@@ -18,7 +18,7 @@ from fxprune.pattern import NMPattern, Pattern
 TRANSPOSED = "_transposed"  # what the exporter's folded Linear weights are called: fc.weight_transposed
 FOLDED = "BatchNorm folded in by the exporter"
 UNREAD = "not in the file: nothing reads what it gives"
-CONSTANT = "not in the file: what it gives is the same for every batch, and was computed at the export"
+CONSTANT = "not in the file: what it gives does not depend on the images, and was computed at the export"
 STALE = (
     "The model's own weight breaks it too, so it was changed after fxprune.compile: put its zeros back with "
     "fxprune.restore_zeros(compiled) and export it again"

@@ -95,10 +95,10 @@ def is_read(
 
 
 def layers_without_input(model: nn.Module) -> set[str]:
-    """The names of modules whose every call reads what is the same for every batch; of a model that is no graph, none."""
+    """The names of modules whose every call reads what the sizes of the inputs settle; of a model that is no graph, none."""
     if not isinstance(model, GraphModule):
         return set()
-    constant = without_input(model.graph)
+    constant = without_input(model.graph, sizes_given=True)
     calls = model.graph.find_nodes(op="call_module")
     return {str(n.target) for n in calls if n in constant} - {str(n.target) for n in calls if n not in constant}
 

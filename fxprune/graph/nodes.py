@@ -64,11 +64,21 @@ def input_of(node: Node) -> Node:
     return argument
 
 
-def without_input(graph: Graph) -> set[Node]:
-    """The nodes that no input of the graph leads to: what they give is the same for every batch."""
+_QUESTIONS = ("size", "dim", "shape", "ndim", "dtype", "device")  # Methods and attributes.
+
+
+def without_input(graph: Graph, *, sizes_given: bool = False) -> set[Node]:
+    """The nodes that no input of the graph leads to: what they give is the same for every batch.
+
+    Args:
+        graph: of a model.
+        sizes_given: take sizes, type and device of the inputs for given, so that what depends on these alone is among them.
+    """
     found: set[Node] = set()
     for node in graph.nodes:
-        if node.op not in ("placeholder", "output") and found.issuperset(node.all_input_nodes):
+        name = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else ""
+        asks = sizes_given and name in _QUESTIONS
+        if node.op not in ("placeholder", "output") and (asks or found.issuperset(node.all_input_nodes)):
             found.add(node)
     return found
 
