@@ -26,6 +26,7 @@ COLUMNS = (
     Column("s", right=True, leaves=1),
 )
 STATUS_STYLE = {"pruned": "green", "factored": "green", "narrowed": "green", "reconstructed": "cyan", "kept": "yellow"}
+STATUS_STYLE |= {"unread": "dim"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class LayerReport:
         shape: weight shape (R, C/G, *kernel); () if it is computed on the way.
         pattern: the pattern that the weight now satisfies, or "" if it was not pruned.
         status: "pruned", "factored" (replaced by two layers), "narrowed" (dense, with fewer channels), "reconstructed" (dense,
-            re-fitted to the dense model's output) or "kept" (as it was).
+            re-fitted to the dense model's output), "kept" (as it was) or "unread" (no output depends on it, so that the
+            compiled model does without).
         reason: why the layer was not pruned, or how it was factored or narrowed; of a pruned layer, what is unusual about it,
             or "".
         sparsity: share of zeros in the weight.
@@ -78,6 +80,11 @@ class LayerReport:
     def is_compressed(self) -> bool:
         """Whether it was pruned, factored or narrowed."""
         return self.status in ("pruned", "factored", "narrowed")
+
+    @property
+    def is_read(self) -> bool:
+        """Whether an output of the model depends on it; if not, it is not in the compiled model."""
+        return self.status != "unread"
 
     @property
     def weights(self) -> int:
@@ -128,10 +135,15 @@ class PruneReport:
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros among all weights of the layers listed; a layer called twice counts once."""
-        layers = {layer.name: layer for layer in self.layers}.values()
+        """Share of zeros among all weights of the compiled model; a layer called twice counts once."""
+        layers = {layer.name: layer for layer in self.layers if layer.is_read}.values()
         total = sum(layer.weights for layer in layers)
         return sum(layer.sparsity * layer.weights for layer in layers) / total if total else 0.0
+
+    @property
+    def unread(self) -> tuple[LayerReport, ...]:
+        """What of the user's model no output depends on, and the compiled model so does without."""
+        return tuple(layer for layer in self.layers if not layer.is_read)
 
     def __getitem__(self, name: str) -> LayerReport:
         """The report of the layer called `name`."""
@@ -171,7 +183,14 @@ class PruneReport:
         images = (
             f"{self.images} of {self.images_read} images" if self.images_read > self.images else f"{self.images} images"
         )
-        lines = [f"{done} of {len(self.layers)} layers {what}; {images}, {self.seconds:.1f} s."]
+        lines = [f"{done} of {len(self.layers) - len(self.unread)} layers {what}; {images}, {self.seconds:.1f} s."]
+        if self.unread:
+            weights = sum(layer.weights for layer in self.unread)
+            share = weights / max(sum(layer.weights for layer in {x.name: x for x in self.layers}.values()), 1)
+            lines.append(
+                f"No output depends on {weights:,} further weights ({share:.1%} of the model given), in {len(self.unread)} "
+                "layers: the compiled model does without them, and no share here counts them."
+            )
         if self.agreement is not None and self.kl is not None:
             lines.append(
                 f"On {self.images_held_out} images that were held out: top-1 agreement with the dense model "

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
+from types import NoneType
 from typing import Any
 
 import torch
@@ -408,12 +410,38 @@ def _usable(model: nn.Module, exclude: Sequence[str]) -> nn.Module:
     return model
 
 
+_COPIED_BY = ("__new__", "__reduce_ex__", "__reduce__", "__getstate__", "__deepcopy__")
+
+
+def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
+    """What copy.deepcopy would do with modules that have no ways of their own, in half the time: fills its memo.
+
+    Most of what a module holds are numbers and empty dictionaries of hooks, over which deepcopy takes long.
+    """
+    modules = list(model.modules())
+    for kind in {type(module) for module in modules}:
+        own = any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in _COPIED_BY)
+        if own or not kind.__setstate__.__module__.startswith("torch.nn.modules."):  # torch's only see to older files.
+            return
+    copies = [object.__new__(type(module)) for module in modules]
+    memo |= {id(module): copied for module, copied in zip(modules, copies, strict=True)}
+    for module, copied in zip(modules, copies, strict=True):
+        for key, value in vars(module).items():
+            if type(value) in (OrderedDict, dict) and not value:
+                vars(copied)[key] = memo.setdefault(id(value), type(value)())
+            elif type(value) in (bool, int, float, str, NoneType):
+                vars(copied)[key] = value
+            else:
+                vars(copied)[key] = copy.deepcopy(value, memo)
+
+
 def _copied(model: nn.Module) -> nn.Module:
     """A deep copy in eval mode."""
     # Tensors that were computed and are only kept around (by weight_norm's hook, say) cannot be copied with their history.
     held = chain.from_iterable(vars(module).values() for module in model.modules())
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
     try:
+        _copy_modules(model, memo)
         copied = copy.deepcopy(model, memo).eval()
     except Exception as error:
         raise TraceError(

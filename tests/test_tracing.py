@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 import fxprune
 from fxprune.errors import FxPruneError, TraceError
 from fxprune.passes import RemoveInplace
-from fxprune.tracing import check_exclude, matches, trace
+from fxprune.tracing import check_exclude, matches, trace, usable_copy
 
 
 class Net(nn.Module):
@@ -401,3 +401,39 @@ def test_matches(name, patterns, expected):
 
 def test_check_exclude_accepts_what_there_is():
     check_exclude(around(nn.ReLU()), ["0", "1.*", "?"])
+
+
+class TestCopying:
+    def test_what_is_shared_stays_shared(self):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+        model[2].weight, model.again = model[0].weight, model[0]
+        model.table = {"first": model[0], "weight": model[0].weight}
+        model[1].hooks_of_mine = model[0]._forward_hooks
+        copied = usable_copy(model)
+        assert copied[2].weight is copied[0].weight is copied.table["weight"]
+        assert copied.again is copied[0] is copied.table["first"]
+        assert copied[1].hooks_of_mine is copied[0]._forward_hooks
+        assert copied[1].hooks_of_mine is not model[0]._forward_hooks
+        assert copied[0].weight is not model[0].weight
+        assert not copied[1].training
+        assert model[1].training
+        copied[0].register_forward_hook(lambda *_: None)
+        assert not model[0]._forward_hooks
+
+    @pytest.mark.parametrize("own", ["__deepcopy__", "__getstate__", "__setstate__"])
+    def test_a_module_may_have_its_own_way(self, own):
+        class Own(nn.Conv2d):
+            def __deepcopy__(self, memo):
+                return Own(4, 8, 1)
+
+            def __getstate__(self):
+                return self.__dict__ | {"told": 1}
+
+            def __setstate__(self, state):
+                super().__setstate__(state | {"told": 1})
+
+        for name in {"__deepcopy__", "__getstate__", "__setstate__"} - {own}:
+            delattr(Own, name)
+        copied = usable_copy(nn.Sequential(Own(4, 4, 1), nn.ReLU()))
+        assert copied[0].out_channels == (8 if own == "__deepcopy__" else 4)
+        assert hasattr(copied[0], "told") == (own != "__deepcopy__")

@@ -40,9 +40,11 @@ def write_markdown(path: Path, rows: Sequence[Row], pattern: str, method: str, *
         ),
         f"`python -m benchmarks.coverage`, {minutes:.0f} minutes on one core of {machine()}. Versions: {_versions()}.",
         "",
-        "*Of possible* is the share pruned of those weights that the pattern could hold: layers whose input channels are a "
-        "multiple of M, matrices of attention and recurrent layers, bare parameters that something is multiplied by. *Of "
-        "all* counts every parameter of two or more dimensions.",
+        "*Of possible* is the share pruned of those weights that an output depends on and that the pattern could hold: layers "
+        "whose input channels are a multiple of M, matrices of attention and recurrent layers, bare parameters that something "
+        "is multiplied by. *Of all* counts every parameter of two or more dimensions, whether an output depends on it or not. "
+        "*Unread* is the share of all that no output depends on, such as heads for training and unused stages of an encoder: "
+        "the compiled model does without them.",
         "",
         "| zoo | networks | through all stages | " + " | ".join(HEADINGS.values()) + " | of possible: least, median |",
         "|---|---|---|" + "---|" * (len(HEADINGS) + 1),
@@ -72,9 +74,9 @@ def write_markdown(path: Path, rows: Sequence[Row], pattern: str, method: str, *
                 "",
                 f"## {zoo}",
                 "",
-                "| network | M parameters | way in | stages | of possible | of all | the rest | s |",
+                "| network | M parameters | way in | stages | of possible | of all | unread | the rest | s |",
             ]
-            lines += ["|---|---|---|---|---|---|---|---|", *map(_line, own)]
+            lines += ["|---|---|---|---|---|---|---|---|---|", *map(_line, own)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -82,7 +84,8 @@ def _line(row: Row) -> str:
     stages = "all" if row.is_through else f"not {', '.join(row.failed)}"
     shares = ["" if share is None else f"{share:.1%}" for share in (row.of_possible, row.of_all)]
     rest = "; ".join(part for part in (row.rest, row.note) if part)
-    cells = [row.model, f"{row.millions:.1f}", row.way, stages, *shares, _cell(rest), f"{row.seconds:.0f}"]
+    unread = f"{row.unread:.1%}" if row.unread else ""
+    cells = [row.model, f"{row.millions:.1f}", row.way, stages, *shares, unread, _cell(rest), f"{row.seconds:.0f}"]
     return f"| {' | '.join(cells)} |"
 
 

@@ -11,7 +11,15 @@ from multiprocessing.context import ForkServerContext
 from benchmarks.coverage.row import Row
 
 # Imported once, in the process that the others are copies of.
-PRELOAD = ["torch", "torchvision", "onnxruntime", "fxprune.export", "fxprune.compiler", "benchmarks.coverage.stages"]
+PRELOAD = [
+    "torch",
+    "torchvision",
+    "onnxruntime",
+    "timm",
+    "fxprune.export",
+    "fxprune.compiler",
+    "benchmarks.coverage.stages",
+]
 
 
 def run_in_process(name: str, pattern: str, method: str, *, limit: float) -> Row:

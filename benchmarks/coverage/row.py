@@ -25,8 +25,10 @@ class Row:
         save: fxprune.save.
         load: fxprune.load, and the same outputs.
         exclude: whether `exclude=("*",)` gives exactly the model's outputs.
-        of_possible: share pruned of those weights of the model that the pattern could hold, see `stages.possible`.
+        of_possible: share pruned of those weights that an output depends on and that the pattern could hold, see
+            `stages.possible`.
         of_all: share of all weights that was pruned.
+        unread: share of all weights that no output depends on.
         rest: why the others that the pattern could hold were not.
         seconds: for all of it.
         note: warnings of the intake, a time limit, and so on.
@@ -44,6 +46,7 @@ class Row:
     exclude: str = ""
     of_possible: float | None = None
     of_all: float | None = None
+    unread: float | None = None
     rest: str = ""
     seconds: float = 0.0
     note: str = ""

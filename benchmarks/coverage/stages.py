@@ -11,15 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import fxprune
 from benchmarks.coverage.awkward import RETURNED
 from benchmarks.coverage.row import OK, Row
 from benchmarks.coverage.zoos import Case
 from fxprune.calibration.batches import map_tensors, tensors_in
-from fxprune.errors import ExportError
+from fxprune.errors import ExportError, ValidationError
 from fxprune.experiments.tasks import module_classes
 from fxprune.geometry import LayerGeometry, is_matrix_layer
 from fxprune.intake.record import intake
@@ -86,37 +88,53 @@ class _Stages:
         if leaves:
             self.row.note = f"called as a whole: {', '.join(leaves)}"
         self.row.of_possible, self.row.of_all, self.row.rest = shares(self.model, compiled.report, self.pattern)
+        all_of_it = sum(p.numel() for p in self.model.parameters() if p.dim() > 1)
+        self.row.unread = sum(row.weights for row in compiled.report.unread) / max(all_of_it, 1)
         wanted, got = self._outputs(self.model), self._outputs(compiled)
         if [x.shape for x in wanted] != [x.shape for x in got] and not hasattr(compiled, "parts"):
             raise ValueError("other shapes of outputs")
+        if isinstance(compiled, GraphModule):
+            self.allow = (*self.allow, *_functions_of_package(self.model, compiled))
         self.compiled = compiled
 
     def export(self) -> str | None:
         try:
             return self._export()
-        except ExportError as error:
-            if "torch.onnx.export fails" in str(error) and not self._torch_exports():
-                told = f"torch's exporter fails on the model, too: {error}"[:LONGEST]
-                self.row.note = f"{self.row.note}; {told}" if self.row.note else told
+        except (ExportError, ValidationError) as error:
+            if "fixes the batch size in its graph" in str(error) and not self._torch_exports(open_batch=True):
+                self._export(dynamic_batch=False)
+                self._note("exported for one batch size, which torch's exporter fixes in the model, too")
+                return None
+            refused = "torch.onnx.export fails" in str(error) or "onnx.checker rejects" in str(error)
+            if refused and not self._torch_exports(open_batch=False):
+                told = f"torch's exporter fails on the model, too: {error}"
+                self._note(" ".join(told.split())[:LONGEST])
                 return "-"
             raise
 
-    def _torch_exports(self) -> bool:
-        """Whether torch's exporter takes the user's model."""
-        batch = self.batches[0]
+    def _note(self, told: str) -> None:
+        self.row.note = f"{self.row.note}; {told}" if self.row.note else told
+
+    def _torch_exports(self, *, open_batch: bool) -> bool:
+        """Whether torch's exporter makes a valid file of the user's model, and leaves the batch size open if it is to."""
+        batch = self.batches[0] if isinstance(self.batches[0], tuple) else (self.batches[0],)
+        axes = tuple({0: torch.export.Dim("batch")} for _ in batch) if open_batch else None
         try:
-            torch.onnx.export(self.model, batch if isinstance(batch, tuple) else (batch,), dynamo=True, verbose=False)
+            program = torch.onnx.export(self.model, batch, dynamo=True, verbose=False, dynamic_shapes=axes)
+            assert program is not None
+            program.save(self.folder / "torch.onnx", external_data=True)
+            onnx.checker.check_model(self.folder / "torch.onnx")
         except Exception:
             return False
-        return True
+        return not open_batch or not any(isinstance(x.shape[0], int) for x in program.model.graph.inputs if x.shape)
 
-    def _export(self) -> None:
+    def _export(self, *, dynamic_batch: bool = True) -> None:
         if hasattr(self.compiled, "parts"):
             for name, part in self.compiled.parts.items():
                 calls = self.compiled.inputs_of(name, self.batches[0])
                 fxprune.export_onnx(part, self.folder / "part.onnx", calls[0])
             return
-        fxprune.export_onnx(self.compiled, self.folder / "model.onnx", self.batches[0])
+        fxprune.export_onnx(self.compiled, self.folder / "model.onnx", self.batches[0], dynamic_batch=dynamic_batch)
 
     def diff(self) -> None:
         if not str(fxprune.diff(self.model, self.compiled, example_inputs=self.batches[0])):
@@ -152,6 +170,13 @@ class _Stages:
         return list(tensors_in(result))
 
 
+def _functions_of_package(model: nn.Module, compiled: GraphModule) -> set[Callable[..., Any]]:
+    """Functions of the model's own package that its graph calls, since they are hidden from torch.fx."""
+    package = type(model).__module__.partition(".")[0]
+    called = {node.target for node in compiled.graph.nodes if callable(node.target)}
+    return {f for f in called if str(getattr(f, "__module__", "")).partition(".")[0] == package}
+
+
 def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) > 0 and all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
 
@@ -161,7 +186,8 @@ def shares(model: nn.Module, report: PruneReport, pattern: str) -> tuple[float, 
 
     What could hold the pattern is told by the user's model alone, and not by the report: convolutions, transposed ones and
     linear layers with a number of input channels that suits it, the matrices of attention and recurrent layers, and bare
-    parameters that something multiplies by.
+    parameters that something multiplies by. Weights that no output depends on, which the compiled model does without, count
+    among all weights only.
 
     Args:
         model: the user's.
@@ -174,7 +200,7 @@ def shares(model: nn.Module, report: PruneReport, pattern: str) -> tuple[float, 
     could = possible(model, report, pattern)
     reasons: Counter[str] = Counter()
     for row in rows:
-        if row.status != "pruned" and "not a multiple" not in row.reason:
+        if row.status not in ("pruned", "unread") and "not a multiple" not in row.reason:
             reasons[row.reason] += row.weights
     told = [
         f"{weights / total:.1%}: {reason}"[:160]
@@ -189,7 +215,7 @@ def shares(model: nn.Module, report: PruneReport, pattern: str) -> tuple[float, 
 
 
 def possible(model: nn.Module, report: PruneReport, pattern: str) -> int:
-    """How many weights of a model could hold a pattern."""
+    """How many weights of a model could hold a pattern, without those that no output depends on."""
     chosen = fxprune.Pattern.parse(pattern)
     multiple = int(pattern.partition(":")[2])
     found: dict[int, int] = {}
@@ -206,6 +232,10 @@ def possible(model: nn.Module, report: PruneReport, pattern: str) -> int:
         elif not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             bare |= {f"{path}.{name}" if path else name: p for name, p in weights.items()}
     rows = {row.name: row for row in report.layers}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for row in report.unread:
+        unread = parameters.get(f"{row.name}.weight", parameters.get(row.name))
+        found.pop(id(unread), None)
     for name, p in bare.items():
         row = rows.get(name)
         if id(p) not in found and row is not None and any(f"only {product}" in row.reason for product in PRODUCTS):

@@ -137,7 +137,9 @@ def compress(
     if (folder / f"{ONNX}.data").is_file():  # weights beyond 2 GB
         files.append(f"{ONNX}.data")
     run.finish(results, files)
-    _finish(run, results, exported, f"{number_of_images(test)} {scored_on}", layers=len(report.layers))
+    _finish(
+        run, results, exported, f"{number_of_images(test)} {scored_on}", layers=sum(x.is_read for x in report.layers)
+    )
 
 
 def one_graph(compiled: CompiledModule | CompiledParts) -> CompiledModule:

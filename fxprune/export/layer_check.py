@@ -18,6 +18,7 @@ from fxprune.pattern import NMPattern, Pattern
 TRANSPOSED = "_transposed"  # what the exporter's folded Linear weights are called: fc.weight_transposed
 FOLDED = "BatchNorm folded in by the exporter"
 UNREAD = "not in the file: nothing reads what it gives"
+CONSTANT = "not in the file: what it gives does not depend on the images, and was computed at the export"
 STALE = (
     "The model's own weight breaks it too, so it was changed after fxprune.compile: put its zeros back with "
     "fxprune.restore_zeros(compiled) and export it again"
@@ -32,7 +33,7 @@ def check_layers(
     uses: tuple[WeightUse, ...],
     path: Path,
     dtype: str,
-    is_read: Callable[[str], bool] = lambda name: True,
+    why_absent: Callable[[str], str] = lambda name: "",
 ) -> tuple[LayerCheck, ...]:
     """Find every layer in the file and compare it.
 
@@ -41,8 +42,7 @@ def check_layers(
         uses: weights that the file's nodes read.
         path: the file, for messages.
         dtype: number type of the file's weights.
-        is_read: whether anything reads what a layer gives; asked for layers that the file does not hold, which it need not
-            hold if not.
+        why_absent: why the file need not hold a layer, such as UNREAD, or ""; asked for layers that it does not hold.
 
     Raises:
         ValidationError: names every layer that is missing, has another weight, or breaks its pattern.
@@ -52,8 +52,8 @@ def check_layers(
     foreign = 0
     for layer in layers:
         found = find_uses(layer, uses)
-        if all(_compare(layer, use)[1] for use in found) and not is_read(layer.name):
-            checks.append(_unread(layer))
+        if all(_compare(layer, use)[1] for use in found) and (note := why_absent(layer.name)):
+            checks.append(_absent(layer, note))
             continue
         if not found:
             foreign += 1
@@ -186,7 +186,7 @@ def _x(weight: Tensor) -> str:
     return "x".join(map(str, weight.shape))
 
 
-def _unread(layer: ModelLayer) -> LayerCheck:
+def _absent(layer: ModelLayer, note: str) -> LayerCheck:
     """A layer that the file does not hold, and rightly."""
     return LayerCheck(
         name=layer.name,
@@ -198,7 +198,7 @@ def _unread(layer: ModelLayer) -> LayerCheck:
         ok=None,
         sparsity=1 - int(torch.count_nonzero(layer.weight)) / max(layer.weight.numel(), 1),
         verdict="",
-        note=UNREAD,
+        note=note,
     )
 
 

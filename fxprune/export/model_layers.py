@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from fxprune.errors import ValidationError
 from fxprune.fine_tuning.recorded_zeros import current_report
+from fxprune.graph import without_input
 from fxprune.operations import LAYERS
 from fxprune.report import PruneReport
 
@@ -90,6 +92,15 @@ def is_read(
         if not same:
             return True
     return False
+
+
+def layers_without_input(model: nn.Module) -> set[str]:
+    """The names of modules whose every call reads what the sizes of the inputs settle; of a model that is no graph, none."""
+    if not isinstance(model, GraphModule):
+        return set()
+    constant = without_input(model.graph, sizes_given=True)
+    calls = model.graph.find_nodes(op="call_module")
+    return {str(n.target) for n in calls if n in constant} - {str(n.target) for n in calls if n not in constant}
 
 
 def pruned_without_report(model: nn.Module) -> str:

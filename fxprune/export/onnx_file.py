@@ -94,7 +94,9 @@ def read_onnx(path: str | Path, *, strict: bool = True) -> OnnxFile:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValidationError(f"there is no file {path}; write it with fxprune.export_onnx or give another path")
+        raise ValidationError(
+            f"there is no file {path} (from {Path.cwd()}); give the path of an ONNX file, such as fxprune.export_onnx writes"
+        )
     try:
         model = onnx.load(str(path))
     except Exception as error:  # protobuf's DecodeError, onnx's checker.ValidationError for external data, OSError

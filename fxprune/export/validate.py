@@ -18,10 +18,11 @@ from torch import nn
 
 from fxprune.errors import ValidationError
 from fxprune.export.inputs_outputs import Batch, input_names, read_batch
-from fxprune.export.layer_check import FOLDED, check_layers
+from fxprune.export.layer_check import CONSTANT, FOLDED, UNREAD, check_layers
 from fxprune.export.model_layers import (
     UNCHECKED,
     is_read,
+    layers_without_input,
     model_layers,
     noting_calls,
     prune_report,
@@ -104,6 +105,7 @@ def check_file(file: OnnxFile, stored: Path, model: nn.Module, batches: Iterator
     dtype = weight_dtype(uses)
     called: set[nn.Module] = set()
     with evaluating(model) as run:
+        unfed = layers_without_input(model)
         with noting_calls(model, called):
             run(first.inputs)
         layers = check_layers(
@@ -111,7 +113,7 @@ def check_file(file: OnnxFile, stored: Path, model: nn.Module, batches: Iterator
             uses,
             file.path,
             dtype,
-            lambda name: is_read(model, name, run, first.inputs),
+            lambda name: CONSTANT if name in unfed else "" if is_read(model, name, run, first.inputs) else UNREAD,
         )
         session = open_session(stored)
         parity = compare(run, session, file, itertools.chain([first], batches), dtype=coarsest_dtype(dtype, model))

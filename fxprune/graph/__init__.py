@@ -11,6 +11,7 @@ from fxprune.graph.nodes import (
     input_of,
     is_tied,
     module_of,
+    without_input,
 )
 from fxprune.graph.running import Runner, Shape, ShapeRecorder, arguments_of, value_shapes
 
@@ -28,4 +29,5 @@ __all__ = [
     "is_tied",
     "module_of",
     "value_shapes",
+    "without_input",
 ]

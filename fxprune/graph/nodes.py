@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from fxprune.errors import GraphError
 
@@ -62,6 +62,25 @@ def input_of(node: Node) -> Node:
     if not isinstance(argument, Node):
         raise GraphError(f"node {node.name!r} is called with {argument!r} where a tensor was expected")
     return argument
+
+
+_QUESTIONS = ("size", "dim", "shape", "ndim", "dtype", "device")  # Methods and attributes.
+
+
+def without_input(graph: Graph, *, sizes_given: bool = False) -> set[Node]:
+    """The nodes that no input of the graph leads to: what they give is the same for every batch.
+
+    Args:
+        graph: of a model.
+        sizes_given: take sizes, type and device of the inputs for given, so that what depends on these alone is among them.
+    """
+    found: set[Node] = set()
+    for node in graph.nodes:
+        name = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else ""
+        asks = sizes_given and name in _QUESTIONS
+        if node.op not in ("placeholder", "output") and (asks or found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def is_tied(graph_module: GraphModule, parameter: torch.Tensor) -> bool:

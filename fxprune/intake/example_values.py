@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import math
+import operator
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch.fx.proxy import Attribute
 
 from fxprune.calibration.batches import inputs_of, map_tensors
 from fxprune.graph import arguments_of
-from fxprune.intake.item_assignment import with_item
+from fxprune.intake.item_assignment import is_block, with_item, writes_in_place, written
 from fxprune.intake.symbolic import InplaceProxy, PathTracer, users_line
 
 # What can be asked of a tensor without looking at its numbers.
@@ -212,9 +213,16 @@ class ValueProxy(InplaceProxy):
     """A proxy that answers Python's questions by its example value."""
 
     tracer: ValueTracer
+    part_of: tuple[ValueProxy, Any] | None = None  # The tensor that it is a view into, and the index.
 
     def __getattr__(self, k: str) -> Any:
         return ValueAttribute(self, k)
+
+    def __getitem__(self, index: Any) -> Any:
+        item = self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+        if self.node.op != "get_attr" and isinstance(self.tracer.value_of(self), Tensor) and is_block(index):
+            item.part_of = self, index  # type: ignore[attr-defined]
+        return item
 
     def __bool__(self) -> bool:
         return self.tracer.to_bool(self)
@@ -236,7 +244,14 @@ class ValueProxy(InplaceProxy):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """The variable is bound to a new tensor; that other names of the old one see no change shows in the comparison."""
-        self.node = with_item(self, index, value, self.tracer.value_of(self).dim()).node
+        self.become(with_item(self, index, value, self.tracer.value_of(self).dim()))
+
+    def become(self, value: Any) -> None:
+        """Bind the variable to a new value, and the tensor that it is a view into to one with that value in its place."""
+        self.node = value.node
+        if self.part_of is not None:
+            whole, index = self.part_of
+            whole[index] = value
 
     def __format__(self, spec: str) -> str:
         return format(self.tracer.values[self.node], spec)
@@ -253,6 +268,14 @@ class ValueProxy(InplaceProxy):
 
 class ValueAttribute(Attribute, ValueProxy):
     """An attribute of a proxy, such as its shape; a node of the graph once it is used."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A call of a method; one that writes into a view, `x[1:3].zero_()`, is an assignment to items of `x`."""
+        viewed = self.root
+        if viewed.part_of is None or not writes_in_place(self.attr):
+            return super().__call__(*args, **kwargs)
+        viewed.become(written(viewed, self.attr, *args, **kwargs))
+        return viewed
 
 
 def _is_about_shape(name: Any) -> bool:

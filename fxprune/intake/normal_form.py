@@ -87,8 +87,8 @@ class _Normaliser:
             graph.erase_node(node)
         if layers:
             self._drop_unread()
-        _reshape_for_view(self.graph_module)
-        self.graph_module.recompile()
+        if _reshape_for_view(self.graph_module) or layers:
+            self.graph_module.recompile()
         return self.origins
 
     def _layer(self, node: Node, constants: Constants) -> _Layer | None:
@@ -185,20 +185,24 @@ class _Normaliser:
                     delattr(module, key)
 
 
-def _reshape_for_view(graph_module: GraphModule) -> None:
-    """Write `reshape` for `view`, but for a view as another dtype.
+def _reshape_for_view(graph_module: GraphModule) -> bool:
+    """Write `reshape` for `view`, but for a view as another dtype; whether there was one.
 
     Where a value has one channel, or one pixel, its strides do not say whether it is in channels last. BatchNorm and operations
     in place each take it for one of the two, and so decide how the values after it lie: without them a `view` may fail.
     """
+    changed = False
     for node in graph_module.graph.find_nodes(op="call_method", target="view"):
         first = node.args[1] if len(node.args) > 1 else None
         is_asked = isinstance(first, Node) and first.target is getattr and first.args[1] == "dtype"
         if not (is_asked or isinstance(first, torch.dtype) or "dtype" in node.kwargs):
             node.target = "reshape"
             node.kwargs = {"shape": node.kwargs["size"]} if node.kwargs else {}
+            changed = True
     for node in graph_module.graph.find_nodes(op="call_method", target="view_as"):
         node.target = "reshape_as"
+        changed = True
+    return changed
 
 
 def _convolution_or_linear(a: dict[str, Any], name: str, constants: Constants, _: nn.Module) -> _Layer | None:

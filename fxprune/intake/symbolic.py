@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 import traceback
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -21,6 +22,7 @@ TRANSFORMERS = (
 )  # fmt: skip
 _INPLACE = tuple(function for function in AUGMENTED if function is not operator.imatmul)
 _HERE = Path(__file__).parent
+_OWN_PROXIES = re.compile(r"\b(InplaceProxy|ValueProxy|ValueAttribute)\b")
 # With the separator: torchvision lies beside torch.
 _NOT_THE_USERS_CODE = (f"{Path(torch.__file__).parent}{os.sep}", f"{_HERE}{os.sep}", str(_HERE.parent / "tracing.py"))
 
@@ -127,7 +129,8 @@ def explain(model: nn.Module, tracer: PathTracer, error: Exception) -> str:
         if tracer.path
         else "Move that part into a submodule and name it in exclude to keep it whole as a leaf"
     )
+    problem = _OWN_PROXIES.sub("a torch.fx Proxy, which stands for a tensor", str(error).rstrip("."))
     return (
-        f"torch.fx could not trace {type(model).__name__}: it stopped in {place} ({kind}){line}: {str(error).rstrip('.')}. "
+        f"torch.fx could not trace {type(model).__name__}: it stopped in {place} ({kind}){line}: {problem}. "
         f"{remedy}, or rewrite the line without control flow that depends on tensor values."
     )

@@ -16,8 +16,8 @@ def uncovered(graph_module: GraphModule, rows: Iterable[LayerReport]) -> tuple[L
     """A row for every parameter of two or more dimensions that no row covers, each with the reason.
 
     A row covers the weight of the module that it names, the parameter that it names, or, if it names a node, what that
-    node reads. What the user's model holds and no output depends on has a row, too. So a report's weights are those of the
-    user's model, each counted once.
+    node reads. What the user's model holds and no output depends on has a row, too, with status "unread". So a report's weights
+    are those of the user's model, each counted once.
     """
     rows = tuple(rows)
     names = {row.name for row in rows}
@@ -41,19 +41,26 @@ def uncovered(graph_module: GraphModule, rows: Iterable[LayerReport]) -> tuple[L
     for unread in known.unread if known is not None else ():
         reason = "no output depends on it, so that the compiled model does without"
         found.append(
-            LayerReport(name=unread.name.removesuffix(".weight"), op=unread.kind, shape=unread.shape, reason=reason)
+            LayerReport(
+                name=unread.name.removesuffix(".weight"),
+                op=unread.kind,
+                shape=unread.shape,
+                status="unread",
+                reason=reason,
+            )
         )
     return tuple(found)
 
 
 def little(model: nn.Module, rows: Sequence[LayerReport], recipe: str) -> str:
-    """Says that less than half of the weights were compressed, and the main reason; "" where it was more.
+    """Says that less than half of the weights that outputs depend on were compressed, and the main reason; "" if not so.
 
     Args:
         model: the compressed one.
         rows: of its report, those of `uncovered` too.
         recipe: what was asked for.
     """
+    rows = [row for row in rows if row.is_read]
     total = sum(row.weights for row in rows)
     done = sum(row.weights for row in rows if row.is_compressed)
     if 2 * done >= total:

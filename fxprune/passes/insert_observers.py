@@ -16,7 +16,7 @@ from fxprune.calibration.observers import OBSERVERS
 from fxprune.constraints import Constraint, keep_possible
 from fxprune.constraints.mask import Mask
 from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
-from fxprune.graph import input_of, is_tied, module_of
+from fxprune.graph import input_of, is_tied, module_of, without_input
 from fxprune.layers.kept import layers_inside, matrices_read
 from fxprune.layers.shared import Calls, keeps_own_target, not_one_problem, weight_calls
 from fxprune.operations import LAYERS, operation_of
@@ -28,6 +28,7 @@ from fxprune.tracing import matches
 
 MAX_COLUMNS = 16_384  # A float64 Hessian of 2 GiB, of which solving needs several copies.
 BLOCK_COLUMNS = 4_096  # Of a layer of more: few images tell so many columns apart, and time grows with their cube.
+CONSTANT = "what it reads is the same for every batch, so that an export holds what it gives and not its weights"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -70,6 +71,7 @@ class InsertObservers(Pass):
         layers = [node for node in graph_module.graph.nodes if reads_weights(node)]
         self.recipe.check([str(node.target) for node in layers if module_of(node) is not None])
         calls = weight_calls(graph_module)
+        constant = without_input(graph_module.graph)
         observers: dict[tuple[Node, LayerGeometry], Node] = {}
         modified = False
         for node in list(graph_module.graph.nodes):
@@ -77,7 +79,7 @@ class InsertObservers(Pass):
                 self.record(graph_module, "kept", node, reason=f"{layer.name}: {layer.reason}")
             if annotation(node).role or not reads_weights(node):
                 continue
-            decided = self._decide(graph_module, node, calls)
+            decided = self._decide(graph_module, node, calls, constant)
             annotate(node, role=decided.role, reason=decided.reason, geometry=decided.geometry, chain=decided.chain)
             if decided.reason and decided.role in ("reconstruct", "keep"):
                 self.record(graph_module, "kept", node, reason=decided.reason)
@@ -98,7 +100,7 @@ class InsertObservers(Pass):
             modified = True
         return PassResult(graph_module, modified)
 
-    def _decide(self, graph_module: GraphModule, node: Node, calls: Calls) -> Annotation:
+    def _decide(self, graph_module: GraphModule, node: Node, calls: Calls, constant: set[Node]) -> Annotation:
         together = calls.get(node, (node,))
         first = annotation(together[0])
         if first.role and module_of(node) is module_of(together[0]):
@@ -106,6 +108,8 @@ class InsertObservers(Pass):
         if first.role and first.geometry is not None:  # Another module with that weight.
             return Annotation("repeat", f"its weight is that of {str(together[0].target)!r}", first.geometry)
         reason = self._reason_to_keep(graph_module, node, together)
+        if reason is None and constant.issuperset(together):
+            reason = CONSTANT
         if reason is not None:
             return Annotation("keep", reason)
         module = module_of(node)

@@ -31,7 +31,7 @@ def layer_sparsity_and_error(report: PruneReport, name: str = "") -> Figure:
     Raises:
         DataError: the report has no layers.
     """
-    layers = report.layers
+    layers = [layer for layer in report.layers if layer.is_read]
     if not layers:
         raise DataError("the report lists no layers; there is nothing to draw")
     rows = range(len(layers))

@@ -48,6 +48,7 @@ STATUS = {
     "narrowed": "#CC79A7",
     "reconstructed": "#56B4E9",
     "kept": "#B0B0B0",
+    "unread": "#E0E0E0",
 }
 
 _RC: Any = {

@@ -185,6 +185,36 @@ def test_layers_that_nothing_reads_are_not_in_the_file(tmp_path: Path) -> None:
     assert validate_onnx(model, tmp_path / "m.onnx", [(X, X)], progress=False)["dead"].initializer == ""
 
 
+class Biased(nn.Module):
+    """A bias that a small network makes of a table, as swin v2 has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table = nn.Conv2d(8, 8, 3), nn.Buffer(torch.randn(14, 8))
+        self.small = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 14))
+        self.by_size = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ramp = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)[:, None].expand(-1, 4)
+        return self.conv(x) + self.small(self.table) + self.by_size(ramp)[:-2, 0]
+
+
+def test_layers_on_constants_are_computed_by_the_exporter(tmp_path: Path) -> None:
+    images = torch.randn(4, 8, 16, 16)
+    model = fxprune.compile(Biased(), [images], "0.5", method="magnitude", progress=False)
+    report = model.report
+    assert {row.name: row.status for row in report.layers} == {
+        "conv": "pruned",
+        "small.0": "kept",
+        "small.2": "kept",
+        "by_size": "pruned",
+    }
+    assert "the same for every batch" in report["small.0"].reason
+    notes = {layer.name: layer.note for layer in export_onnx(model, tmp_path / "m.onnx", images).layers}
+    for name in ("small.0", "by_size"):
+        assert notes[name].startswith("not in the file: what it gives does not depend on the images")
+
+
 def test_a_layer_that_is_read_must_be_in_the_file(tmp_path: Path) -> None:
     model = pooled()
     model[2].weight.data.zero_()  # its numbers have no influence, but the layer has

@@ -293,3 +293,14 @@ def test_same_shape_layers_do_not_hide_each_other(tmp_path: Path) -> None:
         torch.randn(2, 4, 8, 8),
         "layer '2': no node of the file reads a weight of shape 4x4x3x3 like its own",
     )
+
+
+def test_a_sigmoid_that_is_nowhere_near_one_may_be_off_by_what_onnxruntime_rounds(tmp_path):
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 1, 1), nn.Sigmoid()).eval()
+    nn.init.constant_(net[1].bias, -12.0)
+    x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    parity = export_onnx(net, tmp_path / "net.onnx", x).parity
+    assert 1e-9 < parity.max_abs < 1.5e-7
+    nn.init.constant_(net[1].bias, -8.0)
+    with pytest.raises(ValidationError, match="differs from the model's"):
+        validate_onnx(net, tmp_path / "net.onnx", [x], progress=False)

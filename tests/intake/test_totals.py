@@ -146,6 +146,19 @@ def test_weights_that_no_output_depends_on_have_rows_and_come_back_from_a_file(t
         unread = {row.name: row.shape for row in report.layers if "no output depends on it" in row.reason}
         assert unread == {"training_head": (3, 8), "left_over.0": (4, 4, 3, 3), "table": (5, 6)}
         assert sum(row.weights for row in report.layers) == 432 + 32 + 24 + 144 + 30
+        assert {row.name for row in report.unread} == set(unread)
+        assert report.sparsity == pytest.approx(16 / (432 + 32))  # The convolution has 6 input channels.
+        assert "No output depends on 198 further weights (29.9% of the model given), in 3 layers" in report.summary
+        assert "1 of 2 layers" in report.summary
+
+
+def test_weights_that_no_output_depends_on_are_nothing_to_warn_of():
+    model = WithUnreadLayers()
+    model.conv = model.again = nn.Conv2d(8, 8, 3)
+    model.left_over = nn.Conv2d(64, 64, 3)
+    compiled = fxprune.compile(model, [torch.randn(64, 8, 8, 8)], "2:4", method="magnitude", progress=False)
+    assert compiled.report.warnings == ()
+    assert compiled.report.sparsity == 0.5
 
 
 @pytest.mark.parametrize(

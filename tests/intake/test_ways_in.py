@@ -72,6 +72,19 @@ class AssignsToItems(Net):
         return x
 
 
+class WritesIntoViews(Net):
+    def between(self, x: Tensor) -> Tensor:
+        scale = self.first.bias.clone()
+        scale[4:8].zero_()
+        scale[8:][2:4].fill_(3.0).mul_(2)
+        y = x * scale[:, None, None]
+        y[:, 0].copy_(y[:, 1, :1])
+        y[..., 2].clamp_(min=0.1)
+        first = y[0]
+        first[1].neg_()
+        return y
+
+
 class MoreArguments(Net):
     def forward(self, x: Tensor, *args, augment: bool = False, **kwargs) -> Tensor:
         if isinstance(x, dict) or args or kwargs.get("profile"):
@@ -92,7 +105,16 @@ class KeepsSomething(Net):
 
 @pytest.mark.parametrize(
     "cls",
-    [AsksForShapes, Iterates, SamePadding, MakesTensors, AssignsToItems, MoreArguments, KeepsSomething],
+    [
+        AsksForShapes,
+        Iterates,
+        SamePadding,
+        MakesTensors,
+        AssignsToItems,
+        WritesIntoViews,
+        MoreArguments,
+        KeepsSomething,
+    ],
     ids=lambda cls: cls.__name__,
 )
 def test_questions_about_shapes_are_answered_by_the_example(cls):
@@ -248,3 +270,15 @@ def test_the_users_model_keeps_its_parametrizations():
     trace(model, example=X)
     torch.testing.assert_close(model(X), wanted, rtol=0, atol=0)
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("example", [None, X], ids=["", "on an example"])
+def test_messages_name_no_class_of_ours(example):
+    class ThroughNumpy(Net):
+        def between(self, x: Tensor) -> Tensor:
+            return torch.from_numpy(x.detach().numpy())
+
+    with pytest.raises(TraceError, match=r"got a torch\.fx Proxy, which stands for a tensor\)") as raised:
+        trace(ThroughNumpy(), example=example)
+    assert "InplaceProxy" not in str(raised.value)
+    assert "ValueProxy" not in str(raised.value)
