@@ -112,7 +112,7 @@ def test_a_model_of_one_batch_size_fails_in_polish_with_its_remedy() -> None:
             return super().forward(x).view(80, -1)
 
     images = torch.randn(80, 4, 9, 9)
-    with pytest.raises(CalibrationError, match=r"64 images of a calibration batch at node 'view'.* takes 64 at a time"):
+    with pytest.raises(CalibrationError, match=r"16 images of a calibration batch at node 'view'.* takes 16 at a time"):
         fxprune.compile(
             Fixed(nn.Conv2d(4, 8, 3)), [images], progress=False, options=fxprune.Options(polish=1, patches=0, holdout=0)
         )
