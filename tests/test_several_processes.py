@@ -221,10 +221,7 @@ class TestResults:
     def test_models_compiled_in_parts(self, two: ProcessGroup) -> None:
         found = two.results(jobs.compiled, "2:4", {}, jobs.Parts)
         assert_same_bits(found)
-        wanted = jobs.compiled("2:4", {}, jobs.Parts)
-        for of in (found[0], wanted):  # Orders of channels that are equally good are told apart by rounding.
-            of["state"] = {name: value.flatten().abs().sort().values for name, value in of["state"].items()}
-        assert_close(found[0], wanted, tolerance=1e-5)
+        assert_close(found[0], jobs.compiled("2:4", {}, jobs.Parts), tolerance=1e-5)
 
     def test_batchnorm_re_estimated(self, three: ProcessGroup) -> None:
         wanted: dict[str, Tensor] = jobs.batchnorm()

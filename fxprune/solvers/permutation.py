@@ -108,15 +108,16 @@ def permute(views: Sequence[View], pattern: NMPattern, *, seed: int = 0) -> Perm
         return order.tolist(), _loss(views, pattern, order)
 
     ends = shared(end_of, list(_starts(views, pattern, count, seed)))
-    order, after = min(ends, key=lambda end: end[1])
+    least = min(loss for _, loss in ends)
+    # Rounding, which is another one in several processes, must not decide between ends that are equally good.
+    order, after = next(end for end in ends if end[1] <= least + TOLERANCE * before)
     found = torch.tensor(order, device=present.device)
     if not exact:
         finer = descend(sample, pattern, found, levels=FINE)
-        if (loss := _loss(views, pattern, finer)) < after:
+        if (loss := _loss(views, pattern, finer)) < after - TOLERANCE * before:
             found, after = finer, loss
-    return (
-        Permutation(found, before, after) if after < before * (1 - TOLERANCE) else Permutation(present, before, before)
-    )
+    gains = after < before * (1 - TOLERANCE)
+    return Permutation(found, before, after) if gains else Permutation(present, before, before)
 
 
 def descend(views: Sequence[View], pattern: NMPattern, order: Tensor, *, levels: int | None = None) -> Tensor:
@@ -215,7 +216,12 @@ class ExchangeTable:
 
     def best_pairs(self, least: float) -> Tensor:
         """Slots to exchange, (pairs, 2): each lowers the loss by more than `least`, no two in one group."""
-        best, partner = self.changes().min(1)
+        changes = self.changes()
+        if (
+            least
+        ):  # In whole units, of equals the first: rounding, which is another one in several processes, decides nothing.
+            changes = (changes / least).round() * least
+        best, partner = changes.min(1)
         candidates = (best < -least).nonzero()[:, 0]
         candidates = candidates[best[candidates].argsort(stable=True)]
         groups = torch.stack(self._groups, 1).tolist()
