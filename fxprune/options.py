@@ -122,7 +122,7 @@ class Options:
         light = recipe.sparsity <= LIGHT_SPARSITY and not recipe.removes_channels
         if missing.get("target") == "relu_aware" and light:
             missing["target"] = "skip"
-        if recipe.removes_channels and not solver.published and self.polish is None:
+        if "polish" in missing and recipe.removes_channels and not solver.published:
             missing["polish"] = CHANNELS_POLISH
         missing["permute"] = grouped and bool(own.permute if self.permute is None else self.permute)
         return replace(self, **missing)

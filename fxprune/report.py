@@ -25,8 +25,9 @@ COLUMNS = (
     Column("rel. error", right=True, leaves=4),
     Column("s", right=True, leaves=1),
 )
-STATUS_STYLE = {"pruned": "green", "factored": "green", "narrowed": "green", "reconstructed": "cyan", "kept": "yellow"}
-STATUS_STYLE |= {"unread": "dim"}
+STATUS_STYLE = {
+    "pruned": "green", "factored": "green", "narrowed": "green", "reconstructed": "cyan", "kept": "yellow", "unread": "dim"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -200,9 +200,8 @@ class CalibrationStream:
         self._first_call: dict[Node, Node] = {}  # Of later calls of layers that have been replaced.
         self._dense_modules: dict[Node, nn.Module] = {}  # What these call in the dense model.
         self.of_all_calls: dict[Node, InputStatistics] = {}  # Of layers with several calls, by the first.
-        self.checks: dict[
-            HessianObserver, HessianObserver
-        ] = {}  # What sees every fourth image of what an observer sees.
+        # For an observer, what sees every fourth of the images that it sees.
+        self.checks: dict[HessianObserver, HessianObserver] = {}
         self._outcome: Outcome | None = None
 
     @classmethod
@@ -500,7 +499,10 @@ def dense_statistics(
         options: resolved.
         nodes: calls of observed layers.
     """
-    with _dense_statistics(graph_module, calibration, options, nodes, checked=False) as (statistics, _):
+    if not nodes:
+        yield {}
+        return
+    with _gathered(CalibrationStream.of(graph_module, calibration, options), nodes) as statistics:
         yield statistics
 
 
@@ -509,22 +511,13 @@ def checked_dense_statistics(
     graph_module: GraphModule, calibration: Calibration, options: Options, nodes: Sequence[Node]
 ) -> Iterator[tuple[dict[Node, InputStatistics], dict[Node, InputStatistics]]]:
     """The same, and those of every fourth image alone, for layers that take all patches there are (`layers.shrinkage`)."""
-    with _dense_statistics(graph_module, calibration, options, nodes, checked=True) as found:
-        yield found
-
-
-@contextmanager
-def _dense_statistics(
-    graph_module: GraphModule, calibration: Calibration, options: Options, nodes: Sequence[Node], *, checked: bool
-) -> Iterator[tuple[dict[Node, InputStatistics], dict[Node, InputStatistics]]]:
     if not nodes:
         yield {}, {}
         return
     stream = CalibrationStream.of(graph_module, calibration, options)
-    if checked:
-        stream.checks = {observer: HessianObserver(observer.geometry) for observer in map(observer_of, nodes)}
+    stream.checks = {observer: HessianObserver(observer.geometry) for observer in map(observer_of, nodes)}
     with _gathered(stream, nodes) as statistics:
-        checks = {node: stream.checks[observer_of(node)] for node in nodes if checked}
+        checks = {node: stream.checks[observer_of(node)] for node in nodes}
         some = {node: check.statistics() for node, check in checks.items() if check.has_seen()}
         yield statistics, {node: own for node, own in some.items() if own.count < statistics[node].count}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
+from fxprune.annotations import Role, annotation
 from fxprune.geometry import LayerGeometry, MatrixLayer, is_matrix_layer
 from fxprune.graph import module_of
 
@@ -31,6 +32,21 @@ def keeps_own_target(calls: Calls, node: Node, geometry: LayerGeometry) -> bool:
     With several calls there is no one output to make up for, and with blocks of columns none that each could be fitted to.
     """
     return len(calls[node]) > 1 or geometry.blocks > 1
+
+
+def role_without_chain(calls: Calls, node: Node, geometry: LayerGeometry, *, reconstruct: bool) -> Role:
+    """What is to be done with a layer that no constraint is left for; one whose inputs lost channels makes up for them anyway.
+
+    Args:
+        calls: see `weight_calls`.
+        node: the layer's call.
+        geometry: of the layer.
+        reconstruct: whether layers that stay dense are re-fitted.
+    """
+    narrowing = annotation(node).narrowing
+    if narrowing is not None and narrowing.lost_inputs:
+        return "compress"
+    return "reconstruct" if reconstruct and not keeps_own_target(calls, node, geometry) else "keep"
 
 
 def modules_called(calls: tuple[Node, ...]) -> tuple[MatrixLayer, ...]:

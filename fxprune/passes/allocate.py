@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.annotations import Role, annotate, annotation
+from fxprune.annotations import annotate, annotation
 from fxprune.calibration.calibration import Calibration
 from fxprune.constraints import Chain, Constraint, keep_possible
-from fxprune.layers.shared import Calls, keeps_own_target, weight_calls
+from fxprune.layers.shared import Calls, role_without_chain, weight_calls
 from fxprune.options import Method
 from fxprune.passes.base import CalibratedPass
 
@@ -50,16 +50,9 @@ class Allocate(CalibratedPass):
         if others:
             annotate(node, chain=others)
         else:
-            annotate(node, chain=(), role=self._role_without_chain(node, calls), reason=reason)
+            role = role_without_chain(calls, node, geometry, reconstruct=bool(self.method.options.reconstruct))
+            annotate(node, chain=(), role=role, reason=reason)
         self.record(graph_module, "kept", node, reason=reason)
-
-    def _role_without_chain(self, node: Node, calls: Calls) -> Role:
-        """A layer whose inputs have lost channels makes up for them in any case."""
-        narrowing, geometry = annotation(node).narrowing, annotation(node).geometry
-        if narrowing is not None and narrowing.lost_inputs:
-            return "compress"
-        refitted = self.method.options.reconstruct and geometry and not keeps_own_target(calls, node, geometry)
-        return "reconstruct" if refitted else "keep"
 
 
 def _first_shared(graph_module: GraphModule, method: Method) -> tuple[Constraint, list[Node]] | None:

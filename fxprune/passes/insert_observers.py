@@ -18,7 +18,7 @@ from fxprune.constraints.mask import Mask
 from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
 from fxprune.graph import input_of, is_tied, module_of, without_input
 from fxprune.layers.kept import layers_inside, matrices_read
-from fxprune.layers.shared import Calls, keeps_own_target, not_one_problem, weight_calls
+from fxprune.layers.shared import Calls, not_one_problem, role_without_chain, weight_calls
 from fxprune.operations import LAYERS, operation_of
 from fxprune.passes.base import Pass
 from fxprune.pattern import MixedPattern, NMPattern
@@ -134,10 +134,8 @@ class InsertObservers(Pass):
             declined = "; ".join(filter(None, (declined, more)))
         if chain:
             return Annotation("compress", "", geometry, chain)
-        if fewer:
-            return Annotation("compress", declined, geometry)
-        refitted = self.reconstruct and not keeps_own_target(calls, node, geometry)
-        return Annotation("reconstruct", declined, geometry) if refitted else Annotation("keep", declined)
+        role = role_without_chain(calls, node, geometry, reconstruct=self.reconstruct)
+        return Annotation(role, declined, None if role == "keep" else geometry)
 
     def _reason_to_keep(self, graph_module: GraphModule, node: Node, together: tuple[Node, ...]) -> str | None:
         """Why a layer's weights must not be touched at all, or None."""

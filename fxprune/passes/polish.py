@@ -94,7 +94,7 @@ class Polish(CalibratedPass):
             held_out = training[::HOLD_OUT_EVERY]
             training = [x for number, x in enumerate(training) if number % HOLD_OUT_EVERY] or training
         distance = _Distance(calibration.dense, graph_module, layers)
-        weights, gained = _Weights(layers, distance.pruned), False
+        weights, gained = _Weights(layers, graph_module), False
         generator = torch.Generator().manual_seed(self.seed)
         least, step_size = distance.mean(held_out), FIRST_STEP
         for _ in range(self.epochs):
@@ -146,8 +146,8 @@ class _Weights:
     Adam's steps do not depend on the scale of a gradient, so that the one of a parameter serves for it in any unit.
     """
 
-    def __init__(self, layers: Sequence[Node], pruned: GraphModule) -> None:
-        self._flags = {p: p.requires_grad for p in pruned.parameters()}
+    def __init__(self, layers: Sequence[Node], graph_module: GraphModule) -> None:
+        self._flags = {p: p.requires_grad for p in graph_module.parameters()}
         self._own = [p.requires_grad_(True) for node in layers for p in layer_of(node).parameters()]
         self._masks = [p != 0 if p.dim() > 1 else torch.ones_like(p, dtype=torch.bool) for p in self._own]
         self._sizes = [size for node in layers for size in _row_sizes(layer_of(node))]

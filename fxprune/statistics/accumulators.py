@@ -90,13 +90,10 @@ class InputStatistics:
         return replace(self, products=products, sums=sums, inside=inside, factors={})
 
     def hessian_without(self, part: InputStatistics, *, centred: bool) -> Tensor:
-        """`hessian` of the patches that are not in a part of what was seen, by Chan, Golub & LeVeque 1983."""
-        left = self.count - part.count
-        both = self.count * self.hessian(centred=centred) - part.count * part.hessian(centred=centred)
-        if centred:
-            apart = self.mean - part.mean
-            both -= self.count * part.count / left * apart[:, :, None] * apart[:, None, :]
-        return both / left
+        """`hessian` of the patches that are not in a part of what was seen."""
+        apart = self.mean - part.mean if centred else None
+        whole, of_part = self.hessian(centred=centred), part.hessian(centred=centred)
+        return moments_without(whole, of_part, self.count, part.count, apart, apart)
 
     @property
     def variance(self) -> Tensor:
@@ -138,6 +135,26 @@ class InputStatistics:
             return mean
         share = self.inside.inside / self.count
         return mean + spread(share.expand(len(mean), -1), self.inside.offset)
+
+
+def moments_without(
+    whole: Tensor, part: Tensor, count: int, of_part: int, apart_y: Tensor | None, apart_x: Tensor | None
+) -> Tensor:
+    """Mean products y x^T of the patches that are not in a part of them, by Chan, Golub & LeVeque 1983.
+
+    Args:
+        whole: of all patches, (G, R, D).
+        part: of the part.
+        count: all patches.
+        of_part: those of the part.
+        apart_y: by how much the mean of y over all is above that over the part, (G, R); None where no mean was removed.
+        apart_x: the same for x, (G, D).
+    """
+    left = count - of_part
+    found = (whole * (count / left)).sub_(part, alpha=of_part / left)
+    if apart_y is None or apart_x is None:
+        return found
+    return found.baddbmm_(apart_y[:, :, None], apart_x[:, None, :], alpha=-count * of_part / left**2)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from fxprune.statistics.accumulators import CrossStatistics, InputStatistics
+from fxprune.statistics.accumulators import CrossStatistics, InputStatistics, moments_without
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,13 @@ class Moments:
         return Centred(hessian, target, self.inputs.mean, self.cross.mean)
 
     def without(self, part: Moments) -> Centred:
-        """Those of the images that are not in a part of what was seen, by Chan, Golub & LeVeque 1983."""
+        """Those of the images that are not in a part of what was seen."""
         count, own, a, b = self.inputs.count, part.inputs.count, self.centred, part.centred
         left = count - own
         x, y = a.mean - b.mean, a.mean_target - b.mean_target
-
-        def less(whole: Tensor, of_part: Tensor, y: Tensor) -> Tensor:
-            found = (whole * (count / left)).sub_(of_part, alpha=own / left)
-            return found.baddbmm_(y[:, :, None], x[:, None, :], alpha=-count * own / left**2)
-
         return Centred(
-            less(a.hessian, b.hessian, x),
-            less(a.target, b.target, y),
+            moments_without(a.hessian, b.hessian, count, own, x, x),
+            moments_without(a.target, b.target, count, own, y, x),
             a.mean + x * own / left,
             a.mean_target + y * own / left,
         )

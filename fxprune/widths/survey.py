@@ -52,6 +52,15 @@ class SurveyedWidth:
         return gone
 
 
+@dataclass(frozen=True)
+class _Posed:
+    """One layer's problem, its H^-1, and what a cost in it comes to on images that it was not fitted to, as a multiple."""
+
+    problem: LayerProblem
+    inverse: Tensor
+    unseen_share: float
+
+
 class Readers:
     """The least-squares problems of the layers that read channels, posed when they are asked for, on the dense model.
 
@@ -67,16 +76,15 @@ class Readers:
         self.statistics = statistics
         self.checks = checks
         self.options = options
-        self._known: dict[Node, tuple[LayerProblem, Tensor]] = {}
-        self._settled: dict[Node, Settled] = {}
+        self._known: dict[Node, _Posed] = {}
 
     def problem(self, node: Node) -> LayerProblem:
         """What the layer's own dense output asks of it, (D, D) and (R, D)."""
-        return self._of(node)[0]
+        return self._of(node).problem
 
     def inverse(self, node: Node) -> Tensor:
         """H^-1, (D, D)."""
-        return self._of(node)[1]
+        return self._of(node).inverse
 
     def fitted(self, node: Node, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         """The best weights (R, D) on some columns, zero elsewhere, and what to add to the bias (R,), if biases are fitted."""
@@ -91,8 +99,7 @@ class Readers:
 
     def unseen_share(self, node: Node) -> float:
         """What a cost in this problem comes to on images that it was not fitted to, as a multiple."""
-        self._of(node)
-        return self._settled[node].unseen_share
+        return self._of(node).unseen_share
 
     def _settle(self, node: Node, dense: Tensor) -> Settled:
         """The damping of the options where there are patches to spare, else the one that is best on images left out of the fit.
@@ -107,14 +114,15 @@ class Readers:
         (unseen,) = check.hessian(centred=centred)
         return settle(dense, seen, unseen, self.options.damping)
 
-    def _of(self, node: Node) -> tuple[LayerProblem, Tensor]:
+    def _of(self, node: Node) -> _Posed:
         if node not in self._known:
             module = layer_of(node)
             dense = LayerGeometry.of(module).to_matrix(module.weight.detach()).double()
             hessian = self.statistics[node].hessian(centred=bool(self.options.bias_correction))
-            self._settled[node] = settled = self._settle(node, dense[0])
+            settled = self._settle(node, dense[0])
             problem = next(LayerProblem(hessian, dense @ hessian, dense).damped(settled.damping).groups())
-            self._known[node] = problem, torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian))
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian))
+            self._known[node] = _Posed(problem, inverse, settled.unseen_share)
         return self._known[node]
 
 
