@@ -1,4 +1,4 @@
-"""Reads the loader into the store: checks batches, holds some images out, and keeps of the others those that layers need.
+"""Reads the loader into the store: checks batches, holds some images out, mixes some, and keeps those that layers need.
 
 Of several processes each one stores its own batches. What concerns the set as a whole is settled in all of them alike, from the
 sizes of all batches.
@@ -7,6 +7,8 @@ sizes of all batches.
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -18,13 +20,16 @@ from torch.fx import GraphModule, Node
 from fxprune.calibration.batch_store import BatchStore, BatchValues
 from fxprune.calibration.batches import EMPTY, channels_last, count, inputs_of, map_tensors, take, tensors_in
 from fxprune.calibration.calibration import Calibration
+from fxprune.calibration.mixtures import Mixing
 from fxprune.calibration.needed_images import image_step
 from fxprune.calibration.sampling import BatchPlace, as_index, images_taken
 from fxprune.calibration.shapes import Example
 from fxprune.errors import CalibrationError
 from fxprune.runtime.processes import in_order, world
 
-LEAST_TOGETHER = 32  # Held-out images of several batches are joined up to so many, or to the first batch's size.
+LEAST_TOGETHER = (
+    32  # Held-out images, or mixtures, of several batches are joined up to so many, or to the first batch's size.
+)
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,18 @@ class Slot:
         key: in the store.
         batch: number of the loader's batch (the first one) that its images come from.
         place: of its images among all that take part in the statistics; None if they take no part.
+        mixed: whether they are mixtures of images, which take no part in statistics and scores.
     """
 
     key: int
     batch: int
     place: BatchPlace | None
+    mixed: bool = False
 
     @property
     def held_out(self) -> bool:
-        """Whether its images take no part in the statistics."""
-        return self.place is None
+        """Whether its images take no part in the statistics, and are for scores."""
+        return self.place is None and not self.mixed
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ def read_into(
     patches: int,
     least: int | None,
     fit: bool = True,
+    mix: bool = False,
 ) -> Source:
     """Fill an empty store with the values of the graph's placeholders.
 
@@ -91,6 +99,7 @@ def read_into(
         patches: for each column of a layer, see `sample_patches`; 0 keeps all images.
         least: images that always take part, see there.
         fit: whether statistics are taken; else only the images that are held out are kept, if there are any.
+        mix: whether mixtures of images are wanted (`fxprune.calibration.mixtures`); a model of one batch size gets none.
 
     Raises:
         CalibrationError: if the loader is empty, or a batch cannot be used.
@@ -118,7 +127,10 @@ def read_into(
         out = sum(int(mask.sum()) for mask in masks)
     if patches and placeholders and fit and example is not None:
         step = image_step(example, images=total - out, patches=patches, least=least)
-    held_out = _HeldOut(store, max(LEAST_TOGETHER, sizes[0]), key=len(keys))
+    keys_after, together = itertools.count(len(keys)), max(LEAST_TOGETHER, sizes[0])
+    held_out, mixed = _Joined(store, together, keys_after), _Joined(store, together, keys_after, mixed=True)
+    mix = mix and fit and example is not None and example.takes_few
+    mixing = Mixing.of(int((total - out) / step))
     slots = list[Slot]()
     before, place = 0, BatchPlace(0, 0, 0)  # Of the images that are not held out, and of those of them that are taken.
     for turn, of_batch in enumerate(masks):
@@ -134,11 +146,13 @@ def read_into(
                 held_out.add(number, take(values, of_batch.nonzero()[:, 0].to(device)))
                 if taken:
                     store.put(key, BatchValues(take(values, left[as_index(taken, left.device)].to(device))))
+            if mix and taken and (mixtures := mixing.mixtures(store.look(key).dense_values, place)) is not None:
+                mixed.add(number, mixtures)
             if taken or not placeholders:
                 slots.append(Slot(key, number, place))
         if taken or not placeholders:
             place = BatchPlace(place.number + 1, place.first + len(taken), 0)
-    return Source(total, place.first, out, step, fingerprint, (*slots, *held_out.finish()))
+    return Source(total, place.first, out, step, fingerprint, (*slots, *held_out.finish(), *mixed.finish()))
 
 
 def _example(graph_module: GraphModule, calibration: Calibration, store: BatchStore) -> Example | None:
@@ -160,18 +174,25 @@ def _whole_batches(sizes: list[int], least: int) -> list[Tensor]:
     return masks[::-1]
 
 
-class _HeldOut:
-    """Held-out images, joined batch by batch where their shapes allow it and put into the store."""
+class _Joined:
+    """Images that are not fitted, joined batch by batch where their shapes allow it and put into the store.
 
-    def __init__(self, store: BatchStore, together: int, key: int) -> None:
-        self._store, self._together, self._key = store, together, key
+    Args:
+        store: where they wait.
+        together: up to so many are joined.
+        keys: in the store, of new entries.
+        mixed: as in `Slot`.
+    """
+
+    def __init__(self, store: BatchStore, together: int, keys: Iterator[int], *, mixed: bool = False) -> None:
+        self._store, self._together, self._keys, self._mixed = store, together, keys, mixed
         self._slots: list[Slot] = []
         self._batch = 0
         self._parts: list[dict[Node, Any]] = []
         self._count = 0
 
     def add(self, batch: int, values: dict[Node, Any]) -> None:
-        """Add a batch's held-out images; there may be none."""
+        """Add some images of a batch; there may be none."""
         images = count(list(values.values()))
         if not images:
             return
@@ -182,7 +203,7 @@ class _HeldOut:
         self._count += images
 
     def finish(self) -> list[Slot]:
-        """The slots of all held-out images."""
+        """The slots of all that were added."""
         self._flush()
         return self._slots
 
@@ -190,9 +211,10 @@ class _HeldOut:
         if not self._parts:
             return
         joined = dict(zip(self._parts[0], _joined([list(part.values()) for part in self._parts]), strict=True))
-        self._store.put(self._key, BatchValues(joined))
-        self._slots.append(Slot(self._key, self._batch, None))
-        self._key, self._parts, self._count = self._key + 1, [], 0
+        key = next(self._keys)
+        self._store.put(key, BatchValues(joined))
+        self._slots.append(Slot(key, self._batch, None, self._mixed))
+        self._parts, self._count = [], 0
 
 
 def _kind(values: dict[Node, Any]) -> list[Any]:

@@ -27,6 +27,7 @@ LEAST_PATCHES = (
 LEAST_STEP = Fraction(5, 4)  # To leave out fewer costs more than it saves.
 STEP_PARTS = 64  # Steps are multiples of one part in so many, rounded down.
 WHOLE_STEP = 3  # From here on steps are whole numbers: a slice then takes the images, without an index.
+CHECK_EVERY = 4  # Of the images of a layer that sees all of them, one in so many checks what is fitted to the others.
 BAND_ROWS = 4  # Of the output, at least. Kernels read beyond a band's edges, which in a thin band is most of the work.
 
 

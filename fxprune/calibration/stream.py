@@ -44,6 +44,7 @@ from fxprune.layers.install import install
 from fxprune.layers.problem import layer_of
 from fxprune.layers.shared import keeps_own_target, weight_calls
 from fxprune.layers.solve import SolvedLayer
+from fxprune.layers.temperature import BothLogits, is_softmax_classifier
 from fxprune.operations import any_reads_strides
 from fxprune.options import Options
 from fxprune.runtime.processes import gathered
@@ -115,15 +116,15 @@ class StreamedLayer:
         return gather
 
     @property
-    def logits(self) -> Callable[[SolvedLayer, bool], tuple[Tensor, Tensor]] | None:
-        """Where its output is the model's, one row (N, classes) an image: what both models put out, else None.
+    def logits(self) -> Callable[[SolvedLayer, bool], BothLogits] | None:
+        """Where its output is the model's, the logits (N, classes) of a classifier: what both models put out, else None.
 
-        The function is given parameters, and whether to run on the images of `check` alone.
+        The function is given parameters, and whether to run on the images of `check` alone where there are no mixtures.
         """
-        if self.cross is None or self.geometry.kernel_size or not puts_out(self.node):
+        if self.cross is None or not puts_out_logits(self.node):
             return None
 
-        def gather(layer: SolvedLayer, check: bool) -> tuple[Tensor, Tensor]:
+        def gather(layer: SolvedLayer, check: bool) -> BothLogits:
             self._check()
             return outputs_of_both(self._stream, self.node, self.geometry, layer, check=check)
 
@@ -152,6 +153,7 @@ class CalibrationStream:
         patches, least_images: those that a layer's statistics are taken from, see `sample_patches`.
         check: whether the moments of every fourth image are kept by themselves, for layers without patches to spare.
         fit: whether statistics are taken at all; if not, only held-out images run, where there are any.
+        mix: whether mixtures of images run too, if the model's output is a classifier's (`StreamedLayer.logits`).
         dense: what runs as the dense model where that has more channels than the graph; None: the graph itself.
     """
 
@@ -166,6 +168,7 @@ class CalibrationStream:
         least_images: int | None = None,
         check: bool = False,
         fit: bool = True,
+        mix: bool = False,
         dense: DenseTwin | None = None,
     ) -> None:
         self.graph_module = graph_module
@@ -179,6 +182,7 @@ class CalibrationStream:
         self.current: StreamedLayer | None = None
         self._calibration = calibration
         self._fit = fit
+        self._mix = mix
         self._interpreter = Interpreter(graph_module)
         self._nodes = list(graph_module.graph.nodes)
         self._position = {node: i for i, node in enumerate(self._nodes)}
@@ -212,6 +216,7 @@ class CalibrationStream:
         options: Options,
         *,
         fit: bool = True,
+        mix: bool = False,
         dense: DenseTwin | None = None,
     ) -> CalibrationStream:
         """A stream as resolved options ask for it."""
@@ -223,6 +228,7 @@ class CalibrationStream:
             patches=options.patches or 0,
             check=bool(options.shrink or options.temperature),
             fit=fit,
+            mix=mix,
             dense=dense,
         )
 
@@ -239,6 +245,7 @@ class CalibrationStream:
                 patches=self.patches,
                 least=self.least_images,
                 fit=self._fit,
+                mix=self._mix and any(map(puts_out_logits, self.calls)),
             )
         return self._source
 
@@ -326,7 +333,8 @@ class CalibrationStream:
                     values.forget(self._dying[node])
                 if cut.op != "output":
                     values.dense_values[cut] = self._execute(cut, values.dense, number, dense=True)
-            if slot.held_out == (cut.op == "output"):  # A score is of images that nothing was fitted to.
+            # A score is of images that nothing was fitted to.
+            if not slot.mixed and slot.held_out == (cut.op == "output"):
                 with torch.inference_mode(), self.stopwatch.measure("statistics"):
                     visit(place, values)
             # Of the layer's inputs only the pruned one is still needed, to run the layer once it is replaced, unless
@@ -344,6 +352,13 @@ class CalibrationStream:
             if slot.place is not None:
                 with torch.inference_mode(), self.stopwatch.measure("statistics"):
                     visit(slot.place, self._store.look(slot.key))
+
+    def revisit_mixtures(self, visit: Callable[[BatchValues], None]) -> None:
+        """Show the values of mixtures of images at the cut, as `revisit` shows those of images."""
+        for slot in self.source.slots:
+            if slot.mixed:
+                with torch.inference_mode(), self.stopwatch.measure("statistics"):
+                    visit(self._store.look(slot.key))
 
     def gather(self, pool: Pool) -> None:
         """Hand on what waits in a pool that visits have filled."""
@@ -417,7 +432,7 @@ class CalibrationStream:
 
     def _compare(self, cut: Node, values: BatchValues, slot: Slot, outputs: Pool) -> None:
         """Add to the error of a layer that has been replaced: all of a batch, or a share of the patches it was solved on."""
-        if self.source.held_out and not slot.held_out:
+        if slot.mixed or (self.source.held_out and not slot.held_out):
             return
         geometry, of_both = observer_of(cut).geometry, (self.wanted(values, cut), values.pruned(cut))
         if slot.place is not None:
@@ -480,6 +495,12 @@ class CalibrationStream:
     def _run_dense_module(module: nn.Module) -> Callable[..., Any]:
         """A module in the form in which the interpreter calls one."""
         return lambda _, args, kwargs: module(*args, **kwargs)
+
+
+def puts_out_logits(layer: Node) -> bool:
+    """Whether the model puts out what a Linear layer does, and that as a softmax classifier's logits."""
+    module = module_of(layer)
+    return isinstance(module, nn.Linear) and puts_out(layer) and is_softmax_classifier(module.weight)
 
 
 def _is_given(node: Node) -> bool:

@@ -16,17 +16,18 @@ from torch.fx import Node
 
 from fxprune.calibration.batch_store import BatchValues
 from fxprune.calibration.observers import observer_of
-from fxprune.calibration.sampling import BatchPlace, PatchSample
+from fxprune.calibration.sampling import CHECK_EVERY, BatchPlace, PatchSample
 from fxprune.consumers import consumers, skip_operands
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import input_of
 from fxprune.layers.solve import SolvedLayer
+from fxprune.layers.temperature import BothLogits
+from fxprune.runtime.processes import gathered
 from fxprune.statistics import CrossStatistics, HessianObserver, Moments, Pool
 
 if TYPE_CHECKING:
     from fxprune.calibration.stream import CalibrationStream
 
-CHECK_EVERY = 4  # Of the images of a layer that sees all of them, one in so many checks what is fitted to the others.
 RELU_AWARE_SHARE = 0.25  # Of the patches: only the change of the target is gathered; it is small, and so is its noise.
 
 
@@ -139,30 +140,36 @@ def relu_aware_statistics(
 
 def outputs_of_both(
     stream: CalibrationStream, node: Node, geometry: LayerGeometry, layer: SolvedLayer, *, check: bool
-) -> tuple[Tensor, Tensor]:
-    """What a layer at which the stream stands puts out in the dense model, and with new parameters: (N, R) each.
+) -> BothLogits:
+    """What a layer at which the stream stands puts out in the dense model, and with new parameters.
 
-    Of several processes each gives that of its own images.
+    On mixtures of images, if any could be made. Of several processes each gives that of its own images.
 
     Args:
         stream: at the layer, a Linear one with one vector for each image.
         node: the layer's call.
         geometry: of the layer.
         layer: its new parameters, one part.
-        check: on every fourth of the fitted images alone (`cross_statistics`).
+        check: on every fourth of the fitted images alone (`cross_statistics`), where there are no mixtures.
     """
     source, (part,) = input_of(node), layer.parts
     outputs: list[tuple[Tensor, Tensor]] = []
 
-    def visit(place: BatchPlace, values: BatchValues) -> None:
-        chosen = slice(-place.first % CHECK_EVERY, None, CHECK_EVERY) if check else slice(None)
-        x, dense = stream.observed(values, source)[chosen], stream.wanted(values, node)[chosen]
-        outputs.append((dense, geometry.apply(x, part.weight, part.bias)))
+    def add(x: Tensor, dense: Tensor) -> None:
+        if dense.dim() == 2:
+            outputs.append((dense, geometry.apply(x, part.weight, part.bias)))
 
+    def visit(place: BatchPlace, values: BatchValues) -> None:
+        x, dense = stream.observed(values, source), stream.wanted(values, node)
+        add(*((checked(x, place), checked(dense, place)) if check else (x, dense)))
+
+    stream.revisit_mixtures(lambda values: add(stream.observed(values, source), stream.wanted(values, node)))
+    mixed = any(gathered(bool(outputs)))
+    if not mixed:
+        stream.revisit(visit)
     none = part.weight.new_zeros(0, geometry.out_channels)
-    stream.revisit(visit)
     dense, found = (torch.cat(of_one) for of_one in zip(*(outputs or [(none, none)]), strict=True))
-    return dense, found
+    return BothLogits(dense, found, mixed)
 
 
 def _compensated(

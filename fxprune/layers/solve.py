@@ -14,7 +14,7 @@ from fxprune.geometry import LayerGeometry, MatrixLayer
 from fxprune.layers.constraint import Chain, Part
 from fxprune.layers.problem import dead_inputs, fitted_bias, mean_product, pose_problem, weights_alone
 from fxprune.layers.shrinkage import Shrinkage, choose, rescaled
-from fxprune.layers.temperature import logit_scale
+from fxprune.layers.temperature import BothLogits, logit_scale
 from fxprune.options import Method
 from fxprune.solvers.problem import LayerProblem
 from fxprune.statistics import CrossStatistics, InputStatistics, Moments
@@ -76,7 +76,7 @@ def solve_layer(
     cross: CrossStatistics | None = None,
     relu_aware: Callable[[SolvedLayer], CrossStatistics] | None = None,
     check: Moments | None = None,
-    logits: Callable[[SolvedLayer, bool], tuple[Tensor, Tensor]] | None = None,
+    logits: Callable[[SolvedLayer, bool], BothLogits] | None = None,
 ) -> SolvedLayer:
     """Pose a layer's problem, solve it under the constraints, fit the bias.
 
@@ -91,8 +91,8 @@ def solve_layer(
             weights on the mask are then fitted to it, once: a second time gains a percent or two of KL at 1:4.
         check: the moments of some of the images, on which damping and the correction's strength are settled; None takes the
             damping of the options and the whole correction.
-        logits: what the dense layer and one with given parameters put out, where that is the model's output; on the images
-            of `check` alone, or all.
+        logits: what the dense layer and one with given parameters put out, where that is a classifier's output; on mixtures
+            of images if there are any, else on those of `check` alone, or all.
     """
     options = method.options
     moments = None if inputs is None or cross is None else Moments(inputs, cross)
@@ -146,7 +146,7 @@ def solve_layer(
     layer = solved(parts, moments)
     if logits is not None and moments is not None and len(parts) == 1 and options.temperature:
         tried = None if check is None else trial(moments, check)
-        layer = layer.scaled(logit_scale(*logits(layer if tried is None else tried, tried is not None)))
+        layer = layer.scaled(logit_scale(logits(layer if tried is None else tried, tried is not None)))
     if relu_aware is None or len(parts) > 1 or inputs is None or (chain and parts[0].mask is None):
         return layer  # Only values on a known mask can be fitted again without breaking the constraints.
     cross = relu_aware(layer)

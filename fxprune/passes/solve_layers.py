@@ -168,7 +168,9 @@ class SolveLayers(CalibratedPass):
         checkpoint = LayerCheckpoint.open(calibration.checkpoint_dir, graph_module, self.method)
         fit = self.method.needs_statistics
         dense = calibration.dense if graph_annotation(graph_module).removal else None
-        stream = CalibrationStream.of(graph_module, calibration, self.method.options, fit=fit, dense=dense)
+        options = self.method.options
+        mix = bool(options.temperature)
+        stream = CalibrationStream.of(graph_module, calibration, options, fit=fit, mix=mix, dense=dense)
 
         def report(node: Node, layer: SolvedLayer) -> LayerReport:
             return self._report(graph_module, node, roles[node], layer, len(calls[node]))
