@@ -36,7 +36,7 @@ from fxprune.calibration.output_error import OutputAgreement, OutputError, chann
 from fxprune.calibration.reading import Slot, Source, read_into
 from fxprune.calibration.sampling import BatchPlace, PatchSample, sample_patches
 from fxprune.calibration.targets import checked, cross_statistics, outputs_of_both, relu_aware_statistics
-from fxprune.consumers import consumers, puts_out
+from fxprune.consumers import consumers
 from fxprune.errors import GraphError
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import arguments_of, device_of, input_of, module_of
@@ -44,7 +44,7 @@ from fxprune.layers.install import install
 from fxprune.layers.problem import layer_of
 from fxprune.layers.shared import keeps_own_target, weight_calls
 from fxprune.layers.solve import SolvedLayer
-from fxprune.layers.temperature import BothLogits, is_softmax_classifier
+from fxprune.layers.temperature import BothLogits, puts_out_scores
 from fxprune.operations import any_reads_strides
 from fxprune.options import Options
 from fxprune.runtime.processes import gathered
@@ -117,11 +117,11 @@ class StreamedLayer:
 
     @property
     def logits(self) -> Callable[[SolvedLayer, bool], BothLogits] | None:
-        """Where its output is the model's, the logits (N, classes) of a classifier: what both models put out, else None.
+        """Where its output is the model's, perhaps the logits (N, classes) of a classifier: what both put out, else None.
 
         The function is given parameters, and whether to run on the images of `check` alone where there are no mixtures.
         """
-        if self.cross is None or not puts_out_logits(self.node):
+        if self.cross is None or not puts_out_scores(self.node):
             return None
 
         def gather(layer: SolvedLayer, check: bool) -> BothLogits:
@@ -245,7 +245,7 @@ class CalibrationStream:
                 patches=self.patches,
                 least=self.least_images,
                 fit=self._fit,
-                mix=self._mix and any(map(puts_out_logits, self.calls)),
+                mix=self._mix and any(map(puts_out_scores, self.calls)),
             )
         return self._source
 
@@ -495,12 +495,6 @@ class CalibrationStream:
     def _run_dense_module(module: nn.Module) -> Callable[..., Any]:
         """A module in the form in which the interpreter calls one."""
         return lambda _, args, kwargs: module(*args, **kwargs)
-
-
-def puts_out_logits(layer: Node) -> bool:
-    """Whether the model puts out what a Linear layer does, and that as a softmax classifier's logits."""
-    module = module_of(layer)
-    return isinstance(module, nn.Linear) and puts_out(layer) and is_softmax_classifier(module.weight)
 
 
 def _is_given(node: Node) -> bool:

@@ -91,7 +91,7 @@ def solve_layer(
             weights on the mask are then fitted to it, once: a second time gains a percent or two of KL at 1:4.
         check: the moments of some of the images, on which damping and the correction's strength are settled; None takes the
             damping of the options and the whole correction.
-        logits: what the dense layer and one with given parameters put out, where that is a classifier's output; on mixtures
+        logits: what the dense layer and one with given parameters put out, where that is the model's output; on mixtures
             of images if there are any, else on those of `check` alone, or all.
     """
     options = method.options
@@ -146,7 +146,9 @@ def solve_layer(
     layer = solved(parts, moments)
     if logits is not None and moments is not None and len(parts) == 1 and options.temperature:
         tried = None if check is None else trial(moments, check)
-        layer = layer.scaled(logit_scale(logits(layer if tried is None else tried, tried is not None)))
+        of_both = logits(layer if tried is None else tried, tried is not None)
+        if of_both.are_logits(module.weight):
+            layer = layer.scaled(logit_scale(of_both))
     if relu_aware is None or len(parts) > 1 or inputs is None or (chain and parts[0].mask is None):
         return layer  # Only values on a known mask can be fitted again without breaking the constraints.
     cross = relu_aware(layer)

@@ -21,28 +21,25 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
 
+from fxprune.consumers import puts_out
+from fxprune.graph import module_of
 from fxprune.runtime.processes import gathered
 
 LARGEST = 4.0
 ROUNDING = 1e-9  # Nats: logits that are right stay as they are, bit for bit.
 STEPS = 30
-SOFTMAX_SUM = (
-    0.25  # Trained classifiers: 1e-6 to 0.03; heads for boxes and landmarks 1 to 2, for independent labels 100.
-)
+# Of trained classifiers 1e-6 to 0.03; of heads for boxes and landmarks 1 to 2, of those for independent labels 100.
+SOFTMAX_SUM = 0.25
+LEAST_INFORMATION = 0.5  # Of what so many classes, or images, could tell.
 
 
-def is_softmax_classifier(weight: Tensor) -> bool:
-    """Whether the rows of a last layer's weight (classes, D) look as if trained under a softmax.
-
-    A softmax does not change if every logit grows by the same number. So the gradients of its cross-entropy sum to zero over
-    the classes, and what training has added to the weights does, too. In ||sum of rows||^2 / sum of ||row||^2 independent
-    rows give 1, as those of a head that regresses numbers do, whose outputs no factor may change.
-    """
-    rows = weight.detach().double()
-    energy = float(rows.square().sum())
-    return len(rows) > 1 and energy > 0 and float(rows.sum(0).square().sum()) < SOFTMAX_SUM * energy
+def puts_out_scores(layer: Node) -> bool:
+    """Whether the model puts out what a Linear layer does: perhaps a classifier's logits (`BothLogits.are_logits`)."""
+    return isinstance(module_of(layer), nn.Linear) and puts_out(layer)
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,34 @@ class BothLogits:
     dense: Tensor
     found: Tensor
     mixed: bool
+
+    def are_logits(self, weight: Tensor) -> bool:
+        """Whether they are a softmax classifier's: else no factor may change them. In all processes together.
+
+        Either the weights tell. A softmax does not change if every logit grows by the same number, so that the gradients of
+        its cross-entropy sum to zero over the classes, and so does what plain gradient descent adds to the weights. In
+        ||sum of rows||^2 / sum of ||row||^2 independent rows give 1, as those of a head that regresses numbers do.
+
+        Or the outputs do. Adam's steps leave no such mark. But a classifier's softmax is sure of an image, and of others
+        that they are something else: the class tells much about the image, in nats of mutual information. Coordinates,
+        embeddings and scores of rare labels, taken for logits, give uniform classes or always the same. (Independent labels
+        of which half are on can look like classes: `Options(temperature=False)` leaves them alone.)
+
+        Args:
+            weight: (classes, D) of the dense layer that puts them out.
+        """
+        rows = weight.detach().double()
+        if len(rows) < 2:
+            return False
+        if float(rows.sum(0).square().sum()) < SOFTMAX_SUM * float(rows.square().sum()):
+            return True
+        p = self.dense.double().softmax(1)
+        (images,) = _summed(len(p))
+        of_class = torch.tensor(_summed(*p.sum(0)), dtype=torch.float64) / max(1.0, images)
+        (unsure,) = _summed(torch.special.entr(p).sum())
+        information = float(torch.special.entr(of_class).sum()) - unsure / max(1.0, images)
+        most = math.log(max(2, min(len(rows), int(images))))
+        return information > LEAST_INFORMATION * most
 
 
 def logit_scale(logits: BothLogits) -> float:
