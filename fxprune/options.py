@@ -34,7 +34,8 @@ class Options:
             last is better where fewer than half of the weights stay.
         bias_correction: fit the bias too (means are removed from the statistics); created where there was none.
         refit: solve for the kept weights by least squares after the solver has chosen the mask.
-        temperature: scale the logits of a classifier, so that its softmax is as sure as the dense model's.
+        temperature: scale the logits of a classifier, so that on new images its softmax is as sure as the dense model's; other
+            heads are left alone.
         reconstruct: re-fit layers that are not pruned (first conv, depthwise, ...) to the same target.
         fold_batchnorm: fold BatchNorm into the layer before it.
         patches: patches for each column of a layer (each input of an output channel) from which its statistics are taken. Where
