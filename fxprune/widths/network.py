@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -16,6 +18,11 @@ from fxprune.calibration.shapes import Example
 from fxprune.channels.layout import Channels, Classes
 from fxprune.geometry import LayerGeometry, is_matrix_layer
 from fxprune.graph import input_of, module_of
+
+Numbers: TypeAlias = npt.NDArray[np.float64]
+Counts: TypeAlias = (
+    Mapping[int, Any] | Sequence[Any]
+)  # Units that are left, by number of a width; arrays for several at once.
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,29 @@ class Width:
 
 
 @dataclass(frozen=True)
+class Times:
+    """Microseconds of a layer by its channels: by those of its input with all of its output, and the other way round.
+
+    Kernels work in blocks of channels, so that time goes down in steps. Between the measured numbers it is interpolated.
+
+    Attributes:
+        whole: with all channels.
+        read: numbers of input channels, ascending, and the time of each; none: the input makes no difference.
+        given: of output channels.
+    """
+
+    whole: float
+    read: tuple[tuple[int, float], ...]
+    given: tuple[tuple[int, float], ...]
+
+    def at(self, read: Any, given: Any) -> Any:
+        """Microseconds; what one side saves is taken to be the same share whatever the other has."""
+        return _interpolated(read, self.read, self.whole) * _interpolated(given, self.given, self.whole) / self.whole
+
+
+@dataclass(frozen=True)
 class LayerSize:
-    """The MACs of one call for one sample: `per_pair` for each pair of an input and an output channel.
+    """What one call costs for one sample: MACs, `per_pair` for each pair of an input and an output channel, or measured time.
 
     Attributes:
         name: of the layer.
@@ -54,6 +82,7 @@ class LayerSize:
         outputs: the same of the output.
         fixed_inputs: the other input channels, of one group.
         fixed_outputs: the other output channels.
+        times: measured; None: MACs are what it costs.
     """
 
     name: str
@@ -62,12 +91,29 @@ class LayerSize:
     outputs: Mapping[int, int]
     fixed_inputs: int
     fixed_outputs: int
+    times: Times | None = None
 
-    def macs(self, counts: Mapping[int, int] | Sequence[int]) -> float:
-        """With so many units left of each width."""
+    def channels(self, counts: Counts) -> tuple[Any, Any]:
+        """Input channels of one group, and output channels, with so many units left of each width; counts may be arrays."""
         read = self.fixed_inputs + sum(size * counts[w] for w, size in self.inputs.items())
         given = self.fixed_outputs + sum(size * counts[w] for w, size in self.outputs.items())
+        return read, given
+
+    def macs(self, counts: Counts) -> Any:
+        """With so many units left of each width."""
+        read, given = self.channels(counts)
         return self.per_pair * read * given
+
+    def cost(self, counts: Counts) -> Any:
+        """Microseconds where times were measured, else MACs."""
+        return self.macs(counts) if self.times is None else self.times.at(*self.channels(counts))
+
+
+def _interpolated(counts: Any, times: tuple[tuple[int, float], ...], whole: float) -> Any:
+    if not times:
+        return whole
+    at, taken = zip(*times, strict=True)
+    return np.interp(counts, at, taken)
 
 
 def find_widths(channels: Channels, allowed: Callable[[Node], str]) -> tuple[list[Width], dict[Node, str]]:

@@ -1,19 +1,17 @@
-"""How many channels stay in each width under a budget: the least sum of errors, by bisection on what a MAC is worth."""
+"""How many channels stay in each width under a budget of MACs or time: the least sum of errors, by bisection on a price."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fxprune.widths.network import LayerSize
+from fxprune.widths.network import LayerSize, Numbers
 
-SWEEPS = 20  # Over all widths at one price of a MAC; the choices settle after a few.
+SWEEPS = 20  # Over all widths at one price; the choices settle after a few.
 PRICES = 40  # Bisections.
-
-Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Budget:
 
     Attributes:
         curves: of the widths.
-        layers: what their MACs are.
+        layers: what they cost.
         at: by number of a width, the number of its choice.
     """
 
@@ -57,50 +55,46 @@ class Budget:
         return [curve.choices[i] for curve, i in zip(self.curves, self.at, strict=True)]
 
     @property
-    def macs(self) -> float:
-        """Of all layers."""
+    def cost(self) -> float:
+        """Of all layers, in MACs or microseconds."""
         counts = self.counts
-        return sum(layer.macs(counts) for layer in self.layers)
+        return float(sum(layer.cost(counts) for layer in self.layers))
 
     @property
     def error(self) -> float:
         """Of all widths together."""
         return sum(curve.errors[i] for curve, i in zip(self.curves, self.at, strict=True))
 
-    def macs_by_choice(self, width: int) -> Numbers:
-        """The MACs of the layers that a width is part of, for each of its choices, the other widths as they are."""
-        counts = self.counts
-        n = np.array(self.curves[width].choices, dtype=np.float64)
-        total = np.zeros_like(n)
+    def cost_by_choice(self, width: int) -> Numbers:
+        """What the layers that a width is part of cost, for each of its choices, the other widths as they are."""
+        counts: list[Any] = list(self.counts)
+        counts[width] = np.array(self.curves[width].choices, dtype=np.float64)
+        total = np.zeros_like(counts[width])
         for layer in self._touched[width]:
-            sides = []
-            for of, fixed in ((layer.inputs, layer.fixed_inputs), (layer.outputs, layer.fixed_outputs)):
-                others = fixed + sum(size * counts[w] for w, size in of.items() if w != width)
-                sides.append(others + of.get(width, 0) * n)
-            total += layer.per_pair * sides[0] * sides[1]
+            total += layer.cost(counts)
         return total
 
     def settle(self, price: float) -> None:
-        """Give each width, the others as they are, the choice of least error plus price times MACs, until none changes."""
+        """Give each width, the others as they are, the choice of least error plus price times cost, until none changes."""
         for _ in range(SWEEPS):
             before = list(self.at)
             for width, curve in enumerate(self.curves):
-                total = np.array(curve.errors) + price * self.macs_by_choice(width)
+                total = np.array(curve.errors) + price * self.cost_by_choice(width)
                 self.at[width] = int(total.argmin())
             if self.at == before:
                 break
 
     def spend(self, budget: float) -> None:
-        """Give units back while the MACs stay within a budget, those first that lower the error most for their MACs."""
+        """Give units back while the cost stays within a budget, those first that lower the error most for theirs."""
         while True:
-            left = budget - self.macs
+            left = budget - self.cost
             best: tuple[float, int, int] | None = None
             for width, curve in enumerate(self.curves):
                 i = self.at[width]
                 if not i:
                     continue
-                macs, errors = self.macs_by_choice(width)[: i + 1], np.array(curve.errors[: i + 1])
-                more, gain = macs[:i] - macs[i], errors[i] - errors[:i]
+                costs, errors = self.cost_by_choice(width)[: i + 1], np.array(curve.errors[: i + 1])
+                more, gain = costs[:i] - costs[i], errors[i] - errors[:i]
                 worth = np.where((more <= left) & (gain > 0), gain / np.maximum(more, 1e-9), 0)
                 j = int(worth.argmax())
                 if worth[j] > 0 and (best is None or worth[j] > best[0]):
@@ -110,29 +104,29 @@ class Budget:
             self.at[best[1]] = best[2]
 
 
-def least_macs(curves: Sequence[Curve], layers: Sequence[LayerSize]) -> float:
+def least_cost(curves: Sequence[Curve], layers: Sequence[LayerSize]) -> float:
     """With as few channels as there may be."""
-    return Budget(curves, layers, [len(curve.choices) - 1 for curve in curves]).macs
+    return Budget(curves, layers, [len(curve.choices) - 1 for curve in curves]).cost
 
 
 def within_budget(curves: Sequence[Curve], layers: Sequence[LayerSize], budget: float) -> list[int]:
-    """How many units of each width are left, such that the MACs are within a budget that can be kept.
+    """How many units of each width are left, such that the cost is within a budget that can be kept.
 
-    The MACs of a layer are a product of two widths, so the choice for one depends on the others: at each price of a MAC the
-    widths are settled one after another, and the price is found by bisection.
+    What a layer costs depends on two widths, so the choice for one depends on the others: at each price the widths are settled
+    one after another, and the price is found by bisection.
     """
     whole = Budget(curves, layers)
-    if whole.macs <= budget or not curves:
+    if whole.cost <= budget or not curves:
         return whole.counts
     best = Budget(curves, layers, [len(curve.choices) - 1 for curve in curves])
     best.spend(budget)
     largest = max(max(curve.errors) for curve in curves) or 1.0
-    low, high = 1e-9 * largest / whole.macs, 1e6 * largest / max(1.0, whole.macs)
+    low, high = 1e-9 * largest / whole.cost, 1e6 * largest / max(1.0, whole.cost)
     for _ in range(PRICES):
         price = float(np.sqrt(low * high))
         tried = Budget(curves, layers)
         tried.settle(price)
-        if tried.macs > budget:
+        if tried.cost > budget:
             low = price
             continue
         high = price

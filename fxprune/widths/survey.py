@@ -211,7 +211,8 @@ def by_size(channels: Channels, widths: Sequence[Width], *, multiple: int) -> li
     """Order and price the units by the size of their weights alone: for methods that see no images.
 
     A unit counts by the squares of its rows in the layers that write it and its columns in those that read it, each layer
-    relative to the mean of its units; in sum over a width, relative to all.
+    relative to the mean of its units. Its cost is its share of the width, once for each of the k layers that read it, and k
+    times in all, as errors count in `survey`: else a stream of ten layers would cost as little as the inside of a block.
     """
     found = []
     for width in widths:
@@ -224,7 +225,8 @@ def by_size(channels: Channels, widths: Sequence[Width], *, multiple: int) -> li
             squares = geometry.to_matrix(layer_of(node).weight.detach()).double().square().sum(2).flatten()
             score += _relative(squares.cpu()[rows_of(channels, width, node)].sum(1))
         order = score.argsort()
-        errors = torch.cat([score.new_zeros(1), (score[order] / score.sum().clamp_min(1e-30)).cumsum(0)]).tolist()
+        shares = score[order] * max(1, len(width.readers)) ** 2 / score.sum().clamp_min(1e-30)
+        errors = torch.cat([score.new_zeros(1), shares.cumsum(0)]).tolist()
         choices = width.choices(multiple)
         costs = tuple(errors[len(order) - left] for left in choices)
         found.append(SurveyedWidth(order, Curve(choices, costs)))
