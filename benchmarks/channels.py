@@ -83,9 +83,9 @@ def macs_of(model: nn.Module, x: Tensor) -> int:
     return total
 
 
-def scores(task: Task, model: nn.Module) -> dict[str, float]:
-    """MACs relative to dense, accuracy, agreement and KL."""
-    a, b = logits(task.model, task.others).log_softmax(1), logits(model, task.others).log_softmax(1)
+def scores(task: Task, dense: Tensor, model: nn.Module) -> dict[str, float]:
+    """MACs relative to dense, accuracy, agreement with the logits of the dense network, and KL."""
+    a, b = dense.log_softmax(1), logits(model, task.others).log_softmax(1)
     right = logits(model, task.labelled[0]).argmax(1) == task.labelled[1]
     return {
         "macs": macs_of(model, task.others) / macs_of(task.model, task.others),
@@ -107,7 +107,7 @@ def timed(rows: Sequence[Row], folder: Path, x: Tensor, runs: int) -> list[Row]:
 def fill(name: str, task: Task, wanted: list[tuple[float, str]], multiple: int, output: Path, files: Path) -> None:
     """Rows that the table does not have yet, the dense network's first."""
     done = {row.key for row in read_rows(output, Row)}
-    images = sum(len(batch) for batch in task.calibration)
+    images, dense = sum(len(batch) for batch in task.calibration), logits(task.model, task.others)
     for share, method in [(1.0, "dense"), *wanted]:
         if (name, share, method, multiple if method != "dense" else 1) in done:
             continue
@@ -117,7 +117,7 @@ def fill(name: str, task: Task, wanted: list[tuple[float, str]], multiple: int, 
         else:
             found = METHODS[method](task, share, multiple)
         seconds = time.process_time() - started
-        row = Row(name, share, method, multiple if method != "dense" else 1, images, **scores(task, found),
+        row = Row(name, share, method, multiple if method != "dense" else 1, images, **scores(task, dense, found),
                   seconds=seconds, machine=machine("cpu"))  # fmt: skip
         fxprune.export_onnx(found, row.file(files), task.others[:1])
         append_rows(output, [row], number=".4f")

@@ -139,6 +139,8 @@ def _drawn_loss(model: nn.Module, batch: Tensor, generator: torch.Generator) -> 
 METHODS: dict[str, Way] = {
     "ours": compiled("channels:{}"),
     "ours without polish": compiled("channels:{}", polish=0),
+    "ours by time": compiled("channels:speedup={}"),  # The share is how many times faster; MACs alone do not decide.
+    "ours by time without polish": compiled("channels:speedup={}", polish=0),
     "magnitude": compiled("channels:{}", "magnitude"),
     "magnitude + re-fit": compiled("channels:{}", "magnitude", **REFIT),
     "magnitude + re-fit + polish": compiled("channels:{}", "magnitude", polish=4, **REFIT),

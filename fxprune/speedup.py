@@ -62,7 +62,10 @@ def search(
 def beside_dense(
     write_dense: Write, inputs: Sequence[Tensor], measure: Measure | None = None
 ) -> Iterator[Callable[[Write], float]]:
-    """Inside, the speed-up of what a function writes to a path: the ratio of the medians, dense / candidate.
+    """Inside, the speed-up of what a function writes to a path: the ratio of the lower quartiles, dense / candidate.
+
+    A busy machine makes runs slower, never faster. With two other programs on two cores, medians of 30 runs took a MobileNetV2
+    for 1.25 times faster that was 1.12 times faster by the lower quartiles of 300, and 1.11 by their fastest twentieth.
 
     Args:
         write_dense: writes the dense model, once.
@@ -81,7 +84,7 @@ def beside_dense(
         def speed(write: Write) -> float:
             write(candidate)
             slow, fast = measure([dense, candidate], inputs)
-            return slow.median / fast.median
+            return slow.low / fast.low
 
         yield speed
 

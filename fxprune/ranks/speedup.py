@@ -37,7 +37,7 @@ def plan_for_speedup(
     Args:
         graph_module: traced, with observers.
         survey: of that graph.
-        factor: wanted ratio of the medians, dense / factored.
+        factor: wanted ratio of the lower quartiles, dense / factored.
         inputs: the model's arguments for one image.
         measure: how to time files; None: `fxprune.export.latency.measure_latency`.
 

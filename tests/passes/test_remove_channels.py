@@ -265,7 +265,7 @@ def test_a_measured_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     from fxprune.export import latency
 
     def by_size(paths: list[Path], inputs: list[Tensor]) -> list[latency.Latency]:
-        return [latency.Latency(path.stat().st_size, 0, 0, 1) for path in paths]
+        return [latency.Latency(path.stat().st_size, path.stat().st_size, 0, 1) for path in paths]
 
     monkeypatch.setattr(latency, "measure_latency", by_size)
     found = compiled(network("Residual"), "channels:speedup=1.3", channel_multiple=1)
