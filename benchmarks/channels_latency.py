@@ -25,9 +25,11 @@ import fxprune
 from fxprune import Options
 from fxprune.export.latency import measure_latency
 
+FILES = Path(tempfile.gettempdir())
+
 
 def by_kind(path: Path, x: Tensor, runs: int) -> dict[str, float]:
-    """Milliseconds that each kind of operation takes, depthwise convolutions apart: the lower quartiles of its nodes, summed."""
+    """Milliseconds that each kind of operation takes, depthwise convolutions apart: lower quartiles of its nodes, summed."""
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
@@ -55,7 +57,7 @@ def main(
     recipes: Annotated[str, typer.Option(help="separated by semicolons")] = "channels:0.7;channels:speedup=1.25",
     multiple: int = 8,
     runs: int = 40,
-    files: Annotated[Path, typer.Option(help="where the ONNX files are kept")] = Path(tempfile.gettempdir()),
+    files: Annotated[Path, typer.Option(help="where the ONNX files are kept")] = FILES,
 ) -> None:
     """Print medians with their quartiles, and what each kind of operation takes."""
     torch.manual_seed(0)

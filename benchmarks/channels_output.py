@@ -45,8 +45,8 @@ def write_page(table: Path) -> None:
         "",
         "Made by `python -m benchmarks.channels`, several times with other options. The CIFAR-10 ResNets are calibrated on "
         "1,024 training images, and have accuracy on 846 test images, agreement and KL(dense || narrowed) on 3,000 JPEG test "
-        "images; EfficientNet-Lite1 has 250 photographs to calibrate and 250 others to test, for all three columns. No method is "
-        "fine-tuned, and none reads a label. `docs/channels.md` says what follows from it.",
+        "images; EfficientNet-Lite1 has 250 photographs to calibrate and 250 others to test, for all three columns. No method "
+        "is fine-tuned, and none reads a label. `docs/channels.md` says what follows from it.",
         "",
         "Latency: one image, one thread of onnxruntime, all files of a network in turn; medians, quartiles in brackets.",
         "",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -94,10 +95,10 @@ def _weight_shape(geometry: LayerGeometry) -> tuple[int, ...]:
     return first, second // geometry.groups, *geometry.kernel_size
 
 
-def _operator(geometry: LayerGeometry) -> tuple[str, dict[str, object]]:
+def _operator(geometry: LayerGeometry) -> tuple[str, dict[str, Any]]:
     if not geometry.kernel_size:
         return "Gemm", {"transB": 1}
-    attributes: dict[str, object] = {
+    attributes: dict[str, Any] = {
         "kernel_shape": geometry.kernel_size, "strides": geometry.stride, "dilations": geometry.dilation,
         "group": geometry.groups, "pads": [side for sides in zip(*geometry.padding, strict=True) for side in sides],
     }  # fmt: skip

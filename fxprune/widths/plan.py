@@ -69,7 +69,7 @@ class Budget:
         """What the layers that a width is part of cost, for each of its choices, the other widths as they are."""
         counts: list[Any] = list(self.counts)
         counts[width] = np.array(self.curves[width].choices, dtype=np.float64)
-        total = np.zeros_like(counts[width])
+        total: Numbers = np.zeros(len(counts[width]))
         for layer in self._touched[width]:
             total += layer.cost(counts)
         return total
