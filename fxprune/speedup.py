@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
@@ -15,6 +16,8 @@ from fxprune.geometry import LayerGeometry
 
 if TYPE_CHECKING:
     from fxprune.export.latency import Latency
+
+LEAST_RUNS, MOST_RUNS, ENOUGH = 30, 300, 1000.0  # Runs of each file, until a second of them: quick networks need more.
 
 Candidate = TypeVar("Candidate")
 Measure: TypeAlias = "Callable[[Sequence[Path], Sequence[Tensor]], Sequence[Latency]]"
@@ -75,11 +78,13 @@ def beside_dense(
     # The engine imports the export here only, where files are what is measured.
     from fxprune.export.latency import measure_latency
 
-    measure = measure or measure_latency
     inputs = [x.cpu() for x in inputs]
     with tempfile.TemporaryDirectory() as folder:
         dense, candidate = Path(folder) / "dense.onnx", Path(folder) / "candidate.onnx"
         write_dense(dense)
+        if measure is None:
+            (once,) = measure_latency([dense], inputs, runs=5)
+            measure = partial(measure_latency, runs=round(min(MOST_RUNS, max(LEAST_RUNS, ENOUGH / once.low))))
 
         def speed(write: Write) -> float:
             write(candidate)

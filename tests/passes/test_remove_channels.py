@@ -264,7 +264,7 @@ def test_a_measured_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock here is the size of the files' weights: the most MACs that are fast enough are found."""
     from fxprune.export import latency
 
-    def by_size(paths: list[Path], inputs: list[Tensor]) -> list[latency.Latency]:
+    def by_size(paths: list[Path], inputs: list[Tensor], runs: int) -> list[latency.Latency]:
         return [latency.Latency(path.stat().st_size, path.stat().st_size, 0, 1) for path in paths]
 
     monkeypatch.setattr(latency, "measure_latency", by_size)
