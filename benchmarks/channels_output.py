@@ -12,7 +12,7 @@ from fxprune.plots.style import FAINT, RECIPES, figure
 NAMES = {"resnet20": "ResNet-20", "resnet56": "ResNet-56", "efficientnet_lite1": "EfficientNet-Lite1"}
 OTHERS = ("low rank", "low rank + polish")  # What ours is compared with at equal latency.
 OURS, BOTH = ("ours", "ours by time"), ("channels + rank",)
-WORST = 3.0  # KL up to which the picture goes.
+WORST = 3.0  # KL that the picture shows.
 
 Table = Sequence[dict[str, str]]
 
@@ -54,6 +54,8 @@ def write_page(table: Path) -> None:
         "slower and never faster: methods are compared by lower quartiles; medians and upper quartiles are in brackets.",
         "",
         f"![KL and accuracy against latency]({table.stem}.png)",
+        "",
+        f"Rows of a KL above {WORST:g} are not in the picture.",
     ]
     for words in sorted({row["machine"] for row in rows}):
         lines += ["", f"Machine: {words}."]
@@ -114,14 +116,17 @@ def write_plot(table: Path) -> None:
     models = [model for model in NAMES if lines_of(rows, model)]
     if not models:
         return
-    names = list(dict.fromkeys(name for model in models for name in lines_of(rows, model)))
+    drawn = {model: lines_of([row for row in rows if float(row["kl"]) <= WORST], model) for model in models}
+    methods = list(dict.fromkeys(line[0]["method"] for lines in drawn.values() for line in lines.values()))
     with figure(4.6 * len(models) + 1.2, 13) as picture:
         grid = picture.subplots(len(models), 2, squeeze=False)
         for (left, right), model in zip(grid, models, strict=True):
             dense = next(row for row in rows if row["model"] == model and row["method"] == "dense")
-            for name, line in lines_of(rows, model).items():
-                style = RECIPES[names.index(name) % len(RECIPES)]
-                dashes = "-" if names.index(name) < len(RECIPES) else "--"
+            for name, line in drawn[model].items():
+                style, dashes = (
+                    RECIPES[methods.index(line[0]["method"]) % len(RECIPES)],
+                    "-" if int(line[0]["multiple"]) == 1 else "--",
+                )
                 for axes, column in ((left, "kl"), (right, "accuracy")):
                     x, y = [float(row["low_ms"]) for row in line], [float(row[column]) for row in line]
                     axes.plot(x, y, dashes, color=style.color, marker=style.marker, label=name)
@@ -129,7 +134,7 @@ def write_plot(table: Path) -> None:
                 axes.axvline(float(dense["low_ms"]), color=FAINT, linestyle=":")
                 axes.set_xlabel("ms for one image, one thread (dotted: dense)")
                 axes.set_title(NAMES[model])
-            left.set(yscale="log", ylabel="KL(dense || narrowed)", ylim=(None, WORST))
+            left.set(yscale="log", ylabel="KL(dense || narrowed)")
             right.axhline(float(dense["accuracy"]), color=FAINT, linestyle=":")
             right.set(ylabel="accuracy (%)", ylim=(float(dense["accuracy"]) - 25, float(dense["accuracy"]) + 1.5))
         handles = {
