@@ -40,7 +40,7 @@ FILES = Path(tempfile.gettempdir()) / "fxprune_channels"
 class Row:
     """One line of the table; accuracy and agreement in percent, KL in nats, seconds of processor time, milliseconds.
 
-    Of the latency `ms` is the median, `low_ms` and `high_ms` are quartiles, and `dense_ms` is the dense network's lower one.
+    Of the latency `ms` is the median, `low_ms` and `high_ms` are quartiles; `dense_ms` is the dense network's median.
     """
 
     model: str
@@ -102,7 +102,7 @@ def timed(rows: Sequence[Row], folder: Path, x: Tensor, runs: int) -> list[Row]:
     """The rows of one network with their latency; the first is the dense one."""
     found = measure_latency([row.file(folder) for row in rows], [x], runs=runs)
     return [
-        replace(row, ms=each.median, low_ms=each.low, high_ms=each.high, dense_ms=found[0].low)
+        replace(row, ms=each.median, low_ms=each.low, high_ms=each.high, dense_ms=found[0].median)
         for row, each in zip(rows, found, strict=True)
     ]
 

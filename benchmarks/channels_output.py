@@ -25,9 +25,7 @@ def label(row: dict[str, str]) -> str:
 def lines_of(rows: Table, model: str) -> dict[str, list[dict[str, str]]]:
     """The timed rows of a network by their label, each in the order of latency; without the dense one."""
     found: dict[str, list[dict[str, str]]] = {}
-    for row in sorted(
-        (row for row in rows if row["model"] == model and row["ms"]), key=lambda row: float(row["low_ms"])
-    ):
+    for row in sorted((row for row in rows if row["model"] == model and row["ms"]), key=lambda row: float(row["ms"])):
         if row["method"] != "dense":
             found.setdefault(label(row), []).append(row)
     return found
@@ -35,7 +33,7 @@ def lines_of(rows: Table, model: str) -> dict[str, list[dict[str, str]]]:
 
 def frontier(lines: dict[str, list[dict[str, str]]], family: Sequence[str], ms: float) -> dict[str, str] | None:
     """Of all rows of a family of methods that are at least as fast, the one with the least KL."""
-    fast = [row for line in lines.values() for row in line if row["method"] in family and float(row["low_ms"]) <= ms]
+    fast = [row for line in lines.values() for row in line if row["method"] in family and float(row["ms"]) <= ms]
     return min(fast, key=lambda row: float(row["kl"]), default=None)
 
 
@@ -50,8 +48,7 @@ def write_page(table: Path) -> None:
         "images; EfficientNet-Lite1 has 250 photographs to calibrate and 250 others to test, for all three columns. No method "
         "is fine-tuned, and none reads a label. `docs/channels.md` says what follows from it.",
         "",
-        "Latency: one image, one thread of onnxruntime, all files of a network in turn. The machine was busy, which makes runs "
-        "slower and never faster: methods are compared by lower quartiles; medians and upper quartiles are in brackets.",
+        "Latency: one image, one thread of onnxruntime, all files of a network in turn; medians, quartiles in brackets.",
         "",
         f"![KL and accuracy against latency]({table.stem}.png)",
         "",
@@ -76,8 +73,8 @@ def _table(rows: Table) -> list[str]:
         share = f"{float(row['share']):g}x" if float(row["share"]) > 1 else f"{float(row['share']):.0%}"
         times, faster = "", ""
         if row["ms"]:
-            times = f"{float(row['low_ms']):.3g} ({float(row['ms']):.3g}, {float(row['high_ms']):.3g})"
-            faster = f"{float(row['dense_ms']) / float(row['low_ms']):.2f}"
+            times = f"{float(row['ms']):.3g} ({float(row['low_ms']):.3g} to {float(row['high_ms']):.3g})"
+            faster = f"{float(row['dense_ms']) / float(row['ms']):.2f}"
         cells = [
             share, row["method"], row["multiple"], f"{float(row['macs']):.1%}", f"{float(row['accuracy']):.2f}",
             f"{float(row['agreement']):.2f}", f"{float(row['kl']):.3f}", times, faster, f"{float(row['seconds']):.0f}",
@@ -97,15 +94,15 @@ def _equal_latency(rows: Table, model: str) -> list[str]:
         "Each row of low rank beside the rows of least KL that are at least as fast:", "",
         "| low rank | ms | KL | ours | ms | KL | channels + rank | ms | KL |", "|---|---:|---:|---|---:|---:|---|---:|---:|",
     ]  # fmt: skip
-    for row in sorted(others, key=lambda row: float(row["low_ms"])):
-        cells = [f"{label(row)}, {float(row['share']):g}", f"{float(row['low_ms']):.3g}", f"{float(row['kl']):.3f}"]
+    for row in sorted(others, key=lambda row: float(row["ms"])):
+        cells = [f"{label(row)}, {float(row['share']):g}", f"{float(row['ms']):.3g}", f"{float(row['kl']):.3f}"]
         for family in (OURS, BOTH):
-            best = frontier(lines, family, float(row["low_ms"]))
+            best = frontier(lines, family, float(row["ms"]))
             if best is None:
                 cells += ["none as fast", "", ""]
             else:
                 words = f"{label(best)}, {float(best['share']):g}"
-                cells += [words, f"{float(best['low_ms']):.3g}", f"{float(best['kl']):.3f}"]
+                cells += [words, f"{float(best['ms']):.3g}", f"{float(best['kl']):.3f}"]
         found.append(f"| {' | '.join(cells)} |")
     return found
 
@@ -128,10 +125,10 @@ def write_plot(table: Path) -> None:
                     "-" if int(line[0]["multiple"]) == 1 else "--",
                 )
                 for axes, column in ((left, "kl"), (right, "accuracy")):
-                    x, y = [float(row["low_ms"]) for row in line], [float(row[column]) for row in line]
+                    x, y = [float(row["ms"]) for row in line], [float(row[column]) for row in line]
                     axes.plot(x, y, dashes, color=style.color, marker=style.marker, label=name)
             for axes in (left, right):
-                axes.axvline(float(dense["low_ms"]), color=FAINT, linestyle=":")
+                axes.axvline(float(dense["ms"]), color=FAINT, linestyle=":")
                 axes.set_xlabel("ms for one image, one thread (dotted: dense)")
                 axes.set_title(NAMES[model])
             left.set(yscale="log", ylabel="KL(dense || narrowed)")
