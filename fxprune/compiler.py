@@ -35,8 +35,10 @@ from fxprune.passes import (
     RemoveChannels,
     RemoveInplace,
     RemoveObservers,
+    RollUpRecurrent,
     ShortcutsFirst,
     SolveLayers,
+    UnrollRecurrent,
     verify,
 )
 from fxprune.pattern import Pattern
@@ -240,6 +242,7 @@ def solving_passes(recipe: Recipe, method: Method, *, exclude: Sequence[str] = (
     passes: list[Pass] = [CheckHooks(), CheckImages(), RemoveInplace()]
     if options.fold_batchnorm:
         passes.append(FoldBatchNorm(exclude=exclude))
+    passes.append(UnrollRecurrent(exclude=exclude))
     if options.target in ("skip", "relu_aware"):
         passes.append(ShortcutsFirst())
     if recipe.removes_channels:
@@ -254,6 +257,7 @@ def solving_passes(recipe: Recipe, method: Method, *, exclude: Sequence[str] = (
     passes += [observing, Allocate(method), SolveLayers(recipe, method), RemoveObservers()]
     if options.polish:
         passes.append(Polish(epochs=options.polish, flip=options.flip, seed=options.seed))
+    passes.append(RollUpRecurrent())
     return passes
 
 

@@ -25,7 +25,7 @@ from fxprune.constraints.rank import Rank
 from fxprune.constraints.sensitivity import sensitivities
 from fxprune.errors import OptionsError, PatternError
 from fxprune.options import Method, Options, given_options
-from fxprune.passes import CheckHooks, CheckImages, FoldBatchNorm, InsertObservers, RemoveInplace
+from fxprune.passes import CheckHooks, CheckImages, FoldBatchNorm, InsertObservers, RemoveInplace, UnrollRecurrent
 from fxprune.ranks.plan import RankRule
 from fxprune.recipe import Recipe
 from fxprune.runtime.devices import default_device
@@ -168,6 +168,7 @@ def scan(
         RemoveInplace()(graph_module)
         if how.options.fold_batchnorm:
             FoldBatchNorm(exclude=exclude)(graph_module)
+        UnrollRecurrent(exclude=exclude)(graph_module, calibration)
         InsertObservers(Recipe((("*", ()),)), exclude=exclude)(graph_module)
         layers = [node for node in graph_module.graph.nodes if annotation(node).geometry is not None]
         given = [_allocated(graph_module, layers, chain, calibration, how) for chain in chains]

@@ -28,7 +28,7 @@ from fxprune.errors import NoGraphError, TraceError
 from fxprune.graph import device_of
 from fxprune.graph.code_names import allow_any_name, refuse_reserved_names
 from fxprune.graph.model_argument import not_a_model
-from fxprune.intake import attention, batch_sizes, computed_weights, exported, questions, wrapped_functions
+from fxprune.intake import attention, batch_sizes, computed_weights, exported, questions, recurrent, wrapped_functions
 from fxprune.intake.example_values import Frozen, ValueTracer
 from fxprune.intake.names import check_exclude, matches
 from fxprune.intake.normal_form import is_layer_call, normalise
@@ -95,11 +95,12 @@ class _Task:
     def of(cls, reference: nn.Module, exclude: tuple[str, ...], example: Any) -> _Task:
         model = reference
         found: dict[str, Origin] = {}
-        if computed_weights.are_there(model, exclude) or attention.is_there(model, exclude):
+        parts = (computed_weights.are_there, attention.is_there, recurrent.cells_are_there)
+        if any(are_there(model, exclude) for are_there in parts):
             model = _copied(reference)
             found |= computed_weights.compute(model, exclude)
             model, more = attention.write_out(model, exclude)
-            found |= more
+            found |= more | recurrent.write_out_cells(model, exclude)
         return cls(reference, model, exclude, example, found)
 
     @property
@@ -110,7 +111,8 @@ class _Task:
         """The graph in the normal form."""
         nodes = len(graph_module.graph.nodes)
         attention.drop_unread_weights(graph_module)
-        changed = normalise(graph_module, self.model, exclude=self.exclude)
+        changed = recurrent.with_linear_layers(graph_module)
+        changed |= normalise(graph_module, self.model, exclude=self.exclude)
         redirected = questions.redirect(graph_module)
         names = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
         composed = {name: _before(origin, self.origins) for name, origin in changed.items()}

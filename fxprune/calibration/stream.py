@@ -42,7 +42,8 @@ from fxprune.geometry import LayerGeometry
 from fxprune.graph import arguments_of, device_of, input_of, module_of
 from fxprune.layers.install import install
 from fxprune.layers.problem import layer_of
-from fxprune.layers.shared import keeps_own_target, weight_calls
+from fxprune.layers.recurrent import Reader
+from fxprune.layers.shared import keeps_own_target, modules_called, weight_calls
 from fxprune.layers.solve import SolvedLayer
 from fxprune.layers.temperature import BothLogits, puts_out_scores
 from fxprune.operations import any_reads_strides
@@ -203,6 +204,7 @@ class CalibrationStream:
         self.calls = weight_calls(graph_module)
         self._first_call: dict[Node, Node] = {}  # Of later calls of layers that have been replaced.
         self._dense_modules: dict[Node, nn.Module] = {}  # What these call in the dense model.
+        self._readers = {n: m for n in self._nodes if isinstance(m := module_of(n), Reader)}
         self.of_all_calls: dict[Node, InputStatistics] = {}  # Of layers with several calls, by the first.
         # For an observer, what sees every fourth of the images that it sees.
         self.checks: dict[HessianObserver, HessianObserver] = {}
@@ -309,7 +311,7 @@ class CalibrationStream:
         previous, self._cut, first = self._cut if self._replaced else None, cut, 0
         if previous is not None:
             first = self._position[previous] + 1
-            self._diverged.update(self.calls.get(previous, (previous,)))
+            self._diverged.update(self.calls.get(previous, (previous,)), self._readers_of(previous))
             self._errors[previous] = OutputError(channel_dim(previous))
             outputs[previous] = self._errors[previous].pool()
         self._replaced = False
@@ -445,6 +447,15 @@ class CalibrationStream:
         for call in self.calls[node][1:]:
             self._first_call[call] = node
             self._dense_modules[call] = copy.deepcopy(module_of(call))  # type: ignore[assignment]
+        for reader in self._readers_of(node):
+            if reader not in self._dense_modules:
+                self._dense_modules[reader] = copy.deepcopy(self._readers[reader])
+
+    def _readers_of(self, node: Node) -> list[Node]:
+        """The nodes after a layer that read its weight beside it."""
+        called = set(modules_called(self.calls.get(node, (node,))))
+        after = self._position[node]
+        return [n for n, m in self._readers.items() if self._position[n] > after and not called.isdisjoint(m.reads)]
 
     def _dense_statistics(self, nodes: Sequence[Node]) -> dict[Node, InputStatistics]:
         """The moments of the inputs of layers, at all their calls in the dense model."""

@@ -37,6 +37,10 @@ PRODUCTS = {
     "QLinearMatMul": {0: 2, 3: 5}, "MatMulInteger": {0: 2, 1: 3}, "MatMulIntegerToFloat": {0: 4, 1: 5},
     "DynamicQuantizeMatMul": {1: 3}, "MatMulNBits": {1: 3},
 }  # fmt: skip
+RECURRENT = ("LSTM", "GRU", "RNN")
+# Where torch's gates are among ONNX's: input, output, forget, cell to input, forget, cell, output; update, reset, new to reset,
+# update, new.
+GATES = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2), "RNN": (0,)}
 WEIGHT_INPUTS: dict[str, dict[int, int | None]] = {**CONVOLUTIONS, **PRODUCTS}  # type: ignore[dict-item]
 
 
@@ -53,7 +57,8 @@ class WeightUse:
         dtype: stored number type, such as "float32".
         groups: of a convolution.
         weight: oriented as torch's modules store it: (R, C/G, *kernel) for Conv, (R, C) for products (leading batch
-            axes of a MatMul joined to R), (C, R/G, *kernel) for ConvTranspose; zero points subtracted.
+            axes of a MatMul joined to R), (C, R/G, *kernel) for ConvTranspose, (gates * H, C) for one direction of a recurrent
+            layer, its gates in torch's order; zero points subtracted.
     """
 
     node: str
@@ -103,9 +108,13 @@ def graph_weights(model: ModelProto) -> GraphWeights:
     scopes: dict[int, Scope] = {}
     for position, (node, scope) in enumerate(nodes_with_constants(model)):
         scopes[id(scope)] = scope
+        name = node.name or f"{node.op_type}_{position}"
+        if node.op_type in RECURRENT and node.domain in DEFAULT_DOMAINS:
+            for constant in filter(None, (scope.get(source) for source in node.input[1:3])):
+                uses += _recurrent_uses(node, name, constant)
+                read |= constant.sources
         if node.op_type not in WEIGHT_INPUTS or node.domain not in (*DEFAULT_DOMAINS, MICROSOFT):
             continue
-        name = node.name or f"{node.op_type}_{position}"
         found = False
         for index, zero_point in WEIGHT_INPUTS[node.op_type].items():
             constant = scope.get(node.input[index]) if index < len(node.input) else None
@@ -168,6 +177,29 @@ def _use(
         groups=max(1, int(stated.get("group", 1))),
         weight=_tensor(oriented),
     )
+
+
+def _recurrent_uses(node: NodeProto, name: str, constant: Constant) -> list[WeightUse]:
+    """How a recurrent layer reads its input matrices (directions, gates * H, C), or the recurrent ones: a use for each direction."""
+    array, order = constant.array, GATES[node.op_type]
+    if array.ndim != 3 or array.shape[1] % len(order):
+        return []
+    size = array.shape[1] // len(order)
+    rows = np.concatenate([np.arange(gate * size, (gate + 1) * size) for gate in order])
+    axis = None if constant.axes is None else constant.axes[2]
+    return [
+        WeightUse(
+            node=name,
+            op=node.op_type,
+            initializer=constant.initializer,
+            stored_shape=constant.stored.shape,
+            axis=axis,
+            dtype=str(constant.stored.dtype),
+            groups=1,
+            weight=_tensor(direction[rows]),
+        )
+        for direction in array
+    ]
 
 
 def _zero_points(offset: Array, array: Array, op: str, reduced: int) -> Array:

@@ -24,6 +24,7 @@ from fxprune.annotations import changes, report_of
 from fxprune.channels.apply import channel_order
 from fxprune.errors import CheckpointError, TraceError
 from fxprune.graph import module_of
+from fxprune.intake.origins import origins
 from fxprune.graph.model_argument import not_a_model
 from fxprune.operations import LAYERS
 from fxprune.tracing import trace
@@ -124,6 +125,7 @@ class _Return:
         for (layer, norm), node in folds.items():
             self._unfold(layer, norm, node, is_shared=len(layers_of[norm]) > 1)
         self._move_new_biases()
+        self._under_own_names()
         self._require_places()
         result = dict(self.model.state_dict())  # With what is no tensor, such as a module's extra state.
         for names in self._tied():
@@ -227,11 +229,34 @@ class _Return:
                 and mean in self.state
             ):
                 self.state[mean] = self.state[mean].double() - bias.double()
-            elif (bias != 0).any() and f"{node.target}.weight" in self.own:
-                raise CheckpointError(
-                    f"compiling gave layer {str(node.target)!r} a bias, and {self._class}'s has none; make that layer with "
-                    "bias=True, or compile with Options(bias_correction=False)"
-                )
+            elif f"{node.target}.weight" in self.own:
+                self._drop_new_bias(str(node.target), bias)
+
+    def _drop_new_bias(self, layer: str, bias: Tensor) -> None:
+        """Raise for a bias that is worth something."""
+        if (bias != 0).any():
+            raise CheckpointError(
+                f"compiling gave layer {layer!r} a bias, and {self._class}'s has none; make that layer with "
+                "bias=True, or compile with Options(bias_correction=False)"
+            )
+
+    def _under_own_names(self) -> None:
+        """Give weights that compiling has renamed, transposed or taken out of a larger one the form that the class has."""
+        found = origins(self.compiled)
+        for name in [key for key in self.state if key.endswith(".bias") and key not in self.own and key not in found]:
+            if f"{_parent(name)}.weight" in found:
+                self._drop_new_bias(_parent(name), self.state.pop(name))
+        for name, origin in found.items():
+            if name not in self.state or name in self.own or not self.own.keys() >= set(origin.names):
+                continue
+            if origin.how == "computed":
+                continue
+            (own,), value = origin.names, self.state.pop(name)
+            if origin.how == "rows":
+                first, last = origin.rows
+                self.state.setdefault(own, self.own[own].clone())[first:last] = value
+            else:
+                self.state[own] = value.t() if origin.how == "transposed" else value
 
     def _require_places(self) -> None:
         """Raise for what the class has no place for."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from fxprune.export.constant_folding import Array, constant_value, fold_constants, opset_versions, subgraphs
 from fxprune.export.file_metadata import ChannelOrder, channel_orders, layer_patterns
 from fxprune.export.onnx_file import OnnxFile, initializer_arrays, read_onnx
-from fxprune.export.weight_uses import WeightUse, graph_weights
+from fxprune.export.weight_uses import RECURRENT, WeightUse, graph_weights
 from fxprune.graph_diff.model_graph import GraphNode, ModelGraph
 from fxprune.graph_diff.onnx_arguments import input_name, node_arguments, tensor_inputs
 from fxprune.graph_diff.weights import Weights, weight_macs
@@ -40,7 +40,8 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
     shapes = _shapes(file)
     uses: dict[str, WeightUse] = {}
     for found in graph_weights(file.model).uses:
-        uses.setdefault(found.node, found)
+        if found.op not in RECURRENT:  # These have several weights each.
+            uses.setdefault(found.node, found)
     patterns, orders = layer_patterns(file.metadata), channel_orders(file.metadata)
     names = _layer_names(uses, origins)
     producer = {port.name: f"input {port.name}" for port in file.inputs}

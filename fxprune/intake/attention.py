@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from fxprune.graph import has_hooks
 from fxprune.intake.names import matches
 from fxprune.intake.origins import Origin
+from fxprune.layers.recurrent import linear
 
 
 def is_there(model: nn.Module, exclude: tuple[str, ...] = ()) -> bool:
@@ -55,9 +56,9 @@ class Attention(nn.Module):
         else:
             weights = [module.q_proj_weight.detach(), module.k_proj_weight.detach(), module.v_proj_weight.detach()]
         biases = [None] * 3 if module.in_proj_bias is None else list(module.in_proj_bias.detach().split(width))
-        layers = [_linear(weight.clone(), bias) for weight, bias in zip(weights, biases, strict=True)]
+        layers = [linear(weight.clone(), bias) for weight, bias in zip(weights, biases, strict=True)]
         self.q_proj, self.k_proj, self.v_proj = layers
-        self.out_proj = _linear(module.out_proj.weight, module.out_proj.bias)
+        self.out_proj = linear(module.out_proj.weight, module.out_proj.bias)
         self.training = module.training
 
     def forward(
@@ -122,14 +123,6 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
 def _is_replaceable(module: nn.Module) -> bool:
     plain = type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
     return plain and not has_hooks(module)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
-    if bias is not None:
-        layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.clone())
-    return layer.eval()
 
 
 def _origins(module: nn.MultiheadAttention, prefix: str) -> dict[str, Origin]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.fx import Node, Proxy, Tracer
 
+from fxprune.layers.recurrent import Recurrent
 from fxprune.operations import AUGMENTED
 
 # torch's own modules that only call others; with torch's fused path for transformers switched off they can be traced.
@@ -49,6 +50,8 @@ class PathTracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is called as a whole."""
         if module_qualified_name in self.leaves:
+            return True
+        if isinstance(m, Recurrent):  # Of a model that was compiled before.
             return True
         return type(m) not in self.into and super().is_leaf_module(m, module_qualified_name)
 

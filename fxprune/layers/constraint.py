@@ -177,17 +177,22 @@ def _parse(piece: str, text: str) -> Constraint:
     )
 
 
-def keep_possible(chain: Sequence[Constraint], geometry: LayerGeometry, calls: int = 1) -> tuple[Chain, str]:
-    """The constraints that a layer of so many calls can keep, and why it cannot keep the others.
+def keep_possible(chain: Sequence[Constraint], geometry: LayerGeometry, whole: str = "") -> tuple[Chain, str]:
+    """The constraints that a layer can keep, and why it cannot keep the others.
 
     What follows a constraint that changes the layer's geometry is asked again when the layer is solved.
+
+    Args:
+        chain: constraints, in order.
+        geometry: of the layer.
+        whole: why no two layers can take its place, or "".
     """
     kept: list[Constraint] = []
     reasons = []
     for constraint in chain:
         reason = None if any(accepted.changes_geometry for accepted in kept) else constraint.decline(geometry)
-        if reason is None and constraint.changes_geometry and calls > 1:
-            reason = f"called at {calls} places: two layers in place of one are put at one place only"
+        if reason is None and constraint.changes_geometry and whole:
+            reason = whole
         if reason is None:
             kept.append(constraint)
         else:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
+from fxprune.annotations import annotation
 from fxprune.graph import module_of
 from fxprune.operations import LAYERS, called_name
 from fxprune.report import LayerReport
@@ -31,7 +32,8 @@ def layers_inside(node: Node) -> tuple[LayerReport, ...]:
     module = module_of(node)
     if module is None or isinstance(module, LAYERS):
         return ()
-    reason = f"inside {str(node.target)!r} ({type(module).__name__}), which is called as a whole"
+    as_a_whole = f"inside {str(node.target)!r} ({type(module).__name__}), which is called as a whole"
+    reason = annotation(node).reason or as_a_whole
     reports = []
     for path, inner in module.named_modules():
         name = f"{node.target}.{path}" if path else str(node.target)

@@ -1,4 +1,4 @@
-"""Recurrent layers as torch's own, which are called as a whole: nothing inside them is pruned.
+"""Recurrent layers as torch's own.
 
 ONNX stores the gates of an LSTM as input, output, forget, cell and those of a GRU as update, reset, new; torch as input,
 forget, cell, output and as reset, update, new.
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from fxprune.export.weight_uses import GATES
 from fxprune.onnx_import.graph import torch_dtype
 from fxprune.onnx_import.names import layer_names
 from fxprune.onnx_import.table import Operation, operator
 from fxprune.onnx_import.values import Activation, Array, Known
 
 _CLASSES: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
-_GATES = {"LSTM": (0, 2, 3, 1), "GRU": (1, 0, 2), "RNN": (0,)}
 _ACTIVATIONS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
 
 
@@ -71,8 +71,8 @@ def _require_usual(op: Operation, x: Activation, directions: int) -> None:
 
 
 def _in_torchs_order(kind: str, array: Array) -> Array:
-    gates = np.split(array, len(_GATES[kind]))
-    return np.concatenate([gates[i] for i in _GATES[kind]])
+    gates = np.split(array, len(GATES[kind]))
+    return np.concatenate([gates[i] for i in GATES[kind]])
 
 
 def _states(op: Operation) -> tuple[Any, ...]:

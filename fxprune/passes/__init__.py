@@ -20,6 +20,7 @@ from fxprune.passes.remove_observers import RemoveObservers
 from fxprune.passes.shortcuts_first import ShortcutsFirst
 from fxprune.passes.solve_layers import SolveLayers
 from fxprune.passes.to_semi_structured import ToSemiStructured
+from fxprune.passes.unroll_recurrent import RollUpRecurrent, UnrollRecurrent
 from fxprune.passes.verify import verify
 
 __all__ = [
@@ -39,9 +40,11 @@ __all__ = [
     "RemoveChannels",
     "RemoveInplace",
     "RemoveObservers",
+    "RollUpRecurrent",
     "ShortcutsFirst",
     "SolveLayers",
     "ToSemiStructured",
+    "UnrollRecurrent",
     "changes",
     "verify",
 ]

@@ -18,6 +18,7 @@ from fxprune.constraints.mask import Mask
 from fxprune.geometry import TRANSPOSED_CONVOLUTIONS, LayerGeometry, is_matrix_layer
 from fxprune.graph import input_of, is_tied, module_of, without_input
 from fxprune.layers.kept import layers_inside, matrices_read
+from fxprune.layers.recurrent import Recurrent
 from fxprune.layers.shared import Calls, not_one_problem, role_without_chain, weight_calls
 from fxprune.operations import LAYERS, operation_of
 from fxprune.passes.base import Pass
@@ -118,7 +119,8 @@ class InsertObservers(Pass):
         wanted = self.recipe.chain(str(node.target))
         narrowing = annotation(node).narrowing
         of_layer = [constraint for constraint in wanted or () if not constraint.is_of_graph]
-        chain, declined = keep_possible(of_layer, geometry, len(together))
+        whole = _reason_to_stay_one(graph_module, together)
+        chain, declined = keep_possible(of_layer, geometry, whole)
         fewer = narrowing is not None and narrowing.lost_inputs
         if narrowing is not None and not fewer and not declined and len(of_layer) < len(wanted or ()):
             declined = narrowing.reason or "its input channels are worth their MACs"
@@ -130,7 +132,7 @@ class InsertObservers(Pass):
                 uncut = f"its {geometry.columns:,} columns cannot be cut into equal blocks to be solved"
                 return Annotation("keep", declined or uncut)
             geometry = in_blocks
-            chain, more = keep_possible(chain, geometry, len(together))
+            chain, more = keep_possible(chain, geometry, whole)
             declined = "; ".join(filter(None, (declined, more)))
         if chain:
             return Annotation("compress", "", geometry, chain)
@@ -178,6 +180,14 @@ class InsertObservers(Pass):
             if self.recipe.chain(name) != wanted:
                 return f"its weight is shared with {name!r}, for which the recipe has another entry"
         return None
+
+
+def _reason_to_stay_one(graph_module: GraphModule, calls: tuple[Node, ...]) -> str:
+    """Why no two layers can take a layer's place, or ""."""
+    if len(calls) > 1:
+        return f"called at {len(calls)} places: two layers in place of one are put at one place only"
+    owner = graph_module.get_submodule(str(calls[0].target).rpartition(".")[0])
+    return "a recurrent layer has one matrix there, and no place for two" if isinstance(owner, Recurrent) else ""
 
 
 def _seen(geometry: LayerGeometry) -> LayerGeometry:

@@ -38,6 +38,7 @@ from fxprune.intake.totals import little, uncovered
 from fxprune.layers.checkpoint import LayerCheckpoint
 from fxprune.layers.kept import kept_layer, layers_inside, zeros
 from fxprune.layers.problem import layer_of
+from fxprune.layers.recurrent import has_place_for_bias
 from fxprune.layers.shared import Calls, weight_calls
 from fxprune.layers.solve import SolvedLayer, SolvedPart, solve_layer
 from fxprune.layers.splits import split_call
@@ -198,14 +199,16 @@ class SolveLayers(CalibratedPass):
 
     def _solve(self, layer: StreamedLayer, decided: Annotation, stream: CalibrationStream) -> SolvedLayer:
         inputs = layer.inputs if self.method.needs_statistics else None
-        module = layer_of(layer.node)
+        module, method = layer_of(layer.node), self.method
+        if not has_place_for_bias(stream.graph_module, str(layer.node.target)):
+            method = replace(method, options=replace(method.options, bias_correction=False))
         try:
             with stream.stopwatch.measure("solve"):
                 return solve_layer(
                     module,
                     layer.geometry,
                     decided.chain,
-                    self.method,
+                    method,
                     inputs,
                     layer.cross,
                     layer.relu_aware,

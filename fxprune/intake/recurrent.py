@@ -1,0 +1,108 @@
+"""nn.LSTM, nn.GRU and nn.RNN in the normal form: the same layers, each matrix an nn.Linear; cells, written out.
+
+A cell is called once for each time step, from Python: it becomes two linear layers that are called at several places, and what
+its gates do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxprune.graph import has_hooks
+from fxprune.intake.names import matches
+from fxprune.intake.origins import Origin
+from fxprune.layers.recurrent import GRU, LSTM, RNN, Recurrent, linear
+
+_CLASSES: dict[type[nn.Module], type[Recurrent]] = {nn.LSTM: LSTM, nn.GRU: GRU, nn.RNN: RNN}
+_CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+
+
+def with_linear_layers(graph_module: GraphModule) -> dict[str, Origin]:
+    """Replace every recurrent layer that a graph calls, in place, and say where the new parameters come from.
+
+    What they compute stays exactly the same. Subclasses, layers with hooks and computed weights stay as they are.
+    """
+    found: dict[str, Origin] = {}
+    made: dict[nn.Module, Recurrent] = {}
+    for path in dict.fromkeys(str(node.target) for node in graph_module.graph.find_nodes(op="call_module")):
+        module = graph_module.get_submodule(path)
+        if not isinstance(module, nn.RNNBase) or not _is_replaceable(module, tuple(_CLASSES)):
+            continue
+        if module not in made:
+            made[module] = _CLASSES[type(module)](module)
+        graph_module.set_submodule(path, made[module])
+        found |= _origins(path, module)
+    return found
+
+
+def cells_are_there(model: nn.Module, exclude: tuple[str, ...] = ()) -> bool:
+    """Whether a model has cells that `write_out_cells` would replace."""
+    return any(_is_replaceable(m, _CELLS) and not matches(path, exclude) for path, m in model.named_modules() if path)
+
+
+def write_out_cells(model: nn.Module, exclude: tuple[str, ...] = ()) -> dict[str, Origin]:
+    """Replace every nn.LSTMCell, nn.GRUCell and nn.RNNCell inside a model, in place, and say where the weights come from."""
+    found: dict[str, Origin] = {}
+    made: dict[nn.Module, Cell] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if path and isinstance(module, nn.RNNCellBase) and _is_replaceable(module, _CELLS):
+            if not matches(path, exclude):
+                made[module] = made.get(module) or Cell(module)
+                model.set_submodule(path, made[module])
+                found |= _origins(path, module)
+    return found
+
+
+class Cell(nn.Module):
+    """Computes what a recurrent cell computes; it is traced, and never part of a graph itself."""
+
+    def __init__(self, module: nn.RNNCellBase) -> None:
+        super().__init__()
+        self.kind, self.hidden_size = type(module).__name__, module.hidden_size
+        self.nonlinearity = torch.tanh if getattr(module, "nonlinearity", "tanh") == "tanh" else torch.relu
+        self.weight_ih = linear(module.weight_ih, module.bias_ih)
+        self.weight_hh = linear(module.weight_hh, module.bias_hh)
+        self.train(module.training)
+
+    def forward(
+        self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(N, C) or (C,): as torch's classes."""
+        if hx is None:
+            zeros = torch.zeros_like(input[..., :1]).expand(*input.shape[:-1], self.hidden_size)
+            hx = (zeros, zeros) if self.kind == "LSTMCell" else zeros
+        h, c = (hx[0], hx[1]) if self.kind == "LSTMCell" else (hx, None)
+        a, b = self.weight_ih(input), self.weight_hh(h)
+        if self.kind == "RNNCell":
+            return self.nonlinearity(a + b)
+        if self.kind == "GRUCell":
+            (r, z, n), (of_r, of_z, of_n) = (self._gates(x, 3) for x in (a, b))
+            z = torch.sigmoid(z + of_z)
+            n = torch.tanh(n + torch.sigmoid(r + of_r) * of_n)
+            return (1 - z) * n + z * h
+        i, f, g, o = self._gates(a + b, 4)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+    def _gates(self, x: Tensor, count: int) -> list[Tensor]:
+        chunks = x.chunk(count, -1)
+        return [chunks[i] for i in range(count)]
+
+
+def _is_replaceable(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    if type(module) not in kinds or has_hooks(module):
+        return False
+    names = [name for name in vars(module).get("_flat_weights_names", ()) if name] or ["weight_ih", "weight_hh"]
+    return all(isinstance(module._parameters.get(name), nn.Parameter) for name in names)
+
+
+def _origins(path: str, module: nn.Module) -> dict[str, Origin]:
+    """weight_ih_l0.weight was weight_ih_l0, weight_ih_l0.bias was bias_ih_l0."""
+    found = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter is not None:
+            layer, which = (name, "weight") if name.startswith("weight") else (name.replace("bias", "weight"), "bias")
+            found[f"{path}.{layer}.{which}"] = Origin((f"{path}.{name}",))
+    return found
