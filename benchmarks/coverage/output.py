@@ -9,7 +9,8 @@ from benchmarks.coverage.row import OK, Row
 from benchmarks.machine import machine
 
 PACKAGES = """
-torch torchvision onnxruntime timm ultralytics segmentation_models_pytorch facenet-pytorch torchcrepe
+torch torchvision onnxruntime timm ultralytics segmentation_models_pytorch facenet-pytorch torchcrepe rapidocr
+rapidocr_onnxruntime
 """.split()
 HEADINGS = {
     "compile": "compile",

@@ -25,6 +25,7 @@ from fxprune.errors import ExportError, ValidationError
 from fxprune.experiments.tasks import module_classes
 from fxprune.geometry import LayerGeometry, is_matrix_layer
 from fxprune.intake.record import intake
+from fxprune.onnx_import import import_onnx
 from fxprune.report import PruneReport
 
 LONGEST = 240  # Characters of a message.
@@ -41,13 +42,15 @@ def run(
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     try:
-        model = case.build().eval()
+        given = case.build()
     except ImportError as error:
         row.note = f"not installed: {error}"
         return row
+    # Of a file the network that it is read as, which is checked against onnxruntime as it is read.
+    model = given.eval() if isinstance(given, nn.Module) else import_onnx(given, case.batches()[0])
     row.millions = sum(p.numel() for p in model.parameters()) / 1e6
     with tempfile.TemporaryDirectory() as folder:
-        stages = _Stages(model, case.batches(), pattern, method, Path(folder), row)
+        stages = _Stages(given, model, case.batches(), pattern, method, Path(folder), row)
         for name in ("compile", "export", "diff", "save", "load", "exclude"):
             if stages.compiled is None and name not in ("compile", "exclude"):
                 continue
@@ -68,7 +71,17 @@ def run(
 class _Stages:
     """The stages of one network; each raises where it goes wrong, and gives "-" where it does not apply."""
 
-    def __init__(self, model: nn.Module, batches: list[Any], pattern: str, method: str, folder: Path, row: Row) -> None:
+    def __init__(
+        self,
+        given: nn.Module | Path,
+        model: nn.Module,
+        batches: list[Any],
+        pattern: str,
+        method: str,
+        folder: Path,
+        row: Row,
+    ) -> None:
+        self.given = given
         self.model = model
         self.batches = batches
         self.pattern = pattern
@@ -79,7 +92,7 @@ class _Stages:
         self.allow = (*module_classes(model), *RETURNED)  # What a file may name of the user's own code.
 
     def compile(self) -> None:
-        compiled = fxprune.compile(self.model, self.batches, self.pattern, method=self.method, progress=False)
+        compiled = fxprune.compile(self.given, self.batches, self.pattern, method=self.method, progress=False)
         found = intake(compiled)
         self.row.way = "parts" if hasattr(compiled, "parts") else "" if found is None else found.way
         if hasattr(compiled, "parts"):
@@ -136,9 +149,17 @@ class _Stages:
             return
         fxprune.export_onnx(self.compiled, self.folder / "model.onnx", self.batches[0], dynamic_batch=dynamic_batch)
 
-    def diff(self) -> None:
-        if not str(fxprune.diff(self.model, self.compiled, example_inputs=self.batches[0])):
+    def diff(self) -> str | None:
+        if isinstance(self.given, Path):  # Two files, as there is no comparing a file with a model.
+            after = self.folder / "model.onnx"
+            if not after.exists():
+                return "-"
+            if not str(fxprune.diff(self.given, after)):
+                raise ValueError("an empty difference")
+            return None
+        if not str(fxprune.diff(self.given, self.compiled, example_inputs=self.batches[0])):
             raise ValueError("an empty difference")
+        return None
 
     def save(self) -> None:
         fxprune.save(self.compiled, self.folder / "model.pt", allow=self.allow)
@@ -153,7 +174,7 @@ class _Stages:
 
     def exclude(self) -> None:
         alone = fxprune.compile(
-            self.model, self.batches, self.pattern, method=self.method, exclude=("*",), progress=False
+            self.given, self.batches, self.pattern, method=self.method, exclude=("*",), progress=False
         )
         wanted, got = self._outputs(self.model), self._outputs(alone)
         if not _equal(wanted, got):

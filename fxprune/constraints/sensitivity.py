@@ -116,22 +116,22 @@ def _of_layer(
     solutions = [product(geometry, of) if of else None for of in parts]
     none_lost, energy = problem.loss(weight).sum(), float((weight @ hessian * weight).sum())
     errors = [0.0 if s is None else max(0.0, float(problem.loss(s).sum() - none_lost)) for s in solutions]
-    original, bias = module.weight.data, module.bias
-    readers = modules_called(calls)
+    original, readers = module.weight.data, modules_called(calls)
+    biases: list[Tensor | None] = [reader.bias for reader in readers]
     cost_per_error: dict[int, float] = {}
     for i, solution in list(enumerate(solutions))[::probe_every]:
         if solution is not None and errors[i] > 0:
             module.weight.data = laid_out_like(original, geometry.to_weight(solution))
             if options.bias_correction:
                 shift = mean_product(geometry, weight - solution, inputs.mean).flatten().to(original)
-                for reader in readers:
+                for reader, bias in zip(readers, biases, strict=True):
                     reader.bias = nn.Parameter(shift if bias is None else bias + shift)
             change = OutputError(channel_dim=1)
             for wanted, output in zip(dense, _outputs(graph_module, probe), strict=True):
                 change.update(wanted, output)
             cost_per_error[i] = change.relative / errors[i]
             module.weight.data = original
-            for reader in readers:
+            for reader, bias in zip(readers, biases, strict=True):
                 reader.bias = bias
     costs = errors
     if cost_per_error:

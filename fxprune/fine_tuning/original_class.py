@@ -24,8 +24,8 @@ from fxprune.annotations import changes, report_of
 from fxprune.channels.apply import channel_order
 from fxprune.errors import CheckpointError, TraceError
 from fxprune.graph import module_of
-from fxprune.intake.origins import origins
 from fxprune.graph.model_argument import not_a_model
+from fxprune.intake.origins import origins
 from fxprune.operations import LAYERS
 from fxprune.tracing import trace
 

@@ -59,16 +59,14 @@ def not_one_problem(graph_module: GraphModule, calls: tuple[Node, ...]) -> str |
     """Why the weight that these calls read cannot be solved as theirs, or None."""
     modules = modules_called(calls)
     first = modules[0]
-    weight, bias = first.weight, first._parameters.get("bias")
+    biases = {id(b): b for module in modules if (b := module._parameters.get("bias")) is not None}
     for node, module in zip(calls, map(module_of, calls), strict=True):
         assert is_matrix_layer(module)
         if type(module) is not type(first) or LayerGeometry.of(module) != LayerGeometry.of(first):
             return f"its weight is shared with {str(node.target)!r}, which reads its input in another way"
-        if module._parameters.get("bias") is not bias:
-            return f"its weight is shared with {str(node.target)!r}, which has a bias of its own"
     read = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
     called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    for parameter in (weight, *([] if bias is None else [bias])):
+    for parameter in (first.weight, *biases.values()):
         for name, other in graph_module.named_parameters(remove_duplicate=False):
             if other is not parameter:
                 continue
