@@ -11,7 +11,15 @@ from torch.fx import GraphModule
 from fxprune import Calibration, Options, solvers
 from fxprune.annotations import report_of
 from fxprune.options import Method
-from fxprune.passes import Allocate, InsertObservers, RemoveObservers, SolveLayers, verify
+from fxprune.passes import (
+    Allocate,
+    InsertObservers,
+    RemoveObservers,
+    RollUpRecurrent,
+    SolveLayers,
+    UnrollRecurrent,
+    verify,
+)
 from fxprune.recipe import Recipe
 from fxprune.report import PruneReport
 from fxprune.tracing import trace
@@ -44,10 +52,12 @@ def solve(
     graph_module, parsed = trace(model), Recipe.parse(recipe)
     method = method_of(solver, recipe, **{"permute": False, "shrink": False, "temperature": False, **options})
     images = calibration(batches)
+    UnrollRecurrent(exclude=exclude)(graph_module, images)
     InsertObservers(parsed, exclude=exclude, reconstruct=bool(method.options.reconstruct))(graph_module)
     Allocate(method)(graph_module, images)
     assert SolveLayers(parsed, method)(graph_module, images).modified
     RemoveObservers()(graph_module)
+    RollUpRecurrent()(graph_module)
     verify(graph_module)
     return graph_module
 

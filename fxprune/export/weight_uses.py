@@ -180,7 +180,7 @@ def _use(
 
 
 def _recurrent_uses(node: NodeProto, name: str, constant: Constant) -> list[WeightUse]:
-    """How a recurrent layer reads its input matrices (directions, gates * H, C), or the recurrent ones: a use for each direction."""
+    """How a recurrent layer reads its input or recurrent matrices (directions, gates * H, C): one use a direction."""
     array, order = constant.array, GATES[node.op_type]
     if array.ndim != 3 or array.shape[1] % len(order):
         return []

@@ -124,8 +124,8 @@ class _Return:
         layers_of = {norm: [layer for layer, other in folds if other == norm] for _, norm in folds}
         for (layer, norm), node in folds.items():
             self._unfold(layer, norm, node, is_shared=len(layers_of[norm]) > 1)
-        self._move_new_biases()
         self._under_own_names()
+        self._move_new_biases()
         self._require_places()
         result = dict(self.model.state_dict())  # With what is no tensor, such as a module's extra state.
         for names in self._tied():

@@ -206,8 +206,8 @@ class States(Scan):
 class Unprojected(Scan):
     """What the projection of an LSTM reads at each time step, in the layout of the products.
 
-    An LSTM with h_t = W_hr u_t is one without projection whose recurrent matrix is W_hh W_hr and whose outputs are u_t; what h_0
-    adds belongs to the first step's products.
+    An LSTM with h_t = W_hr u_t is one without projection, with outputs u_t and the recurrent matrix W_hh W_hr; what h_0 adds
+    belongs to the first step's products.
     """
 
     def forward(self, products: Tensor, after: Tensor, hx: Any = None) -> Tensor:
@@ -233,7 +233,7 @@ class Outputs(Reader):
         self.reads = tuple(layer for scan in scans for layer in scan.reads)
 
     def forward(self, hx: Any, *products: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """For each direction its products, and what has to come first -> outputs, then the last state, (directions, N, size)."""
+        """For each direction its products, and what has to come first -> outputs; the last state, (directions, N, size)."""
         found, outputs = [], []
         for scan, (given, *_) in zip(self.scans, products, strict=True):
             assert isinstance(scan, Scan)

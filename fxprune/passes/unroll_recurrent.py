@@ -56,7 +56,7 @@ class UnrollRecurrent(CalibratedPass):
 
 
 class RollUpRecurrent(Pass):
-    """Makes one call of every recurrent layer again that `UnrollRecurrent` has written out; its matrices are as they are then."""
+    """Makes one call of every recurrent layer again that `UnrollRecurrent` has written out."""
 
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
         graph = graph_module.graph
