@@ -110,9 +110,9 @@ def graph_weights(model: ModelProto) -> GraphWeights:
         scopes[id(scope)] = scope
         name = node.name or f"{node.op_type}_{position}"
         if node.op_type in RECURRENT and node.domain in DEFAULT_DOMAINS:
-            for constant in filter(None, (scope.get(source) for source in node.input[1:3])):
-                uses += _recurrent_uses(node, name, constant)
-                read |= constant.sources
+            for matrices in filter(None, (scope.get(source) for source in node.input[1:3])):
+                uses += _recurrent_uses(node, name, matrices)
+                read |= matrices.sources
         if node.op_type not in WEIGHT_INPUTS or node.domain not in (*DEFAULT_DOMAINS, MICROSOFT):
             continue
         found = False

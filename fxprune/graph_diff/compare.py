@@ -48,7 +48,8 @@ def diff(before: Model, after: Model, *, example_inputs: Any = None) -> GraphDif
 
     Raises:
         TraceError: a module cannot be traced, or only on example_inputs, which were not given.
-        GraphError: one side is a model and the other a file, or a model cannot run on the inputs.
+        GraphError: one side is a model and the other a file, the two have no layer in common, or a model cannot run on the
+            inputs.
         ExportError: example_inputs does not fit a model's inputs.
         ValidationError: a file is not a complete ONNX file.
 
@@ -74,7 +75,9 @@ def diff(before: Model, after: Model, *, example_inputs: Any = None) -> GraphDif
         )
     else:
         old, new = read_onnx_graph(Path(before)), read_onnx_graph(Path(after))
-    return compare_graphs(old, new)
+    found = compare_graphs(old, new)
+    _require_related(found)
+    return found
 
 
 def compare_graphs(before: ModelGraph, after: ModelGraph) -> GraphDiff:
@@ -107,6 +110,35 @@ def compare_graphs(before: ModelGraph, after: ModelGraph) -> GraphDiff:
         costs_before=graph_costs(before, comparison.states_before),
         costs_after=graph_costs(after, comparison.states_after),
         notes=_notes(comparison, nodes),
+    )
+
+
+def _require_related(found: GraphDiff) -> None:
+    """Raise for two networks of which neither was made of the other: no layer with weights has a counterpart.
+
+    A counterpart has the same operation and the same name or size of weight, or is several that make one layer together.
+    """
+    sides = {
+        side: [s for node in found.nodes if (s := getattr(node, side)) is not None and s.weight_shape]
+        for side in ("before", "after")
+    }
+    pairs = [(node.before, node.after) for node in found.nodes if node.before is not None and node.after is not None]
+    alike = any(
+        old.op == new.op and old.weight_shape and (old.weight_shape == new.weight_shape or old.node == new.node)
+        for old, new in pairs
+    )
+    several = any(node.status == "replaced" and node.weight_change is not None for node in found.nodes)
+    if alike or several or not all(sides.values()):
+        return
+    told = [
+        f"{title} ({len(layers)} layer{'s' if len(layers) > 1 else ''} with weights, such as {first.node}, "
+        f"{first.op} {'x'.join(map(str, first.weight_shape))})"
+        for title, layers in zip((found.before, found.after), sides.values(), strict=True)
+        for first in layers[:1]
+    ]
+    raise GraphError(
+        f"{' and '.join(told)} are different networks: no layer of the one is in the other. Compare a model with what was made "
+        "of it, such as the dense model with what fxprune.compile returned, or the ONNX files of both"
     )
 
 

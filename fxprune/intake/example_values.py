@@ -11,6 +11,7 @@ import builtins
 import math
 import operator
 import traceback
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import Attribute
 
-from fxprune.calibration.batches import inputs_of, map_tensors
+from fxprune.calibration.batches import inputs_of, map_tensors, tensors_in
 from fxprune.graph import arguments_of
 from fxprune.intake.item_assignment import is_block, with_item, writes_in_place, written
 from fxprune.intake.symbolic import InplaceProxy, PathTracer, users_line
@@ -33,6 +34,9 @@ _FACTORIES = (
     torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.linspace, torch.eye, torch.rand, torch.randn,
     torch.tensor, torch.as_tensor, torch.meshgrid, torch.broadcast_tensors, torch.tril_indices, torch.triu_indices,
 )  # fmt: skip
+
+
+HELD_BYTES = 2**29  # Of values from which on those that nobody can read any more are looked for.
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class ValueTracer(PathTracer):
         self.from_data: set[Node] = set()  # Numbers that depend on what the images show.
         self.frozen: list[Frozen] = []
         self.running = False
+        self._proxies: list[weakref.ref[Proxy]] = []
+        self._held_bytes, self._most_bytes = 0, HELD_BYTES
         self._autowrap_function_ids |= set(map(id, _FACTORIES))
         self._autowrap_search.append(torch)
 
@@ -108,7 +114,9 @@ class ValueTracer(PathTracer):
 
     def proxy(self, node: Node) -> Proxy:
         """A proxy for a node."""
-        return ValueProxy(node, self)
+        proxy = ValueProxy(node, self)
+        self._proxies.append(weakref.ref(proxy))
+        return proxy
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Proxy:
         """A node, its value, and a proxy."""
@@ -133,7 +141,7 @@ class ValueTracer(PathTracer):
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
         """The items of a value, as proxies."""
-        value = self.values[obj.node]
+        value = self._value(obj.node)
         if isinstance(value, dict):
             return iter(list(value))
         length = self.ask(obj, len)
@@ -141,7 +149,7 @@ class ValueTracer(PathTracer):
 
     def keys(self, obj: Proxy) -> Any:
         """The keys of a dict."""
-        value = self.values[obj.node]
+        value = self._value(obj.node)
         return list(value) if isinstance(value, dict) else super().keys(obj)
 
     def ask(self, proxy: Proxy, question: Callable[[Any], Any]) -> Any:
@@ -151,7 +159,7 @@ class ValueTracer(PathTracer):
             TypeError: if the answer would depend on what the images show.
         """
         node = proxy.node
-        value = self.values[node]
+        value = self._value(node)
         shape_only = question is len
         if node in self.from_data or (isinstance(value, Tensor) and not shape_only):
             raise TypeError("the line asks for the value of a tensor, which depends on what the images show")
@@ -188,8 +196,26 @@ class ValueTracer(PathTracer):
         finally:
             self.running = False
         self.values[node] = value
+        self._held_bytes += sum(x.nbytes for x in tensors_in([value]))
+        if self._held_bytes > self._most_bytes:
+            self._let_go()
         if isinstance(value, (bool, int, float, complex, str, list)) and self._is_from_data(node):
             self.from_data.add(node)
+
+    def _let_go(self) -> None:
+        """Drop the tensors that the code which is traced holds no more, such as what earlier blocks have computed."""
+        alive = [(proxy, ref) for ref in self._proxies if (proxy := ref()) is not None]
+        self._proxies = [ref for _, ref in alive]
+        read = {proxy.node for proxy, _ in alive}
+        for node, value in list(self.values.items()):
+            if (
+                node not in read
+                and node.op not in ("placeholder", "get_attr")
+                and next(tensors_in([value]), None) is not None
+            ):
+                del self.values[node]  # Should it be read after all, `_value` computes it again.
+        self._held_bytes = sum(x.nbytes for value in self.values.values() for x in tensors_in([value]))
+        self._most_bytes = max(HELD_BYTES, 2 * self._held_bytes)
 
     def _value(self, node: Any) -> Any:
         if not isinstance(node, Node):
@@ -203,7 +229,7 @@ class ValueTracer(PathTracer):
             return True
         if node.op == "call_function" and node.target is getattr:
             return isinstance(self._value(node.args[0]), Tensor) and not _is_about_shape(node.args[1])
-        reads_tensor = any(isinstance(self.values[source], Tensor) for source in node.all_input_nodes)
+        reads_tensor = any(isinstance(self._value(source), Tensor) for source in node.all_input_nodes)
         about_shape = _is_about_shape(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
         holds_tensors = isinstance(self.values[node], list) and any(isinstance(x, Tensor) for x in self.values[node])
         return reads_tensor and not about_shape and not holds_tensors and node.target is not len
@@ -254,7 +280,7 @@ class ValueProxy(InplaceProxy):
             whole[index] = value
 
     def __format__(self, spec: str) -> str:
-        return format(self.tracer.values[self.node], spec)
+        return format(self.tracer.value_of(self), spec)
 
     def __ceil__(self) -> Proxy:
         return self.tracer.create_proxy("call_function", math.ceil, (self,), {})

@@ -6,6 +6,8 @@ its gates do.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -73,15 +75,18 @@ class Cell(nn.Module):
         if hx is None:
             zeros = torch.zeros_like(input[..., :1]).expand(*input.shape[:-1], self.hidden_size)
             hx = (zeros, zeros) if self.kind == "LSTMCell" else zeros
-        h, c = (hx[0], hx[1]) if self.kind == "LSTMCell" else (hx, None)
+        state: Any = hx
+        h, c = (state[0], state[1]) if self.kind == "LSTMCell" else (state, state)
         a, b = self.weight_ih(input), self.weight_hh(h)
         if self.kind == "RNNCell":
-            return self.nonlinearity(a + b)
+            after: Tensor = self.nonlinearity(a + b)
+            return after
         if self.kind == "GRUCell":
             (r, z, n), (of_r, of_z, of_n) = (self._gates(x, 3) for x in (a, b))
             z = torch.sigmoid(z + of_z)
             n = torch.tanh(n + torch.sigmoid(r + of_r) * of_n)
-            return (1 - z) * n + z * h
+            mixed: Tensor = (1 - z) * n + z * h
+            return mixed
         i, f, g, o = self._gates(a + b, 4)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(c), c

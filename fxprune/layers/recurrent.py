@@ -179,8 +179,8 @@ class Scan(Reader):
 
     def scanned(self, products: Tensor, start: State) -> tuple[Tensor, ...]:
         """Outputs (T, N, size) and the last state, for products (T, N, gates) and a state."""
-        weights = [self._recurrent.weight, *(layer.weight for layer in self.reads[1:])]  # type: ignore[union-attr]
-        return self._run(products, start, weights)  # type: ignore[arg-type]
+        weights: Any = [layer.weight for layer in self.reads]
+        return self._run(products, start, weights)
 
     def _run(self, products: Tensor, start: State, weights: list[Tensor]) -> tuple[Tensor, ...]:
         hidden, *projection = weights

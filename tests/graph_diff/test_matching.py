@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxprune.errors import GraphError
 from fxprune.graph_diff import diff
 from fxprune.graph_diff.matching import match_graphs
 from fxprune.graph_diff.read_fx import read_fx
@@ -141,7 +143,9 @@ def test_edges_are_those_of_both_graphs(net: SmallNet) -> None:
     assert before == {(called[source], node.name) for node in graph.nodes for source in node.inputs}
 
 
-def test_models_that_have_nothing_in_common_are_compared_all_the_same() -> None:
-    result = diff(nn.Sequential(nn.Linear(3, 2), nn.Tanh()), nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)))
-    assert len(result.nodes) >= 4
-    assert not result.is_empty
+def test_models_that_have_nothing_in_common_are_an_error_that_says_so() -> None:
+    one, other = nn.Sequential(nn.Linear(3, 2), nn.Tanh()), nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
+    with pytest.raises(GraphError, match=r"Linear 2x3.*Conv2d 4x3x1x1.*are different networks.*what was made of it"):
+        diff(one, other)
+    assert diff(one, nn.Sequential(nn.Linear(3, 5), nn.Tanh())).nodes  # Another width of one network.
+    assert diff(one, nn.Sequential(nn.Tanh())).nodes  # Nothing to tell networks by.

@@ -43,12 +43,13 @@ def test_each_weight_without_a_row_gets_one():
     graph_module = trace(Net(), example=torch.randn(3, 8, 6, 6))
     found = {row.name: row for row in uncovered(graph_module, rows_of("conv"))}
     weights = {n: p for n, p in graph_module.named_parameters() if p.dim() >= 2 and not n.startswith("conv")}
+    assert {"recurrent.weight_ih_l0.weight", "recurrent.weight_hh_l0.weight"} <= set(weights)
     assert set(found) == set(weights)
     assert {name: row.shape for name, row in found.items()} == {name: tuple(p.shape) for name, p in weights.items()}
     assert found["positions"].sparsity == 1.0
     assert "embedding" in found["words.weight"].reason
     assert "cdist" in found["keys"].reason
-    assert found["recurrent.weight_ih_l0"].op == "GRU"
+    assert found["recurrent.weight_ih_l0.weight"].reason == "inside 'recurrent', which is called as a whole"
 
 
 def test_rows_may_name_a_module_a_parameter_or_a_node():

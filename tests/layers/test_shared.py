@@ -170,6 +170,27 @@ class OtherBias(Tied):
         self.b.bias = nn.Parameter(torch.ones(8))
 
 
+@pytest.mark.parametrize("bias_correction", [True, False])
+@pytest.mark.parametrize("biases", ["two", "second", "first"])
+def test_modules_with_one_weight_may_have_biases_of_their_own(biases, bias_correction):
+    """The weight is fitted to all calls, and both biases are shifted by what the new weight changes in the mean of these."""
+    model = OtherBias().double()
+    model.b.bias = None if biases == "first" else model.b.bias
+    model.a.bias = None if biases == "second" else model.a.bias
+    graph_module = solve(model, batches(), refit=True, bias_correction=bias_correction, target="weights")
+    assert report_in(graph_module)["a"].status == "pruned"
+    assert graph_module.b.weight is graph_module.a.weight
+    geometry = LayerGeometry.of(model.a)
+    x = torch.cat([geometry.patches(x)[0] for x, _ in calls(model, ("a", "b"), batches())])
+    change = geometry.to_matrix(model.a.weight - graph_module.a.weight)[0] @ x.mean(0)
+    for old, new in ((model.a, graph_module.a), (model.b, graph_module.b)):
+        if not bias_correction and old.bias is None:
+            assert new.bias is None
+        else:
+            before = torch.zeros(8).double() if old.bias is None else old.bias
+            torch.testing.assert_close(new.bias, before + change if bias_correction else before, rtol=1e-8, atol=1e-10)
+
+
 class OtherStride(Tied):
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +223,6 @@ class InsideALeaf(Twice):
 @pytest.mark.parametrize(
     ("model", "exclude", "reason"),
     [
-        (OtherBias(), (), "its weight is shared with 'b'"),
         (OtherStride(), (), "its weight is shared with 'b', which reads its input in another way"),
         (ReadDirectly(), (), "its weight is shared with another part of the model"),
         (Tied(), ("b",), "its weight is shared with 'b', which is excluded"),

@@ -160,12 +160,12 @@ def test_one_module_under_two_names_called_once_is_pruned():
     assert tasks(observed(model))["layer"].role == "compress"
 
 
-def test_a_tied_weight_with_two_biases_is_kept():
+def test_a_tied_weight_with_two_biases_is_one_layer():
     model = Block(nn.Conv2d(8, 8, 1))
     model.layer.weight = model.first.weight
     found = tasks(observed(model))
-    assert found["first"].reason == "its weight is shared with 'layer', which has a bias of its own"
-    assert found["layer"].role == "keep"
+    assert found["first"].role == "compress"
+    assert (found["layer"].role, found["layer"].reason) == ("repeat", "its weight is that of 'first'")
 
 
 def test_a_weight_that_is_also_read_directly_is_kept():

@@ -1,0 +1,57 @@
+"""Tracing with example values holds what the traced code holds, and not every value of the network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.calibration.batches import tensors_in
+from fxprune.intake import example_values
+from fxprune.intake.record import intake
+from fxprune.tracing import trace
+
+
+class Deep(nn.Module):
+    """Many layers behind a branch on a shape; the first value, and a list, are read again at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layers = nn.Conv2d(4, 8, 1), nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(30))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 4:
+            raise ValueError("four channels, please")
+        first = x = self.first(x)
+        kept = []
+        for number, layer in enumerate(self.layers):
+            x = layer(x).relu()
+            x[:, :2] += 1
+            if number % 10 == 0:
+                kept.append(x.mT)
+        return x + first + sum(part.mT for part in kept)
+
+
+def test_values_that_nobody_can_read_any_more_are_dropped(monkeypatch):
+    held: list[int] = []
+    run = example_values.ValueTracer._run
+
+    def noted(self, node):
+        run(self, node)
+        held.append(sum(x.nbytes for value in self.values.values() for x in tensors_in([value])))
+
+    monkeypatch.setattr(example_values.ValueTracer, "_run", noted)
+    model, x = Deep().eval(), torch.randn(2, 4, 16, 16)
+    one = 2 * 8 * 16 * 16 * 4
+    graphs = []
+    for limit in (2**40, 16 * one):
+        monkeypatch.setattr(example_values, "HELD_BYTES", limit)
+        held.clear()
+        graph_module = trace(model, example=x)
+        found = intake(graph_module)
+        assert found is not None
+        assert found.way == "example values"
+        graphs.append(graph_module)
+        torch.testing.assert_close(graph_module(x), model(x))
+        most = max(held) // one
+        assert most > 100 if limit > 2**30 else most < 40
+    assert [n.target for n in graphs[0].graph.nodes] == [n.target for n in graphs[1].graph.nodes]
