@@ -229,6 +229,18 @@ def test_a_whole_compilation(layer, tmp_path):
     assert all(found.sparsity == 0.5 and "2:4" in found.patterns and found.axis == 2 for found in inspected)
 
 
+def test_the_layers_of_a_file_are_pruned_too(tmp_path):
+    layer = nn.LSTM(8, 12, bidirectional=True, batch_first=True)
+    net, images = Net(layer).eval(), [torch.randn(32, 5, 8) for _ in range(3)]
+    torch.onnx.export(net, (images[0],), tmp_path / "dense.onnx", dynamo=True, verbose=False)
+    compiled = fxprune.compile(tmp_path / "dense.onnx", images, "2:4", progress=False)
+    names = [row.name.rpartition(".")[2] for row in compiled.report.layers if row.status == "pruned"]
+    assert set(names) >= set(matrices(layer))
+    exported = fxprune.export_onnx(compiled, tmp_path / "sparse.onnx", images[0], dynamic_batch=False)
+    assert [check.ok for check in exported.layers if check.op == "LSTM"] == [True] * 4
+    assert "W" in str(fxprune.diff(tmp_path / "dense.onnx", tmp_path / "sparse.onnx"))
+
+
 @each_kind
 def test_what_is_excluded_is_exactly_what_it_was(layer):
     net, (x, *_) = Net(layer).eval(), batches(torch.float32)
