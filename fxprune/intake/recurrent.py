@@ -6,11 +6,12 @@ its gates do.
 
 from __future__ import annotations
 
+from operator import attrgetter, getitem
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxprune.graph import has_hooks
 from fxprune.intake.names import matches
@@ -18,6 +19,9 @@ from fxprune.intake.origins import Origin
 from fxprune.layers.recurrent import GRU, LSTM, RNN, Recurrent, linear
 
 _CLASSES: dict[type[nn.Module], type[Recurrent]] = {nn.LSTM: LSTM, nn.GRU: GRU, nn.RNN: RNN}
+_FUNCTIONS: dict[Any, Any] = {
+    torch.lstm: nn.LSTM, torch.gru: nn.GRU, torch.rnn_tanh: nn.RNN, torch.rnn_relu: nn.RNN,
+}  # fmt: skip
 _CELLS = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
 
@@ -26,6 +30,7 @@ def with_linear_layers(graph_module: GraphModule) -> dict[str, Origin]:
 
     What they compute stays exactly the same. Subclasses, layers with hooks and computed weights stay as they are.
     """
+    _call_modules(graph_module)
     found: dict[str, Origin] = {}
     made: dict[nn.Module, Recurrent] = {}
     for path in dict.fromkeys(str(node.target) for node in graph_module.graph.find_nodes(op="call_module")):
@@ -37,6 +42,49 @@ def with_linear_layers(graph_module: GraphModule) -> dict[str, Origin]:
         graph_module.set_submodule(path, made[module])
         found |= _origins(path, module)
     return found
+
+
+def _call_modules(graph_module: GraphModule) -> None:
+    """Replace torch.lstm and its kin on a module's parameters, as torch.export writes them, by calls of that module."""
+    for node in list(graph_module.graph.nodes):
+        kind = _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+        if kind is None or len(node.args) != 9 or node.kwargs or not all(map(_is_item, node.users)):
+            continue
+        x, hx, weights, biases, layers, _, training, bidirectional, batch_first = node.args
+        read = [w for w in weights if isinstance(w, Node) and w.op == "get_attr" and len(w.users) == 1]
+        owner = str(read[0].target).rpartition(".")[0] if read else ""
+        if training or len(read) != len(weights) or not owner:
+            continue
+        given = [attrgetter(str(w.target))(graph_module) for w in read]
+        gates = {"LSTM": 4, "GRU": 3}.get(kind.__name__, 1)
+        hidden = given[1].shape[0] // gates
+        more: dict[str, Any] = {"nonlinearity": node.target.__name__.removeprefix("rnn_")} if kind is nn.RNN else {}
+        if given[1].shape[1] != hidden:
+            more["proj_size"] = given[1].shape[1]
+        more |= {"num_layers": layers, "bias": biases, "batch_first": batch_first, "bidirectional": bidirectional}
+        module = kind(given[0].shape[1], hidden, device="meta", **more).eval()
+        names = list(vars(module)["_flat_weights_names"])
+        held = {name for name, _ in graph_module.get_submodule(owner).named_parameters()}
+        if [f"{owner}.{name}" for name in names] != [str(w.target) for w in read] or held != set(names):
+            continue  # They belong to no module of their own.
+        for name, value in zip(names, given, strict=True):
+            setattr(module, name, value)
+        graph_module.set_submodule(owner, module)
+        with graph_module.graph.inserting_before(node):
+            call = graph_module.graph.call_module(owner, (x, tuple(hx) if kind is nn.LSTM else hx))
+        call.meta = dict(node.meta)
+        for user in list(node.users):
+            if kind is nn.LSTM and user.args[1]:
+                with graph_module.graph.inserting_before(user):
+                    user.args = (graph_module.graph.call_function(getitem, (call, 1)), user.args[1] - 1)
+            else:
+                user.args = (call, user.args[1])
+        for unread in (node, *read):
+            graph_module.graph.erase_node(unread)
+
+
+def _is_item(node: Node) -> bool:
+    return node.target is getitem and isinstance(node.args[1], int) and node.args[1] >= 0
 
 
 def cells_are_there(model: nn.Module, exclude: tuple[str, ...] = ()) -> bool:

@@ -173,3 +173,26 @@ def test_nothing_is_left_out_silently() -> None:
 def test_unnamed_nodes_get_names() -> None:
     bare = onnx.NodeProto(op_type="MatMul", input=["x", "w"], output=["y"])
     assert only_use([bare], {"w": W}).node == "MatMul_0"
+
+
+@pytest.mark.parametrize(("op", "gates"), [("LSTM", "ifgo"), ("GRU", "rzn"), ("RNN", "h")])
+def test_recurrent_layers_have_a_use_for_each_matrix_and_direction(op: str, gates: str) -> None:
+    """Gates in torch's order, whatever the file's: input, output, forget, cell; update, reset, new."""
+    stored = {"LSTM": "iofg", "GRU": "zrn", "RNN": "h"}[op]
+    w, r = rng_array(2, 4 * len(gates), 8), rng_array(2, 4 * len(gates), 4)
+    found = graph_weights(model_of([node(op, "x w r", direction="bidirectional", hidden_size=4)], {"w": w, "r": r}))
+    assert [(use.op, use.initializer, use.axis, use.stored_shape) for use in found.uses] == [
+        (op, name, 2, array.shape) for name, array in (("w", w), ("r", r)) for _ in range(2)
+    ]
+    for use, array in zip(found.uses, (*w, *r), strict=True):
+        by_gate = dict(zip(stored, np.split(array, len(gates)), strict=True))
+        same(use.weight, np.concatenate([by_gate[gate] for gate in gates]))
+    assert found.others == ()
+
+
+def test_recurrent_weights_may_be_transposed_on_the_way() -> None:
+    w, r = rng_array(1, 16, 8), rng_array(1, 16, 4)
+    nodes = [helper.make_node("Transpose", ["stored"], ["w"], perm=[0, 2, 1]), node("LSTM", "x w r", hidden_size=4)]
+    use, _ = graph_weights(model_of(nodes, {"stored": np.ascontiguousarray(w.transpose(0, 2, 1)), "r": r})).uses
+    assert (use.initializer, use.axis) == ("stored", 1)
+    same(use.weight, w[0].reshape(4, 4, 8)[[0, 2, 3, 1]].reshape(16, 8))

@@ -14,6 +14,7 @@ import fxprune
 from fxprune.annotations import annotation
 from fxprune.export import inspect_onnx
 from fxprune.graph import module_of
+from fxprune.intake.origins import origins
 from fxprune.layers.recurrent import Collect, Recurrent
 from fxprune.passes import InsertObservers, RollUpRecurrent, UnrollRecurrent
 from fxprune.recipe import Recipe
@@ -239,6 +240,30 @@ def test_the_layers_of_a_file_are_pruned_too(tmp_path):
     exported = fxprune.export_onnx(compiled, tmp_path / "sparse.onnx", images[0], dynamic_batch=False)
     assert [check.ok for check in exported.layers if check.op == "LSTM"] == [True] * 4
     assert "W" in str(fxprune.diff(tmp_path / "dense.onnx", tmp_path / "sparse.onnx"))
+
+
+class StatesRead(nn.Module):
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.layer = copy.deepcopy(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, state = self.inner.layer(x if self.inner.layer.batch_first else x.transpose(0, 1))
+        states = state if isinstance(state, tuple) else (state,)
+        return (y if self.inner.layer.batch_first else y.transpose(0, 1)).sum(2) + sum(s.sum((0, 2)) for s in states)[
+            :, None
+        ]
+
+
+@each_kind
+def test_exported_programs_have_them_as_modules_again(layer):
+    net, x = StatesRead(layer).eval(), torch.randn(4, 5, 8)
+    program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+    graph_module = trace(program, example=x)
+    assert isinstance(graph_module.get_submodule("inner.layer"), Recurrent)
+    assert {origin.names[0] for origin in origins(graph_module).values()} == set(net.state_dict())
+    torch.testing.assert_close(graph_module(x), net(x), rtol=1e-6, atol=1e-6)
 
 
 @each_kind
