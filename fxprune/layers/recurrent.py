@@ -33,7 +33,7 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 
 
 class Recurrent(nn.Module):
-    """What an nn.LSTM, nn.GRU or nn.RNN computes in eval mode, with a linear layer for each of its matrices.
+    """What an nn.LSTM, nn.GRU or nn.RNN computes, with a linear layer for each of its matrices.
 
     Args:
         module: of torch; its parameters become this one's.
@@ -42,7 +42,7 @@ class Recurrent(nn.Module):
     def __init__(self, module: nn.RNNBase) -> None:
         super().__init__()
         self.mode, self.num_layers, self.hidden_size = module.mode, module.num_layers, module.hidden_size
-        self.proj_size = module.proj_size
+        self.proj_size, self.dropout = module.proj_size, module.dropout
         self.bidirectional, self.batch_first = module.bidirectional, module.batch_first
         for suffix in self.suffixes:
             for kind in ("ih", "hh", "hr")[: 3 if self.proj_size else 2]:
@@ -76,7 +76,7 @@ class Recurrent(nn.Module):
         images = int(packed.batch_sizes[0]) if packed is not None else x.shape[0 if self.batch_first else 1]
         state = self._state(x, images, hx, single=single)
         biases, weights = self._weights()
-        settings = (biases, self.num_layers, 0.0, False, self.bidirectional)
+        settings = (biases, self.num_layers, self.dropout, self.training, self.bidirectional)
         if packed is None:
             y, *state_after = _FUNCTIONS[self.mode](x, self._given(state), weights, *settings, self.batch_first)
         else:

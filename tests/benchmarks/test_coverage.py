@@ -32,7 +32,7 @@ def test_a_network_goes_through_all_stages(name: str) -> None:
 
 def test_names_are_different() -> None:
     known = cases()
-    assert len({case.zoo for case in known.values()}) == 7
+    assert len({case.zoo for case in known.values()}) == 8
     assert sum(case.zoo == "timm" for case in known.values()) == 100
 
 

@@ -421,6 +421,16 @@ def test_a_scan_tells_what_each_matrix_costs():
         assert 0 < found[name, "2:4"].cost < found[name, "1:4"].cost
 
 
+def test_dropout_between_layers_is_there_in_training_only():
+    compiled = fxprune.compile(
+        Net(nn.GRU(8, 12, num_layers=2, dropout=0.5)), [torch.randn(64, 5, 8)], method="magnitude", progress=False
+    )
+    x = torch.randn(4, 5, 8)
+    assert torch.equal(compiled(x), compiled(x))
+    compiled.train()
+    assert not torch.equal(compiled(x), compiled(x))
+
+
 def test_zeros_are_kept_while_training():
     net, images = Net(nn.LSTM(8, 12)), [torch.randn(32, 5, 8) for _ in range(3)]
     compiled = fxprune.compile(net, images, "2:4", progress=False)
