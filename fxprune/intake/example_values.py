@@ -24,7 +24,8 @@ from torch.fx.proxy import Attribute
 from fxprune.calibration.batches import inputs_of, map_tensors, tensors_in
 from fxprune.graph import arguments_of
 from fxprune.intake.item_assignment import is_block, with_item, writes_in_place, written
-from fxprune.intake.symbolic import InplaceProxy, PathTracer, users_line
+from fxprune.intake.symbolic import INPLACE, InplaceProxy, PathTracer, users_line
+from fxprune.operations import AUGMENTED
 
 # What can be asked of a tensor without looking at its numbers.
 _ABOUT_SHAPE = frozenset(
@@ -270,6 +271,10 @@ class ValueProxy(InplaceProxy):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """The variable is bound to a new tensor; that other names of the old one see no change shows in the comparison."""
+        if isinstance(value, ValueProxy) and value.part_of is not None:
+            whole, place = value.part_of
+            if whole is self and place is index:
+                return  # x[1:3] += y: it is in its place already.
         self.become(with_item(self, index, value, self.tracer.value_of(self).dim()))
 
     def become(self, value: Any) -> None:
@@ -290,6 +295,24 @@ class ValueProxy(InplaceProxy):
 
     def __round__(self, digits: Any = None) -> Proxy:
         return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
+
+
+def _write_into_views(function: Callable[[Any, Any], Any]) -> None:
+    """`view += y` is an assignment to the items of the tensor that it is a view into; elsewhere it is what it is."""
+    name = f"__{function.__name__}__"
+    record = getattr(InplaceProxy, name)
+
+    def augmented(self: ValueProxy, other: Any) -> Any:
+        if self.part_of is None:
+            return record(self, other)
+        self.become(AUGMENTED[function](self, other))
+        return self
+
+    setattr(ValueProxy, name, augmented)
+
+
+for _function in INPLACE:
+    _write_into_views(_function)
 
 
 class ValueAttribute(Attribute, ValueProxy):

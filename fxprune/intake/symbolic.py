@@ -21,7 +21,7 @@ from fxprune.operations import AUGMENTED
 TRANSFORMERS = (
     nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
 )  # fmt: skip
-_INPLACE = tuple(function for function in AUGMENTED if function is not operator.imatmul)
+INPLACE = tuple(function for function in AUGMENTED if function is not operator.imatmul)
 _HERE = Path(__file__).parent
 _OWN_PROXIES = re.compile(r"\b(InplaceProxy|ValueProxy|ValueAttribute)\b")
 # With the separator: torchvision lies beside torch.
@@ -111,7 +111,7 @@ def _record_inplace(function: Callable[[Any, Any], Any]) -> None:
     setattr(InplaceProxy, f"__{name}__", record)
 
 
-for _function in _INPLACE:
+for _function in INPLACE:
     _record_inplace(_function)
 
 

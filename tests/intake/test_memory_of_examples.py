@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor, nn
 
 from fxprune.calibration.batches import tensors_in
 from fxprune.intake import example_values
 from fxprune.intake.record import intake
+from fxprune.passes import RemoveInplace
 from fxprune.tracing import trace
 
 
@@ -55,3 +58,25 @@ def test_values_that_nobody_can_read_any_more_are_dropped(monkeypatch):
         most = max(held) // one
         assert most > 100 if limit > 2**30 else most < 40
     assert [n.target for n in graphs[0].graph.nodes] == [n.target for n in graphs[1].graph.nodes]
+
+
+class AddsToViews(nn.Module):
+    """As torchvision's mvit_v2 adds its table of positions: into a block of the tensor, which is read afterwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 4:
+            raise ValueError("four channels, please")
+        y = x @ x.mT
+        y[:, 1:, 1:] += x[:, 1:, 1:5]
+        part = y[:, :2]
+        part *= 2
+        part[..., 0] -= 1
+        return y + part.sum()
+
+
+def test_what_is_added_to_a_view_is_in_the_tensor():
+    model, x = AddsToViews(), torch.randn(3, 4, 5, 5)
+    graph_module = trace(model, example=x)
+    assert RemoveInplace()(graph_module) is not None
+    torch.testing.assert_close(graph_module(x.clone()), model(x.clone()))
+    assert not any("setitem" in str(n.target) or n.target is operator.iadd for n in graph_module.graph.nodes)
