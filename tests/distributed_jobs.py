@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -188,6 +189,7 @@ def failing(how: str) -> Any:
 
 def interrupt() -> Tensor:
     os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)  # Another thread may be the one that gets it first.
     raise AssertionError("a KeyboardInterrupt comes first")
 
 

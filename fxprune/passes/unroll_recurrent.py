@@ -20,7 +20,7 @@ from fxprune.layers.recurrent import Collect, Outputs, Recurrent, Scan, States, 
 from fxprune.passes.base import CalibratedPass, Pass
 from fxprune.tracing import matches
 
-UNROLLED = "fxprune_unrolled"  # The module under which the helpers stand.
+UNROLLED = "unrolled_recurrent"  # The module under which the helpers stand.
 PACKED = "reads packed sequences, whose steps have other numbers of samples each"
 
 
