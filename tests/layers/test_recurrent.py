@@ -315,7 +315,7 @@ def test_unrolled_and_rolled_up_it_is_the_same_function(kind):
     assert not RollUpRecurrent()(graph_module).modified
     assert torch.equal(graph_module(images[0]), wanted)
     assert len(str(graph_module.graph).splitlines()) == len(text.splitlines())
-    assert not any("fxprune_unrolled" in name for name, _ in graph_module.named_modules())
+    assert not any("unrolled_recurrent" in name for name, _ in graph_module.named_modules())
 
 
 def test_both_directions_share_one_hessian():
