@@ -152,7 +152,12 @@ class SolveLayers(CalibratedPass):
     def _tell_of_little(self, graph_module: GraphModule, rows: Sequence[LayerReport], calibration: Calibration) -> None:
         """Warn if less than half of the weights were compressed, though the recipe is one for all layers."""
         done = any(row.is_compressed for row in rows)
-        within_budget = all(constraint.is_of_graph for _, chain in self.recipe.entries for constraint in chain)
+        # A budget of MACs is kept or refused, and may well leave whole what holds the weights.
+        within_budget = all(
+            constraint.is_of_graph or (constraint.changes_geometry and constraint.is_shared(self.method))
+            for _, chain in self.recipe.entries
+            for constraint in chain
+        )
         if calibration.is_part or (done and within_budget):
             return  # It is the whole that counts, and the budget.
         if self.recipe.is_uniform and (done or any(annotation(node).changed for node in graph_module.graph.nodes)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -176,3 +178,18 @@ def test_weights_that_no_output_depends_on_are_nothing_to_warn_of():
 def test_no_weight_that_is_used_is_called_unread(model, exclude):
     compiled = fxprune.compile(model, [X[:, :6]], "0.5", method="magnitude", exclude=exclude, progress=False)
     assert not [row for row in compiled.report.layers if "no output depends" in row.reason]
+
+
+def test_ranks_within_a_budget_of_macs_may_leave_most_weights_whole() -> None:
+    """The convolutions have the MACs, the classifier the weights: the budget is kept, so there is nothing to warn of."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(8),
+        nn.Flatten(), nn.Linear(1024, 64),
+    ).eval()  # fmt: skip
+    batches = torch.randn(64, 3, 16, 16).split(32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fxprune.CalibrationWarning)
+        compiled = fxprune.low_rank(model, batches, "macs:0.6", exclude=("6",), progress=False)
+    before, after = compiled.report.macs
+    assert after <= 0.6 * before
+    assert compiled.report["2"].is_compressed
