@@ -40,10 +40,6 @@ BEFORE = {
         "from half of the patches, the order of channels chosen on twice as many images, and ADMM's rho from 0.1 on; p "
         "compares with ours as it was then",
     ),
-    "; logits never scaled below 1": (
-        "‡",
-        "a scale of the logits that was found on calibration images, and at least 1; accuracy and agreement do not depend on it",
-    ),
 }
 HEADING = """# Accuracy
 
@@ -54,7 +50,7 @@ only agreement, KL and the 10,000 images rank close methods; p is McNemar's, two
 Other calibration images move KL by about 4%.
 
 Seconds are processor seconds of the compilation, with other rows beside it: read them as an order of magnitude; `speed.md` has
-the timings. {machines}
+the timings. {machines} Rows with a mark are also from before logits were scaled below 1: their KL is the larger for it.
 
 "ours" is `fxprune.compile(model, batches, pattern)` as it comes, "ours + polish" the same with `Options(polish=8,
 flip=True)`. `sparsegpt` is as published, run on the pruned prefix; `exact_obs` likewise as published: statistics of the
