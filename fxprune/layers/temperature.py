@@ -82,12 +82,14 @@ class BothLogits:
 def logit_scale(logits: BothLogits) -> float:
     """The s with the least mean KL(softmax(dense) || softmax(s found)) over all processes, which is convex in s.
 
-    Of images that are no mixtures the one nearest to 1 that is as good but for a standard error; of a single one, 1.
+    Of images that are no mixtures the one nearest to 1 that is as good but for a standard error; of a single one, 1. Images
+    with infinite logits, or NaN, say nothing.
 
     Returns:
         s, from 1 / LARGEST to LARGEST.
     """
-    dense, found = logits.dense.double(), logits.found.double()
+    finite = torch.isfinite(logits.dense).all(1) & torch.isfinite(logits.found).all(1)
+    dense, found = logits.dense[finite].double(), logits.found[finite].double()
     wanted = dense.softmax(1)
 
     def too_large(s: float) -> bool:

@@ -50,6 +50,10 @@ def test_what_needs_no_scale_gets_none(mixed: bool) -> None:
     assert logit_scale(BothLogits(dense[:1], found[:1], mixed)) == 1  # One image says nothing about others.
     assert logit_scale(BothLogits(dense[:0], found[:0], mixed)) == 1
     assert logit_scale(BothLogits(dense, dense / 2, mixed)) == pytest.approx(2, abs=1e-3)
+    half = dense / 2
+    half[::3], half[1, 0] = torch.nan, -torch.inf
+    assert logit_scale(BothLogits(dense, half, mixed)) == pytest.approx(2, abs=1e-3)
+    assert logit_scale(BothLogits(dense, half * torch.nan, mixed)) == 1
     assert logit_scale(BothLogits(dense, 2 * dense, mixed)) == pytest.approx(1 / 2, abs=1e-3)
     assert logit_scale(BothLogits(dense, dense / 99, mixed)) == pytest.approx(LARGEST, rel=0.01)
 
