@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable, Sequence
@@ -71,6 +72,7 @@ class ProcessGroup:
 
 
 def _work(number: int, count: int, port: int, pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs ignore it, and so would this.
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
