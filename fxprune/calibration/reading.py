@@ -27,9 +27,8 @@ from fxprune.calibration.shapes import Example
 from fxprune.errors import CalibrationError
 from fxprune.runtime.processes import in_order, world
 
-LEAST_TOGETHER = (
-    32  # Held-out images, or mixtures, of several batches are joined up to so many, or to the first batch's size.
-)
+# Held-out images, or mixtures, of several batches are joined up to so many, or to the first batch's size.
+LEAST_TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def read_into(
     if patches and placeholders and fit and example is not None:
         step = image_step(example, images=total - out, patches=patches, least=least)
     keys_after, together = itertools.count(len(keys)), max(LEAST_TOGETHER, sizes[0])
-    held_out, mixed = _Joined(store, together, keys_after), _Joined(store, together, keys_after, mixed=True)
+    held_out, mixed = _Joiner(store, together, keys_after), _Joiner(store, together, keys_after, mixed=True)
     mix = mix and fit and example is not None and example.takes_few
     mixing = Mixing.of(int((total - out) / step))
     slots = list[Slot]()
@@ -174,8 +173,8 @@ def _whole_batches(sizes: list[int], least: int) -> list[Tensor]:
     return masks[::-1]
 
 
-class _Joined:
-    """Images that are not fitted, joined batch by batch where their shapes allow it and put into the store.
+class _Joiner:
+    """Joins images that are not fitted, batch by batch where their shapes allow it, and puts them into the store.
 
     Args:
         store: where they wait.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -12,6 +14,7 @@ from fxprune.geometry import reduction_second
 from fxprune.graph import module_of
 from fxprune.layers.recurrent import Recurrent
 from fxprune.pattern import Pattern
+from fxprune.report import LayerReport
 
 
 def verify(graph_module: GraphModule) -> None:
@@ -26,9 +29,7 @@ def verify(graph_module: GraphModule) -> None:
             raise GraphError(f"parameter {name!r} holds NaN or infinite values")
     of_nodes = [(annotation(node).report, module_of(node)) for node in graph_module.graph.nodes]
     found = report_of(graph_module)
-    # Matrices of recurrent layers have rows, and no node of their own.
-    inside = [(row, _inside(graph_module, row.name)) for row in (() if found is None else found.layers)]
-    for report, module in [*of_nodes, *((row, module) for row, module in inside if module is not None)]:
+    for report, module in [*of_nodes, *_of_recurrent_layers(graph_module, () if found is None else found.layers)]:
         if report is None or not report.pattern:
             continue
         if module is None or not isinstance(getattr(module, "weight", None), Tensor):
@@ -41,8 +42,8 @@ def verify(graph_module: GraphModule) -> None:
             )
 
 
-def _inside(graph_module: GraphModule, name: str) -> nn.Module | None:
-    """The matrix of a recurrent layer that a row is about, or None."""
-    owner, _, last = name.rpartition(".")
-    layer = dict(graph_module.named_modules(remove_duplicate=False)).get(owner)
-    return layer.get_submodule(last) if isinstance(layer, Recurrent) else None
+def _of_recurrent_layers(graph_module: GraphModule, rows: Iterable[LayerReport]) -> list[tuple[LayerReport, nn.Module]]:
+    """The rows about matrices of recurrent layers, which have no node of their own, and these matrices."""
+    layers = {n: m for n, m in graph_module.named_modules(remove_duplicate=False) if isinstance(m, Recurrent)}
+    parts = [(row, *row.name.rpartition(".")) for row in rows]
+    return [(row, layers[owner].get_submodule(last)) for row, owner, _, last in parts if owner in layers]
