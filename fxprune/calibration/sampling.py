@@ -24,7 +24,7 @@ LEAST_IMAGES = 128  # Patches of one image are alike: how images differ is seen 
 LEAST_PATCHES = (
     49_152  # A layer of few columns needs more patches a column than one of many, and its products are cheap.
 )
-LEAST_STEP = Fraction(5, 4)  # To leave out fewer costs more than it saves.
+LEAST_STEP = Fraction(9, 8)  # To leave out fewer costs more than it saves.
 STEP_PARTS = 64  # Steps are multiples of one part in so many, rounded down.
 WHOLE_STEP = 3  # From here on steps are whole numbers: a slice then takes the images, without an index.
 CHECK_EVERY = 4  # Of the images of a layer that sees all of them, one in so many checks what is fitted to the others.

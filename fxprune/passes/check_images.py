@@ -8,13 +8,14 @@ images, or where most activations are dead, nothing can be fitted.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.calibration.batches import count, inputs_of, map_tensors
+from fxprune.calibration.batches import count, inputs_of, map_tensors, take
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.failures import stays_as_it_is
 from fxprune.calibration.holdout import LEAST_IMAGES
@@ -23,6 +24,7 @@ from fxprune.operations import bounds_of
 from fxprune.passes.base import CalibratedPass
 
 IMAGES = 64  # That are looked at.
+RUN_IMAGES = 32  # Of these, through the network.
 CONSTANT = 1e-3  # Standard deviation within images, relative to their largest value.
 DEAD_SHARE = 0.9
 FIRST_NORMS = 3  # Later ones see what the first have made of a wrong input.
@@ -63,12 +65,8 @@ def suspicions(graph_module: GraphModule, batches: list[object]) -> list[str]:
         values = list(inputs_of(batch, placeholders, number, device=device).values())
         if not values or not isinstance(values[0], Tensor) or not values[0].is_floating_point():
             return found
-        inputs.append(values[0])
-        try:
-            watch.run(*map_tensors(values, torch.clone))
-        except Exception as error:  # The run that solves the layers names the place.
-            if stays_as_it_is(error):
-                raise
+        inputs.append(values[0][: IMAGES - seen])
+        if seen < RUN_IMAGES and not _runs(watch, values, RUN_IMAGES - seen):
             return found
         seen += count(values)
         if seen >= IMAGES:
@@ -76,6 +74,18 @@ def suspicions(graph_module: GraphModule, batches: list[object]) -> list[str]:
     found += _of_inputs(inputs)
     found += watch.findings()
     return found
+
+
+def _runs(watch: _Watch, values: list[Any], images: int) -> bool:
+    """Run so many images of a batch, or all where the network takes no other number; whether it does."""
+    for some in (take(values, slice(images)), values):
+        try:
+            watch.run(*map_tensors(some, torch.clone))
+            return True
+        except Exception as error:  # The run that solves the layers names the place.
+            if stays_as_it_is(error):
+                raise
+    return False
 
 
 def _of_inputs(inputs: list[Tensor]) -> Iterator[str]:

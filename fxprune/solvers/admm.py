@@ -20,6 +20,7 @@ from fxprune.solvers.few_columns import LowRankSystems
 from fxprune.solvers.problem import LARGE_WORK, LayerProblem
 from fxprune.solvers.shifted_systems import conjugate_gradients, systems_of
 
+SINGLE_DAMPING = 1e-3  # From here on float32 tells the smallest eigenvalues from rounding.
 START_RHO = 0.03  # From 0.1 on, a layer's error is 1% higher.
 MIN_ITERATIONS = 30
 MAX_ITERATIONS = 300
@@ -46,7 +47,8 @@ def admm(problem: LayerProblem, pattern: Pattern, *, rho: float | None = None) -
         return admm_by_products(problem, pattern, rho=rho)
     rho = START_RHO if rho is None else rho
     scale = problem.hessian.diagonal().sqrt()
-    solve = problem.once("eigenvectors", lambda: _by_eigenvectors(problem.hessian / scale[:, None] / scale))
+    is_exact = problem.damping < SINGLE_DAMPING
+    solve = problem.once("eigenvectors", lambda: _by_eigenvectors(problem.hessian / scale[:, None] / scale, is_exact))
     target = (problem.target / scale).float()  # Only the mask matters, and the steps take half the time in float32.
     sparse = solve(target, 0.0)
     mask = pattern.mask(sparse.abs())
@@ -111,8 +113,8 @@ def admm_by_products(problem: LayerProblem, pattern: Pattern, *, rho: float | No
     return sparse.to(scale) / scale
 
 
-def _by_eigenvectors(hessian: Tensor) -> Callable[[Tensor, float], Tensor]:
-    """X (H + rho I) = Y solved for X: one decomposition for every rho, then two products."""
-    eigenvalues, vectors = (found.float() for found in torch.linalg.eigh(hessian))
+def _by_eigenvectors(hessian: Tensor, is_exact: bool) -> Callable[[Tensor, float], Tensor]:
+    """X (H + rho I) = Y solved for X: one decomposition for every rho, in float64 where asked for, then two float32 products."""
+    eigenvalues, vectors = (x.float() for x in torch.linalg.eigh(hessian if is_exact else hessian.float()))
     eigenvalues = eigenvalues.clamp_min(torch.finfo(eigenvalues.dtype).eps)
     return lambda wanted, rho: (wanted @ vectors / (eigenvalues + rho)) @ vectors.mT
