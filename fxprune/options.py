@@ -47,7 +47,8 @@ class Options:
             NPUs, 32 or 64 for GPUs. A layer that loses none may have any number.
         polish: epochs afterwards in which the activations learn the dense model's, masks fixed; 0 for none. None: 4 where
             channels are removed, which leaves errors that no layer can make up for by itself, and none otherwise.
-        flip: polish on mirrored images too; right for photographs, wrong for digits.
+        flip: mirror images are as good as the images, which is right for photographs and wrong for digits. Where layers need
+            all the images there are, each is fitted beside its mirror image; `polish` mirrors half of them.
         holdout: share of the images, at most 0.5, that takes no part in the statistics; agreement, KL and layer errors in
             the report are measured there. None: a tenth, at least 16, of 64 images or more, and none of fewer.
         seed: seed for everything random.

@@ -22,9 +22,9 @@ from fxprune.calibration.batches import EMPTY, channels_last, count, inputs_of, 
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.mixtures import Mixing
 from fxprune.calibration.needed_images import image_step
-from fxprune.calibration.sampling import BatchPlace, as_index, images_taken
+from fxprune.calibration.sampling import CHECK_EVERY, BatchPlace, as_index, images_taken
 from fxprune.calibration.shapes import Example
-from fxprune.errors import CalibrationError
+from fxprune.errors import CalibrationError, OptionsError
 from fxprune.runtime.processes import in_order, world
 
 # Held-out images, or mixtures, of several batches are joined up to so many, or to the first batch's size.
@@ -64,6 +64,7 @@ class Source:
         step: at which they were taken of those that are not held out, see `images_taken`; 1 for all.
         fingerprint: a hash of the shapes and sums of all batches, to tell one calibration set from another.
         slots: entries of this process's store, in order.
+        with_copies: how many images statistics are sampled from: `images`, and their mirror images after them.
     """
 
     images_read: int
@@ -72,6 +73,7 @@ class Source:
     step: Fraction
     fingerprint: str
     slots: tuple[Slot, ...]
+    with_copies: int
 
 
 @torch.inference_mode()
@@ -86,6 +88,7 @@ def read_into(
     least: int | None,
     fit: bool = True,
     mix: bool = False,
+    flip: bool = False,
 ) -> Source:
     """Fill an empty store with the values of the graph's placeholders.
 
@@ -99,9 +102,11 @@ def read_into(
         least: images that always take part, see there.
         fit: whether statistics are taken; else only the images that are held out are kept, if there are any.
         mix: whether mixtures of images are wanted (`fxprune.calibration.mixtures`); a model of one batch size gets none.
+        flip: whether images are fitted beside their mirror images, where layers need all the images there are.
 
     Raises:
         CalibrationError: if the loader is empty, or a batch cannot be used.
+        OptionsError: if nothing is there that `flip` could mirror.
     """
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     read = list[tuple[int, str]]()
@@ -151,7 +156,52 @@ def read_into(
                 slots.append(Slot(key, number, place))
         if taken or not placeholders:
             place = BatchPlace(place.number + 1, place.first + len(taken), 0)
-    return Source(total, place.first, out, step, fingerprint, (*slots, *held_out.finish(), *mixed.finish()))
+    images, with_copies = place.first, place.first
+    if flip and fit and step == 1:
+        first = (
+            -(-images // CHECK_EVERY) * CHECK_EVERY
+        )  # Mirror images then check what is fitted where their images do.
+        slots += [_mirror_image(slot, store, next(keys_after), place.number, first) for slot in slots]
+        with_copies = first + images
+    slots += (*held_out.finish(), *mixed.finish())
+    return Source(total, images, out, step, fingerprint, tuple(slots), with_copies)
+
+
+def mirrored(values: list[Any], chosen: Tensor | None = None) -> list[Any]:
+    """A model's inputs with images (N, C, H, W) turned from right to left; other inputs as they are.
+
+    Args:
+        values: the inputs.
+        chosen: which images are turned, (N,) bool; None for all.
+
+    Raises:
+        OptionsError: none of them holds images.
+    """
+    images = count(values)
+    if not any(_holds_images(x, images) for x in tensors_in(values)):
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors_in(values))
+        raise OptionsError(f"flip mirrors images (N, C, H, W); the model's inputs have shapes {shapes}")
+
+    def turned(x: Tensor) -> Tensor:
+        if not _holds_images(x, images):
+            return x
+        return x.flip(-1) if chosen is None else torch.where(chosen.to(x.device)[:, None, None, None], x.flip(-1), x)
+
+    found: list[Any] = map_tensors(values, turned)
+    return found
+
+
+def _holds_images(x: Tensor, images: int) -> bool:
+    return x.dim() == 4 and len(x) == images
+
+
+def _mirror_image(slot: Slot, store: BatchStore, key: int, batches: int, first: int) -> Slot:
+    """Another entry of the store, of a batch's mirror images, at places that come after so many batches and images."""
+    assert slot.place is not None
+    values = store.look(slot.key).dense_values
+    store.put(key, BatchValues(dict(zip(values, mirrored(list(values.values())), strict=True))))
+    place = replace(slot.place, number=batches + slot.place.number, first=first + slot.place.first)
+    return replace(slot, key=key, place=place)
 
 
 def _example(graph_module: GraphModule, calibration: Calibration, store: BatchStore) -> Example | None:

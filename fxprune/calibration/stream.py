@@ -155,6 +155,7 @@ class CalibrationStream:
         check: whether the moments of every fourth image are kept by themselves, for layers without patches to spare.
         fit: whether statistics are taken at all; if not, only held-out images run, where there are any.
         mix: whether mixtures of images run too, if the model's output is a classifier's (`StreamedLayer.logits`).
+        flip: whether mirror images take part in the statistics, where layers need all the images there are.
         dense: what runs as the dense model where that has more channels than the graph; None: the graph itself.
     """
 
@@ -170,6 +171,7 @@ class CalibrationStream:
         check: bool = False,
         fit: bool = True,
         mix: bool = False,
+        flip: bool = False,
         dense: DenseTwin | None = None,
     ) -> None:
         self.graph_module = graph_module
@@ -184,6 +186,7 @@ class CalibrationStream:
         self._calibration = calibration
         self._fit = fit
         self._mix = mix
+        self._flip = flip
         self._interpreter = Interpreter(graph_module)
         self._nodes = list(graph_module.graph.nodes)
         self._position = {node: i for i, node in enumerate(self._nodes)}
@@ -231,6 +234,7 @@ class CalibrationStream:
             check=bool(options.shrink or options.temperature),
             fit=fit,
             mix=mix,
+            flip=options.flip,
             dense=dense,
         )
 
@@ -248,6 +252,7 @@ class CalibrationStream:
                 least=self.least_images,
                 fit=self._fit,
                 mix=self._mix and any(map(puts_out_scores, self.calls)),
+                flip=self._flip,
             )
         return self._source
 
@@ -383,7 +388,7 @@ class CalibrationStream:
             geometry,
             x,
             place,
-            images=self.source.images,
+            images=self.source.with_copies,
             patches=self.patches,
             share=share,
             least=self.least_images,
@@ -468,6 +473,7 @@ class CalibrationStream:
             observe_dense=self._twin is not None,
             patches=self.patches,
             least_images=self.least_images,
+            flip=self._flip,
             dense=self._twin,
         )
         with _gathered(stream, nodes) as statistics:

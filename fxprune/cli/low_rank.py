@@ -33,7 +33,7 @@ from fxprune.experiments.tasks import Task
 from fxprune.options import Options
 
 # Steps of pruning that rank reduction does not have.
-SOLVER = Group("Solver", left_out=("permute", "global_budget", "polish", "flip"))
+SOLVER = Group("Solver", left_out=("permute", "global_budget", "polish"))
 
 
 def low_rank(

@@ -30,7 +30,7 @@ from fxprune.options import Options
 
 TABLE, PICTURE = "scan.csv", "scan"
 RECIPES = ("2:4", "1:4")
-HOW = Group(SOLVER.title, left_out=("global_budget", "polish", "flip"))  # of the network, not of a layer
+HOW = Group(SOLVER.title, left_out=("global_budget", "polish"))  # of the network, not of a layer
 
 
 def scan(

@@ -32,8 +32,9 @@ from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.dense_twin import DenseTwin
 from fxprune.calibration.failures import run_graph
 from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
+from fxprune.calibration.reading import mirrored
 from fxprune.consumers import consumers
-from fxprune.errors import GraphError, OptionsError
+from fxprune.errors import GraphError
 from fxprune.geometry import LayerGeometry, MatrixLayer
 from fxprune.graph import Runner, device_of
 from fxprune.layers.problem import layer_of
@@ -129,10 +130,10 @@ class Polish(CalibratedPass):
         later = AveragedModel(weights.scaled)
         for taken, number in enumerate(torch.randperm(len(steps), generator=generator, device="cpu").tolist()):
             step = steps[number]
-            mirrored = _half(step.images, generator) if self.flip else None
+            turned = _half(step.images, generator) if self.flip else None
             if step.inputs is not None:
                 with torch.enable_grad():
-                    loss = distance(step.inputs if mirrored is None else _mirrored(step.inputs, mirrored))
+                    loss = distance(step.inputs if turned is None else mirrored(step.inputs, turned))
                 loss.backward()
             weights.step(step_size, step.process)
             if taken >= len(steps) // 2:
@@ -327,15 +328,6 @@ def _steps(graph_module: GraphModule, calibration: Calibration) -> tuple[list[_S
 def _half(images: int, generator: torch.Generator) -> Tensor:
     """About half of so many images, (N,) bool."""
     return torch.rand(images, generator=generator, device="cpu") < 0.5
-
-
-def _mirrored(inputs: Inputs, mirrored: Tensor) -> Inputs:
-    """The images of a step, (N, C, H, W), those chosen, (N,), from right to left."""
-    images, *others = inputs
-    if images.dim() != 4:
-        raise OptionsError(f"flip mirrors images (N, C, H, W); the model's input has shape {tuple(images.shape)}")
-    chosen = mirrored.to(images.device)
-    return [torch.where(chosen[:, None, None, None], images.flip(-1), images), *others]
 
 
 def _update_report(

@@ -114,7 +114,7 @@ def admm_by_products(problem: LayerProblem, pattern: Pattern, *, rho: float | No
 
 
 def _by_eigenvectors(hessian: Tensor, is_exact: bool) -> Callable[[Tensor, float], Tensor]:
-    """X (H + rho I) = Y solved for X: one decomposition for every rho, in float64 where asked for, then two float32 products."""
+    """X (H + rho I) = Y solved for X: one decomposition for every rho, in float64 if it is to be exact, then two products."""
     eigenvalues, vectors = (x.float() for x in torch.linalg.eigh(hessian if is_exact else hessian.float()))
     eigenvalues = eigenvalues.clamp_min(torch.finfo(eigenvalues.dtype).eps)
     return lambda wanted, rho: (wanted @ vectors / (eigenvalues + rho)) @ vectors.mT

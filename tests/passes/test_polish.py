@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import FxPruneError, Options
-from fxprune.passes.polish import _half, _mirrored
+from fxprune.calibration.reading import mirrored
+from fxprune.passes.polish import _half
 
 
 @pytest.fixture
@@ -171,9 +172,9 @@ def test_channels_are_polished_by_default(model, batches):
 
 def test_flip_mirrors_half_of_the_images():
     images = torch.arange(64 * 6.0).reshape(64, 1, 2, 3)
-    mirrored, other = _mirrored([images, 5], _half(64, torch.Generator().manual_seed(0)))
-    same = [torch.equal(a, b) for a, b in zip(mirrored, images, strict=True)]
-    turned = [torch.equal(a, b.flip(-1)) for a, b in zip(mirrored, images, strict=True)]
+    found, other = mirrored([images, 5], _half(64, torch.Generator().manual_seed(0)))
+    same = [torch.equal(a, b) for a, b in zip(found, images, strict=True)]
+    turned = [torch.equal(a, b.flip(-1)) for a, b in zip(found, images, strict=True)]
     assert all(a != b for a, b in zip(same, turned, strict=True))
     assert 16 < sum(same) < 48
     assert other == 5
