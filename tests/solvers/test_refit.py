@@ -57,9 +57,20 @@ def test_equals_lstsq_on_the_support(make_case, columns, kind):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
         assert not found[~mask].any()
     for start in (None, case.weight, expected):
-        found = by_conjugate_gradients(case.problem, mask, start=start, tolerance=1e-4)
+        found = by_conjugate_gradients(case.problem, mask, start=start, tolerance=1e-5)
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
         assert not found[~mask].any()
+
+
+@pytest.mark.parametrize("kind", ["2:4", "uneven"])
+def test_a_row_does_not_depend_on_the_others(make_case, kind):
+    """They stop one by one, and those that are left go on by themselves."""
+    case, mask = make_case(6, 40, correlation=0.3), masks(40)[kind]
+    found = by_conjugate_gradients(case.problem, mask, start=case.weight)
+    for row in range(len(mask)):
+        alone = torch.tensor([row])
+        only = by_conjugate_gradients(case.problem.rows(alone), mask[alone], start=case.weight[alone])
+        torch.testing.assert_close(only, found[alone], rtol=1e-9, atol=1e-12)
 
 
 def test_chunks_give_the_same(make_case, monkeypatch):
