@@ -42,7 +42,7 @@ WORTH = (
 )
 WORTH_OF_OUTPUT = 2e-3  # So much of the output's energy a damping has to save.
 TRIAL_ROWS = 16
-TRIAL_TOLERANCE = 3e-3  # Leaves 1e-5 of the output's energy, of which WORTH_OF_OUTPUT counts. At 1e-2 more damping seemed better than it is.
+TRIAL_TOLERANCE = 3e-3  # At 1e-2 more damping seemed better than it is.
 LARGEST_FACTOR = 2.0
 MIXTURES = 32
 LEFT_OUT = 1e-4  # Of the trace of a Hessian, where a trial takes it for one of few columns.
