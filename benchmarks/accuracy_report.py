@@ -41,6 +41,10 @@ BEFORE = {
         "compares with ours as it was then",
     ),
 }
+MOBILE = {  # CSV: heading
+    "photographs": "## EfficientNet-Lite1, on photographs\n\nImageNet weights, 250 test images; `photographs.md`.",
+    "mobile": "## MobileNetV2, on CIFAR-10\n\nA short training on a CPU, 10,000 JPEG-coded test images; `mobile.md`.",
+}
 HEADING = """# Accuracy
 
 One-shot pruning of trained CIFAR-10 ResNets, {images} calibration images, first convolution dense, no retraining. Accuracy
@@ -104,7 +108,25 @@ def main() -> None:
                 figures += [f"{float(row['kl']):.4f}", f"{float(row['seconds']):.0f}"]
                 method = f"{row['method']} {_mark(row)}".strip()
                 lines.append(f"| {row['pattern']} | {method} | {' | '.join(figures)} |")
+    lines += mobile_tables()
     (HERE / "accuracy.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def mobile_tables() -> list[str]:
+    """The two mobile networks, from the tables of their own benchmarks, which say more."""
+    lines = []
+    for name, what in MOBILE.items():
+        with (HERE / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["pattern"] in ("2:4", "1:4")]
+        lines.append(f"\n{what}\n\nDense: {float(rows[0]['dense_accuracy']):.1f}%.\n")
+        lines.append("| pattern | images | method | accuracy | agreement | KL |")
+        lines.append("|---|---|---|---|---|---|")
+        lines += [
+            f"| {row['pattern']} | {row['images']} | {row['method']} | {float(row['accuracy']):.1f} "
+            f"| {float(row['agreement']):.1f} | {float(row['kl']):.3f} |"
+            for row in rows
+        ]
+    return lines
 
 
 def _mark(row: dict[str, str]) -> str:

@@ -31,6 +31,7 @@ from fxprune.experiments.training_recipe import TrainingRecipe
 HERE = Path(__file__).resolve().parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 METHODS = {
+    "magnitude": ("magnitude", Options()),
     "sparsegpt": ("sparsegpt", Options()),
     "ours, depthwise and first layer left alone": ("admm", Options(reconstruct=False)),
     "ours": ("admm", Options()),

@@ -35,7 +35,8 @@ METHODS = {
     "ours without temperature": ("admm", Options(temperature=False)),
     "ours": ("admm", Options()),
     "ours + ReLU-aware targets": ("admm", Options(target="relu_aware")),
-    "ours + ReLU-aware targets + polish": ("admm", Options(target="relu_aware", polish=4, flip=True)),
+    "ours + mirror images": ("admm", Options(flip=True)),
+    "ours + polish": ("admm", Options(polish=4)),
 }
 
 
