@@ -23,7 +23,7 @@ from fxprune.calibration.batches import (
     tensors_in,
 )
 from fxprune.calibration.failures import remedy_for, said, stays_as_it_is
-from fxprune.calibration.output_error import OutputAgreement
+from fxprune.calibration.output_score import OutputScore
 from fxprune.errors import EvaluationError, EvaluationWarning
 from fxprune.fine_tuning.recorded_zeros import FilledZerosWarning, filled_zeros
 from fxprune.runtime.devices import checked_device
@@ -142,7 +142,7 @@ def agreement(
     Raises:
         EvaluationError: no batches, a model that fails on one, outputs that are no finite logits, or different class counts.
     """
-    seen, classes = OutputAgreement(), 0
+    seen, classes = OutputScore(), 0
     with _ready(model_a, device) as place_a, _ready(model_b, device) as place_b:
         for number, batch in enumerate(loader):
             logits_a = _logits(model_a, _inputs(model_a, batch, number), place_a, number)

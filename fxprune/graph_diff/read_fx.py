@@ -72,7 +72,7 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
         nodes=tuple(nodes),
         parameters={name: parameter.detach() for name, parameter in parameters.values()},
         changes=changes(graph_module),
-        compressed="" if report is None else _what_was_done(report),
+        compressed="" if report is None else report.done,
         shapes_known=bool(shapes),
         notes=(
             *([f"{filled}."] if filled else []),
@@ -81,16 +81,9 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
     )
 
 
-def _what_was_done(report: PruneReport) -> str:
-    """In two or three words, such as "pruned to 2:4" or "factored (channel)"."""
-    kinds = {layer.status for layer in report.layers}
-    kind = next((kind for kind in ("factored", "narrowed") if kind in kinds), "")
-    return f"{kind} ({report.pattern})" if kind else f"pruned to {report.pattern}"
-
-
 def _title(graph_module: GraphModule, report: PruneReport | None, filled: FilledZeros) -> str:
     name = graph_module._get_name()
-    told = name if report is None else f"{name} {_what_was_done(report)} with {report.method}"
+    told = name if report is None else f"{name} {report.done} with {report.method}"
     return f"{told}{', zeros filled in since' if filled else ''}"
 
 
