@@ -20,7 +20,9 @@ from fxprune.errors import ExportError
 from fxprune.export.half_precision import PREFIX, Float16Inside
 from fxprune.export.inputs_outputs import input_names, named_outputs
 from fxprune.export.layer_check import TRANSPOSED
+from fxprune.export.weight_uses import GATES, RECURRENT
 from fxprune.intake.record import intake
+from fxprune.layers.recurrent import Recurrent
 from fxprune.runtime.quiet import quiet
 
 # What the axes after the channels are called where they are left open, by their number.
@@ -259,6 +261,9 @@ def _tidy(program: torch.onnx.ONNXProgram, module: nn.Module) -> None:
                 if f"{name}{TRANSPOSED}" not in graph.initializers:
                     value.name = f"{name}{TRANSPOSED}"
                 break
+    for node in graph.all_nodes():
+        if node.op_type in RECURRENT:
+            _name_recurrent(node, module, set(graph.initializers))
     ports = [*graph.inputs, *graph.outputs]
     taken = {value.name for value in ports}
     between = [*graph.initializers.values(), *(value for node in graph.all_nodes() for value in node.outputs)]
@@ -273,3 +278,29 @@ def _tidy(program: torch.onnx.ONNXProgram, module: nn.Module) -> None:
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
+
+
+def _name_recurrent(node: Any, module: nn.Module, taken: set[str]) -> None:
+    """Give the matrices of a recurrent node, which hold both directions and other gates' order, the names of the first of them.
+
+    W becomes "lstm.weight_ih_l0", R "lstm.weight_hh_l0", B "lstm.bias_l0". Found by their values.
+    """
+    values = [value if value is not None and value.const_value is not None else None for value in node.inputs[1:4]]
+    if not values or values[0] is None:
+        return
+    stored = torch.from_numpy(values[0].const_value.numpy())[0]
+    size, order = len(stored) // len(GATES[node.op_type]), GATES[node.op_type]
+    first = torch.cat([stored[gate * size : (gate + 1) * size] for gate in order])
+    for name, layer in module.named_modules():
+        if not isinstance(layer, (nn.RNNBase, Recurrent)):
+            continue
+        for suffix in [f"l{number}" for number in range(layer.num_layers)]:
+            matrix = layer.matrix("ih", suffix) if isinstance(layer, Recurrent) else layer
+            weight = getattr(matrix, "weight" if isinstance(layer, Recurrent) else f"weight_ih_{suffix}").detach()
+            if weight.shape != first.shape or not torch.equal(weight.cpu().to(first.dtype), first):
+                continue
+            for value, kind in zip(values, ("weight_ih", "weight_hh", "bias"), strict=False):
+                own = ".".join(filter(None, (name, f"{kind}_{suffix}")))
+                if value is not None and own not in taken:
+                    value.name = own
+            return
