@@ -83,7 +83,14 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
         parameters=parameters,
         compressed=f"pruned to {pattern}" if pattern else "",
         shapes_known=any(node.macs is not None for node in nodes),
-        notes=(f"What happens inside {', '.join(nested)} is not compared.",) if nested else (),
+        notes=(
+            *([f"What happens inside {', '.join(nested)} is not compared."] if nested else []),
+            *(
+                f"MACs leave out {node.name}: its number of time steps is not known."
+                for node in nodes
+                if node.weights.matrices and node.macs is None
+            ),
+        ),
     )
 
 

@@ -133,7 +133,8 @@ class Case:
             overwritten = (
                 f"overwrites '.*' in place, and node '.*' later reads '({inputs})', which may share its memory"
             )
-            names = [name for name in self.recipe if f"self.{name}(" not in self.network.script] if by_name else []
+            called = {name: f"self.{name.partition('.')[0]}(" in self.network.script for name in self.recipe if by_name}
+            names = [name for name in called if not called[name]]
             uncalled = "|".join(map(re.escape, names))
             reasons = {
                 "out of reach": "",
@@ -213,10 +214,11 @@ def cases(draw: Any) -> Case:
         recipe = "0.5"
     if "channels" in recipe:
         options["channel_multiple"] = d.one(1, 2, 4)
-    lines = [line.split() for line in network.script.splitlines() if "nn.Conv" in line]
+    lines = [line.split() for line in network.script.splitlines() if "nn.Conv" in line or "self.rnn" in line]
     layers = [line[0].removeprefix("self.") for line in lines if line[1] == "=" and "unused" not in line[0]]
+    layers = [f"{name}.{d.one('weight_ih_l0', 'weight_hh_l0')}" if name.startswith("rnn") else name for name in layers]
     if recipe == "by name":
         first, second = d.one("1:4", "0.7", "dense", "rank:ratio=0.6"), d.one("2:4", "dense", "0.5")
         recipe = {d.one(*layers): first, "*": second}
-    exclude = (d.one(*layers),) if layers and d.maybe(2) else ()
+    exclude = (d.one(*layers, *[name.partition(".")[0] for name in layers]),) if layers and d.maybe(2) else ()
     return Case(network, recipe, method, options, exclude)
