@@ -79,7 +79,9 @@ def the_report_is_true(case: Case) -> None:
         whole = rows.get(name.rpartition(".")[0])
         if whole is not None and whole.status == "factored" and not whole.pattern:
             continue  # One row for both factors.
-        assert name in rows, f"{name} has no row"
+        if name not in rows:  # The row of a weight with several owners is that of the first.
+            assert any(used[other].weight is module.weight for other in rows.keys() & used.keys()), f"{name} has no row"
+            continue
         row = rows[name]
         if not hasattr(module, "parametrizations"):
             assert row.shape == tuple(weight.shape), (row, weight.shape)
@@ -233,6 +235,8 @@ def the_onnx_file_agrees(case: Case) -> None:
             wanted = case.outputs(case.compiled, n, 52)
             coarsest = max(ROUNDING[t.dtype] for t in wanted)  # A half precision model rounds where its file does not.
             factor = max(20.0, coarsest / ROUNDING[torch.float32])
+            if "rnn" in case.network.script and coarsest == ROUNDING[torch.float16]:
+                factor *= 5  # From time step to time step what was rounded adds up.
             same_outputs([t.float() for t in wanted], found, factor=factor)
 
 
