@@ -136,7 +136,7 @@ def _block_view(diff: GraphDiff, block: _Block, box: Box) -> dict[str, Any]:
         "index": index,
         "node": node,
         "mark": MARKS[node.status].strip(),
-        "title": node.name if block.is_card else _label(node),
+        "title": _tail(node.name, int((box.width - 48) / _NAME_WIDTH)) if block.is_card else _label(node),
         "subtitle": _subtitle(node) if block.is_card else "",
         "kept": None if not node.state.weights else 1 - node.state.sparsity,
         "strips": [(i, _strip_name(diff.nodes[i], node)) for i in block.members[1:]],
@@ -144,6 +144,20 @@ def _block_view(diff: GraphDiff, block: _Block, box: Box) -> dict[str, Any]:
         "box": box,
         "head_height": (_CARD_HEIGHT if block.is_card else _PILL_HEIGHT),
     }
+
+
+def _tail(name: str, most: int) -> str:
+    """A module's path of at most so many characters: what it ends with tells layers apart.
+
+    >>> _tail("encoder.layers.encoder_layer_0.self_attention.q_proj", 30)
+    '…self_attention.q_proj'
+    """
+    if len(name) <= most:
+        return name
+    parts = name.split(".")
+    while len(parts) > 1 and len(".".join(parts)) >= most:
+        parts.pop(0)
+    return f"…{'.'.join(parts)[1 - most :]}"
 
 
 def _strip_name(norm: NodeDiff, layer: NodeDiff) -> str:
