@@ -54,8 +54,15 @@ def to_onnx_program(
         names_out: names of its outputs; None likewise, or for the keys and fields of what forward returns, or "output".
 
     Raises:
-        ExportError: the exporter fails, fixes a size that was to be open, or cannot reach the opset; or the names do not fit.
+        ExportError: the exporter fails, or is known to; it fixes a size that was to be open, or cannot reach the opset; or the names do not fit.
     """
+    for name, layer in model.named_modules():
+        if getattr(layer, "proj_size", 0) and isinstance(layer, (nn.RNNBase, Recurrent)):
+            raise ExportError(
+                f"{name or 'the model'} is an LSTM with a projection (proj_size={layer.proj_size}), which ONNX's LSTM does not "
+                "have, and for which torch.onnx.export writes a file that does not load; save the model with fxprune.save, or "
+                "train it without proj_size"
+            )
     module = _prepared(model, precision)
     # The file takes float32, in fp16 as well.
     inputs = tuple((x.float() if x.is_floating_point() else x).contiguous() for x in inputs)
