@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fxprune
 from fxprune.annotations import annotation
-from fxprune.errors import ExportError
+from fxprune.errors import ExportError, PatternError
 from fxprune.export import inspect_onnx
 from fxprune.graph import module_of
 from fxprune.intake.origins import origins
@@ -382,6 +382,15 @@ def test_cells_are_two_layers_that_are_called_at_several_places(kind, options, t
     torch.testing.assert_close(again(images[0]), compiled(images[0]), rtol=1e-5, atol=1e-6)
     fxprune.export_onnx(compiled, tmp_path / "net.onnx", images[0])
     assert torch.equal(fxprune.compile(net, images, "2:4", exclude=("*",), progress=False)(images[0]), net(images[0]))
+
+
+def test_a_recipe_may_name_a_matrix_of_a_layer_that_is_excluded():
+    net, images = Net(nn.GRU(8, 12)), [torch.randn(64, 5, 8)]
+    recipe = {"layer.weight_hh_l0": "1:4", "*": "2:4"}
+    compiled = fxprune.compile(net, images, recipe, exclude=["layer"], progress=False)
+    assert [compiled.report[f"layer.weight_{kind}_l0"].reason for kind in ("ih", "hh")] == ["excluded"] * 2
+    with pytest.raises(PatternError, match=r"'layer.weight_hh_l1' matches no layer that the model calls"):
+        fxprune.compile(net, images, {"layer.weight_hh_l1": "1:4", "*": "2:4"}, progress=False)
 
 
 def test_two_factors_are_declined_with_the_reason():
