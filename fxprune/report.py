@@ -236,7 +236,11 @@ class PruneReport:
             return ""
         total = sum(layer.dead_outputs for layer in rows)
         worst = max(rows, key=lambda layer: layer.dead_outputs)
-        where = f"of {worst.name}" if len(rows) == 1 else f"in {len(rows)} layers, most ({worst.dead_outputs}) of {worst.name}"
+        where = (
+            f"of {worst.name}"
+            if len(rows) == 1
+            else f"in {len(rows)} layers, most ({worst.dead_outputs}) of {worst.name}"
+        )
         return f"Output channels that have lost all their weights, and give their bias alone: {total} {where}."
 
     def _table(self, width: int, without: str) -> RenderableType:

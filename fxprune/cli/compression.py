@@ -180,7 +180,9 @@ def _finish(run: Run, results: dict[str, Any], exported: OnnxReport | None, wher
 
     name = "pruned" if run.command == "prune" else "low rank"
     rows = [("dense", percent("dense_accuracy"), "", "", "")] if "dense_accuracy" in results else []
-    agrees, kl = (format(results[key], form) if key in results else "" for key, form in (("agreement", ".2%"), ("kl", ".4f")))
+    agrees, kl = (
+        format(results[key], form) if key in results else "" for key, form in (("agreement", ".2%"), ("kl", ".4f"))
+    )
     rows.append((name, percent("accuracy"), agrees, kl, f"{results['sparsity']:.1%}"))
     if exported is not None:
         rows.append(("in onnxruntime", percent("onnx_accuracy"), "", "", f"{exported.sparsity:.1%}"))

@@ -47,5 +47,7 @@ def _option(flags: str, text: str, width: int) -> list[str]:
     if beside and lines:
         lines[0] = f"  {typer.style(flags, fg='cyan')}{lines[0][2 + len(flags) :]}"
         return lines
-    flag_lines = textwrap.wrap(flags, width - 2, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    flag_lines = textwrap.wrap(
+        flags, width - 2, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
     return [*(f"  {typer.style(line, fg='cyan')}" for line in flag_lines), *lines]

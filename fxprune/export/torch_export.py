@@ -54,7 +54,8 @@ def to_onnx_program(
         names_out: names of its outputs; None likewise, or for the keys and fields of what forward returns, or "output".
 
     Raises:
-        ExportError: the exporter fails, or is known to; it fixes a size that was to be open, or cannot reach the opset; or the names do not fit.
+        ExportError: the exporter fails, or is known to; it fixes a size that was to be open, or cannot reach the opset; or the
+            names do not fit.
     """
     for name, layer in model.named_modules():
         if getattr(layer, "proj_size", 0) and isinstance(layer, (nn.RNNBase, Recurrent)):

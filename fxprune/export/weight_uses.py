@@ -119,7 +119,9 @@ def graph_weights(model: ModelProto) -> GraphWeights:
             for matrices in filter(None, (scope.get(source) for source in node.input[1:3])):
                 uses += _recurrent_uses(node, name, matrices)
                 read |= matrices.sources
-            read |= {source for value in map(scope.get, node.input[3:4]) if value is not None for source in value.sources}
+            read |= {
+                source for value in map(scope.get, node.input[3:4]) if value is not None for source in value.sources
+            }
         if node.op_type not in WEIGHT_INPUTS or node.domain not in (*DEFAULT_DOMAINS, MICROSOFT):
             continue
         found = False

@@ -124,8 +124,7 @@ def _require_related(found: GraphDiff) -> None:
     }
     pairs = [(node.before, node.after) for node in found.nodes if node.before is not None and node.after is not None]
     alike = any(
-        old.op == new.op and old.weights and (_size(old) == _size(new) or old.node == new.node)
-        for old, new in pairs
+        old.op == new.op and old.weights and (_size(old) == _size(new) or old.node == new.node) for old, new in pairs
     )
     several = any(node.status == "replaced" and node.weight_change is not None for node in found.nodes)
     if alike or several or not all(sides.values()):

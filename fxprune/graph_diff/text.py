@@ -19,7 +19,13 @@ MARKS = {"unchanged": " ", "changed": "~", "removed": "-", "inserted": "+", "rep
 STYLES = {"unchanged": "dim", "changed": "yellow", "removed": "red", "inserted": "green", "replaced": "magenta"}
 NOT_PRUNED = "not pruned: "
 _MAIN = ("pruned", "re-fitted")  # beside these, what follows goes without saying
-_MINOR = ("bias changed", "bias differs by rounding", "channels permuted", "channels removed", "channels removed and permuted")
+_MINOR = (
+    "bias changed",
+    "bias differs by rounding",
+    "channels permuted",
+    "channels removed",
+    "channels removed and permuted",
+)
 _WEIGHT = "weight: ‖after − before‖ / ‖before‖, with BatchNorm folded into before where it is in after."
 _OUTPUT_ERROR = "output error: ‖y_dense − y_pruned‖² / ‖y_dense − mean‖² on calibration images (held-out if any)."
 

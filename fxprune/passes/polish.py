@@ -359,5 +359,7 @@ def _update_report(
     report = report_of(graph_module)
     assert report is not None
     every_layer = tuple(measured.get(layer.name, layer) for layer in report.layers)
-    report = replace(report, layers=every_layer, agreement=score.share, kl=score.kl, output_errors=score.relative_errors)
+    report = replace(
+        report, layers=every_layer, agreement=score.share, kl=score.kl, output_errors=score.relative_errors
+    )
     annotate_graph(graph_module, report=report)

@@ -86,7 +86,7 @@ def mark(name: str, names: Sequence[str]) -> Mark:
 
 
 def shortened(name: str, length: int) -> str:
-    """A layer's name in at most `length` letters: words are cut from the first on, those with numbers, and the last, after them.
+    """A layer's name in at most `length` letters: words are cut, those with numbers after others, the last one at last.
 
     >>> shortened("backbone.features.stage3.depthwise.conv", 30)
     'ba….fe….stage3.depthwise.conv'

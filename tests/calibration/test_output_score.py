@@ -101,5 +101,8 @@ def test_a_model_that_was_compressed_before_is_called_so() -> None:
     assert factored.report.given == ""
     report = fxprune.compile(factored, images, exclude=["3"], progress=False).report
     assert report.given == "factored (rank macs:0.7) with data_aware"
-    assert "top-1 agreement with the model given, which was factored (rank macs:0.7) with data_aware before" in report.summary
+    assert (
+        "top-1 agreement with the model given, which was factored (rank macs:0.7) with data_aware before"
+        in report.summary
+    )
     assert "the dense model" not in report.summary

@@ -177,7 +177,9 @@ def _restore_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_is_no_classifier_has_no_agreement(fxprune: Fxprune, net: Path, tmp_path: Path, size: int) -> None:
     images = np.random.default_rng(1).random((80, 1, size, size), np.float32)
     np.savez(tmp_path / "more.npz", images=images)
-    said = fxprune("prune", *given(net, tmp_path / "more.npz"), *GREY, "--calibration-images", 70, "--out", tmp_path / "a")
+    said = fxprune(
+        "prune", *given(net, tmp_path / "more.npz"), *GREY, "--calibration-images", 70, "--out", tmp_path / "a"
+    )
     assert "do not look like the logits of a trained classifier" in " ".join(said.split())
     assert "agreement with" not in said
     assert "Top-1 agreement" not in said

@@ -214,7 +214,9 @@ def cases(draw: Any) -> Case:
         recipe = "0.5"
     if "channels" in recipe:
         options["channel_multiple"] = d.one(1, 2, 4)
-    lines = [line.split() for line in network.script.splitlines() if "nn.Conv" in line or line.strip().startswith("self.rnn")]
+    lines = [
+        line.split() for line in network.script.splitlines() if "nn.Conv" in line or line.strip().startswith("self.rnn")
+    ]
     layers = [line[0].removeprefix("self.") for line in lines if line[1] == "=" and "unused" not in line[0]]
     layers = [f"{name}.{d.one('weight_ih_l0', 'weight_hh_l0')}" if name.startswith("rnn") else name for name in layers]
     if recipe == "by name":

@@ -59,7 +59,10 @@ def test_the_report_counts_them_and_warns_of_many(tmp_path: Path) -> None:
     with pytest.warns(fxprune.CalibrationWarning, match="3 of 8 output channels of 2 have lost all their weights"):
         compiled = fxprune.compile(net, images.split(16), "0.7", method="magnitude", exclude=["4"], progress=False)
     assert [row.dead_outputs for row in compiled.report.layers] == [0, 3, 0]
-    assert "Output channels that have lost all their weights, and give their bias alone: 3 of 2." in compiled.report.summary
+    assert (
+        "Output channels that have lost all their weights, and give their bias alone: 3 of 2."
+        in compiled.report.summary
+    )
     assert "3 output channels all zero" in " ".join(str(compiled.report).split())
     fxprune.export_onnx(compiled, tmp_path / "net.onnx", images[:2])
     told = inspect_onnx(tmp_path / "net.onnx")
