@@ -170,9 +170,7 @@ def _weights(
         named = {"weight": gamma, "bias": beta, "running_mean": mean, "running_var": var}
         return Weights(None, named, scale=scale, shift=beta - mean * scale)
     if node.op_type in RECURRENT:
-        matrices = {
-            name: stored[name].flatten(0, 1) for name in ("W", "R") if name in stored and stored[name].dim() == 3
-        }
+        matrices = {name: x.flatten(0, 1) for name, x in stored.items() if name in ("W", "R") and x.dim() == 3}
         others = {"bias" if name == "B" else name: x for name, x in stored.items() if name not in matrices}
         return Weights(None, others, matrices=matrices)
     if use is None:
