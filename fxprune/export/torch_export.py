@@ -16,6 +16,7 @@ from onnxscript.function_libs.torch_lib.ops.core import aten_as_strided
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxprune.annotations import graph_annotation
 from fxprune.errors import ExportError
 from fxprune.export.half_precision import PREFIX, Float16Inside
 from fxprune.export.inputs_outputs import input_names, named_outputs
@@ -98,6 +99,13 @@ def to_onnx_program(
     except ExportError:
         raise
     except Exception as error:  # the exporter lets through whatever its many stages raise
+        if not _runs(module, inputs):
+            given = ", ".join(str(tuple(x.shape)) for x in inputs)
+            known = ", ".join(f"{form.name} {form.shape}" for form in graph_annotation(model).inputs)
+            raise ExportError(
+                f"{type(model).__name__} does not run on inputs of shape {given}: {_cause(error)}"
+                f"{known and f'. It was calibrated on {known}'}"
+            ) from error
         raise ExportError(f"torch.onnx.export fails on {type(model).__name__}: {_cause(error)}{advice}") from error
     assert program is not None
     reached = program.model.opset_imports.get("")

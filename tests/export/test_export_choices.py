@@ -432,3 +432,10 @@ def test_no_warning_where_all_is_well(compiled: GraphModule, tmp_path: Path) -> 
 def test_the_old_order_of_arguments_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"takes the model first, .*validate_onnx\(model, path, loader\)"):
         validate_onnx(tmp_path / "m.onnx", pooled(), [X])  # type: ignore[arg-type]
+
+
+def test_inputs_of_a_wrong_size_are_told_beside_those_that_were_calibrated_on(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    compiled = fxprune.compile(net, [torch.randn(16, 3, 8, 8)], progress=False)
+    with pytest.raises(ExportError, match=r"does not run on inputs of shape \(2, 4, 8, 8\): .*calibrated on input \(4, 3"):
+        fxprune.export_onnx(compiled, tmp_path / "net.onnx", torch.randn(2, 4, 8, 8))

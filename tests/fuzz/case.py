@@ -98,9 +98,12 @@ class Case:
         recipe = arguments.pop("recipe", self.recipe)
         with warnings.catch_warnings(), self.refusals():
             warnings.simplefilter("ignore", CalibrationWarning)
-            return fxprune.compile(
+            found = fxprune.compile(
                 model, batches, recipe, method=method or self.method, device="cpu", progress=False, **arguments
             )
+            if not isinstance(found, CompiledModule):  # What was no graph was compiled in parts: for a reason that we know?
+                raise GraphError(" ".join(found.report.notes))
+            return found
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -129,9 +132,11 @@ class Case:
         try:
             yield
         except (OptionsError, GraphError, PatternError) as error:
-            inputs, by_name = "|".join(self.network.names), isinstance(self.recipe, dict)
+            by_name = isinstance(self.recipe, dict)
+            # An input, or another name for a value: `contiguous` of what is contiguous.
+            names_of_one = "|".join([*self.network.names, r"contiguous(_\d+)?"])
             overwritten = (
-                f"overwrites '.*' in place, and node '.*' later reads '({inputs})', which may share its memory"
+                f"overwrites '.*' in place, and node '.*' later reads '({names_of_one})', which may share its memory"
             )
             called = {name: f"self.{name.partition('.')[0]}(" in self.network.script for name in self.recipe if by_name}
             names = [name for name in called if not called[name]]
@@ -139,7 +144,7 @@ class Case:
             reasons = {
                 "out of reach": "",
                 "nothing can be compressed": "",
-                overwritten: "writes into a piece of the input",
+                overwritten: "writes into what it reads later under another name",
                 f"the recipe's '({uncalled})' matches no layer that": "a layer that nobody calls",
             }
             for reason, short in reasons.items():
