@@ -437,5 +437,7 @@ def test_the_old_order_of_arguments_is_named(tmp_path: Path) -> None:
 def test_inputs_of_a_wrong_size_are_told_beside_those_that_were_calibrated_on(tmp_path):
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
     compiled = fxprune.compile(net, [torch.randn(16, 3, 8, 8)], progress=False)
-    with pytest.raises(ExportError, match=r"does not run on inputs of shape \(2, 4, 8, 8\): .*calibrated on input \(4, 3"):
+    with pytest.raises(
+        ExportError, match=r"does not run on inputs of shape \(2, 4, 8, 8\): .*calibrated on input \(4, 3"
+    ):
         fxprune.export_onnx(compiled, tmp_path / "net.onnx", torch.randn(2, 4, 8, 8))

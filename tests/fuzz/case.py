@@ -101,7 +101,9 @@ class Case:
             found = fxprune.compile(
                 model, batches, recipe, method=method or self.method, device="cpu", progress=False, **arguments
             )
-            if not isinstance(found, CompiledModule):  # What was no graph was compiled in parts: for a reason that we know?
+            if not isinstance(
+                found, CompiledModule
+            ):  # What was no graph was compiled in parts: for a reason that we know?
                 raise GraphError(" ".join(found.report.notes))
             return found
 
