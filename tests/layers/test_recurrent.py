@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fxprune
 from fxprune.annotations import annotation
-from fxprune.errors import ExportError, PatternError
+from fxprune.errors import ExportError, OptionsError, PatternError
 from fxprune.export import inspect_onnx
 from fxprune.graph import module_of
 from fxprune.intake.origins import origins
@@ -391,6 +391,33 @@ def test_a_recipe_may_name_a_matrix_of_a_layer_that_is_excluded():
     assert [compiled.report[f"layer.weight_{kind}_l0"].reason for kind in ("ih", "hh")] == ["excluded"] * 2
     with pytest.raises(PatternError, match=r"'layer.weight_hh_l1' matches no layer that the model calls"):
         fxprune.compile(net, images, {"layer.weight_hh_l1": "1:4", "*": "2:4"}, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (nn.GRU(8, 8, batch_first=True), "weight_hh_l0"),
+        (nn.LSTMCell(8, 8), "weight_ih"),
+        (nn.MultiheadAttention(8, 2, batch_first=True), "k_proj"),
+    ],
+)
+def test_what_the_report_names_can_be_excluded(layer, name):
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.tail, self.kind = layer, nn.Linear(8, 8), type(layer)
+
+        def forward(self, x):
+            if self.kind is nn.LSTMCell:
+                return self.tail(self.layer(x[:, 0])[0])
+            return self.tail(self.layer(x)[0] if self.kind is nn.GRU else self.layer(x, x, x)[0])
+
+    compiled = fxprune.compile(One().eval(), [torch.randn(64, 5, 8)], exclude=[f"layer.{name}"], progress=False)
+    done = {row.name: (row.status, row.reason) for row in compiled.report.layers}
+    assert done.pop(f"layer.{name}") == ("kept", "excluded")
+    assert {status for status, _ in done.values()} == {"pruned"}
+    with pytest.raises(OptionsError, match=r"'layer.weight_ih_l7' matches no module of One"):
+        fxprune.compile(One().eval(), [torch.randn(64, 5, 8)], exclude=["layer.weight_ih_l7"], progress=False)
 
 
 def test_two_factors_are_declined_with_the_reason():
