@@ -143,7 +143,9 @@ class Case:
             called = {name: f"self.{name.partition('.')[0]}(" in self.network.script for name in self.recipe if by_name}
             names = [name for name in called if not called[name]]
             uncalled = "|".join(map(re.escape, names))
+            piece = r"overwrites '(getitem|narrow)(_\d+)?' in place, and node '.*' later reads '.*', which may share"
             reasons = {
+                piece: "writes into a piece of what it reads later",
                 "out of reach": "",
                 "nothing can be compressed": "",
                 overwritten: "writes into what it reads later under another name",
