@@ -94,7 +94,10 @@ def to_onnx_program(
                 dynamic_shapes=shapes,
                 input_names=names[: len(inputs)],
                 output_names=names[len(inputs) :],
-                custom_translation_table={torch.ops.aten.as_strided.default: _as_strided},
+                custom_translation_table={
+                    torch.ops.aten.as_strided.default: _as_strided,
+                    torch.ops.aten.squeeze.dim: _squeeze,
+                },
             )
     except ExportError:
         raise
@@ -242,6 +245,14 @@ def _as_strided(self: Any, size: Sequence[Any], stride: Sequence[Any], storage_o
         alike = alike and step > 0 and leap == step and (not isinstance(wanted, int) or wanted == length)
         step = step * wanted if isinstance(wanted, int) else 0
     return onnxscript.opset18.Identity(self) if alike else aten_as_strided(self, size, stride, storage_offset)
+
+
+def _squeeze(self: Any, dim: int) -> Any:
+    """aten::squeeze for the exporter, whose own version takes out an axis of any size: torch leaves one that is not 1."""
+    size = self.shape[dim] if self.shape is not None else None
+    if isinstance(size, int) and size != 1:
+        return onnxscript.opset18.Identity(self)
+    return onnxscript.opset18.Squeeze(self, onnxscript.opset18.Constant(value_ints=[dim]))
 
 
 def _two_samples(x: Tensor, first: Tensor) -> Tensor:

@@ -441,3 +441,25 @@ def test_inputs_of_a_wrong_size_are_told_beside_those_that_were_calibrated_on(tm
         ExportError, match=r"does not run on inputs of shape \(2, 4, 8, 8\): .*calibrated on input \(4, 3"
     ):
         fxprune.export_onnx(compiled, tmp_path / "net.onnx", torch.randn(2, 4, 8, 8))
+
+
+class Squeezed(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.conv(x).squeeze(1), torch.squeeze(self.conv(x).mean(-1, keepdim=True), -1)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_squeeze_takes_out_an_axis_of_size_1_only(channels, tmp_path):
+    report = export_onnx(Squeezed(channels).eval(), tmp_path / "net.onnx", X)
+    assert report.parity.max_rel < 1e-6
+    (shape, *_) = [output.shape for output in onnx_shapes(tmp_path / "net.onnx")]
+    assert len(shape) == (3 if channels == 1 else 4)
+
+
+def onnx_shapes(path: Path) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: X.numpy()})
