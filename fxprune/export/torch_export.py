@@ -252,7 +252,8 @@ def _squeeze(self: Any, dim: int) -> Any:
     size = self.shape[dim] if self.shape is not None else None
     if isinstance(size, int) and size != 1:
         return onnxscript.opset18.Identity(self)
-    return onnxscript.opset18.Squeeze(self, onnxscript.opset18.Constant(value_ints=[dim]))
+    axes: Any = onnxscript.opset18.Constant(value_ints=[dim])
+    return onnxscript.opset18.Squeeze(self, axes)
 
 
 def _two_samples(x: Tensor, first: Tensor) -> Tensor:
