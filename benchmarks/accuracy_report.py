@@ -140,7 +140,7 @@ def _place(name: str, order: tuple[str, ...]) -> int:
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
     """Accuracy on the JPEG images and KL against sparsity, a line a method for ResNet-20; N:M as hollow markers."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.1), constrained_layout=True)
     series: dict[str, list[tuple[float, float, float, str]]] = defaultdict(list)
     for row in rows:
         if row["model"] == "resnet20" and row["pattern"] and row["method"] in METHOD_STYLE:
@@ -172,7 +172,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     )
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=9, loc="lower left")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)
 
 

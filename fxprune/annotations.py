@@ -100,6 +100,21 @@ class Removal:
 
 
 @dataclass(frozen=True)
+class InputForm:
+    """What one input of a model was like in the calibration set.
+
+    Attributes:
+        name: of the input.
+        shape: of a few images of it.
+        dtype: as torch names it, without "torch.".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Change:
     """One thing that a pass did, or declined to do, to one node.
 
@@ -131,6 +146,7 @@ class GraphAnnotation:
         zeros: where the zeros of pruned layers were when the run ended.
         intake: how the model came in.
         removal: what the removal of channels has done, if there was one.
+        inputs: what the model was calibrated on; () where an input is no tensor.
         origins: of which parameters of the user's model a parameter was made, where it is not what it was.
     """
 
@@ -139,6 +155,7 @@ class GraphAnnotation:
     zeros: tuple[ZeroMask, ...] = ()
     intake: Intake | None = None
     removal: Removal | None = None
+    inputs: tuple[InputForm, ...] = ()
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
 

@@ -35,13 +35,15 @@ class CompiledModule(GraphModule):
     __jit_unused_properties__ = [*GraphModule.__jit_unused_properties__, "report"]  # noqa: RUF012 - as torch declares it
 
     @classmethod
-    def of(cls, graph_module: GraphModule, seconds: float, warnings: Sequence[str] = ()) -> CompiledModule:
-        """The same graph and modules, and the report that `SolveLayers` left, with the time and warnings of the whole run."""
+    def of(
+        cls, graph_module: GraphModule, seconds: float, warnings: Sequence[str] = (), given: str = ""
+    ) -> CompiledModule:
+        """The same graph and modules, and the report that `SolveLayers` left, with what is known of the whole run."""
         compiled = cls(graph_module, graph_module.graph, type(graph_module).__name__)
         compiled.meta.update(graph_module.meta)
         report = report_of(graph_module) or _untouched(graph_module)
         layers = tuple(_with_verdict(layer, compiled) for layer in report.layers)
-        report = replace(report, layers=layers, seconds=seconds, warnings=tuple(warnings))
+        report = replace(report, layers=layers, seconds=seconds, warnings=tuple(warnings), given=given)
         annotate_graph(compiled, report=report, zeros=record_zeros(compiled, layers))
         compiled.eval()
         return compiled

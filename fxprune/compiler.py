@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxprune import solvers
+from fxprune.annotations import InputForm, annotate_graph, report_of
 from fxprune.calibration.calibration import Calibration
 from fxprune.compiled import CompiledModule
 from fxprune.compiled_parts import CompiledParts
@@ -139,7 +140,22 @@ def compile(
         without_inference_tensors(graph_module)
         as_in_first(graph_module)
         verify(graph_module)
-    return CompiledModule.of(graph_module.to(prepared.home), time.perf_counter() - started, calibration.warnings)
+    annotate_graph(graph_module, inputs=_forms(graph_module, calibration.shapes.inputs or []))
+    before = report_of(model) if isinstance(model, nn.Module) else None
+    given = "" if before is None else f"{before.done} with {before.method}"
+    seconds = time.perf_counter() - started
+    return CompiledModule.of(graph_module.to(prepared.home), seconds, calibration.warnings, given)
+
+
+def _forms(graph_module: GraphModule, values: Sequence[Any]) -> tuple[InputForm, ...]:
+    """Of the values of a graph's inputs; () if one is no tensor."""
+    names = [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return ()
+    return tuple(
+        InputForm(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        for name, value in zip(names, values, strict=False)
+    )
 
 
 def _agree(model: object, *given: object) -> None:

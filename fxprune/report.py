@@ -25,6 +25,7 @@ COLUMNS = (
     Column("rel. error", right=True, leaves=4),
     Column("s", right=True, leaves=1),
 )
+SHOWN = 4  # Errors of outputs.
 STATUS_STYLE = {
     "pruned": "green", "factored": "green", "narrowed": "green", "reconstructed": "cyan", "kept": "yellow", "unread": "dim"
 }  # fmt: skip
@@ -52,6 +53,7 @@ class LayerReport:
             it was not chosen.
         logit_scale: by which a classifier's logits were scaled (`Options.temperature`).
         dead_inputs: columns whose input was zero throughout the calibration set.
+        dead_outputs: output channels of which all weights have become zero, so that they are constant.
         seconds: time spent in the solver.
         verdict: deployment verdict, in a word or two.
         rank: of a factored layer; 0 for any other.
@@ -71,6 +73,7 @@ class LayerReport:
     correction: float | None = None
     logit_scale: float = 1.0
     dead_inputs: int = 0
+    dead_outputs: int = 0
     seconds: float = 0.0
     verdict: str = ""
     rank: int = 0
@@ -112,10 +115,15 @@ class PruneReport:
         agreement: share of the held-out samples on which dense and pruned outputs have the same top class; None without such
             samples, or if the model's output is not a single (N, classes) tensor.
         kl: mean KL(dense || pruned) of the softmax outputs there, in nats, or None likewise.
+        output_errors: relative error of each tensor that the model puts out there; () without such samples.
+        why_no_classes: why agreement and KL are not shown though they could be measured, as the outputs are no classifier's
+            logits; "" where they are.
         macs: of all Conv and Linear modules for one sample, (before, after), where layers were factored or narrowed.
         parameters: of the whole model, (before, after), where layers were narrowed.
         warnings: what is wrong with the images, in sentences.
         notes: what has happened to the model since, such as zeros that were filled in.
+        given: what had been done to the model that was given, if fxprune had compressed it before, such as "factored
+            (macs:0.7) with data_aware"; "" for any other. It is what everything here is compared with.
     """
 
     layers: tuple[LayerReport, ...]
@@ -129,10 +137,13 @@ class PruneReport:
     peak_memory: int = 0
     agreement: float | None = None
     kl: float | None = None
+    output_errors: tuple[float, ...] = ()
+    why_no_classes: str = ""
     macs: tuple[int, ...] = ()
     parameters: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    given: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -140,6 +151,13 @@ class PruneReport:
         layers = {layer.name: layer for layer in self.layers if layer.is_read}.values()
         total = sum(layer.weights for layer in layers)
         return sum(layer.sparsity * layer.weights for layer in layers) / total if total else 0.0
+
+    @property
+    def done(self) -> str:
+        """What was done to the model, in a few words, such as "pruned to 2:4" or "factored (macs:0.7)"."""
+        kinds = {layer.status for layer in self.layers}
+        kind = next((kind for kind in ("factored", "narrowed") if kind in kinds), "")
+        return f"{kind} ({self.pattern})" if kind else f"pruned to {self.pattern}"
 
     @property
     def unread(self) -> tuple[LayerReport, ...]:
@@ -192,14 +210,38 @@ class PruneReport:
                 f"No output depends on {weights:,} further weights ({share:.1%} of the model given), in {len(self.unread)} "
                 "layers: the compiled model does without them, and no share here counts them."
             )
-        if self.agreement is not None and self.kl is not None:
+        if dead := self._dead_outputs:
+            lines.append(dead)
+        held_out = f"On {self.images_held_out} images that were held out:"
+        compared = f"the model given, which was {self.given} before" if self.given else "the dense model"
+        if self.agreement is not None and self.kl is not None and not self.why_no_classes:
+            lines.append(f"{held_out} top-1 agreement with {compared} {self.agreement:.1%}, KL {self.kl:.4f}.")
+        elif self.output_errors:
+            errors = ", ".join(f"{error:.2e}" for error in self.output_errors[:SHOWN])
+            more = f" and {len(self.output_errors) - SHOWN} more" if len(self.output_errors) > SHOWN else ""
+            several = "s" if len(self.output_errors) > 1 else ""
             lines.append(
-                f"On {self.images_held_out} images that were held out: top-1 agreement with the dense model "
-                f"{self.agreement:.1%}, KL {self.kl:.4f}."
+                f"{held_out} relative error{several} of the output{several} {errors}{more}, compared with {compared}. "
+                f"No agreement and no KL: {self.why_no_classes}."
             )
         elif self.images and not self.images_held_out:
             lines.append("No image was held out: the errors are of images that were fitted, and there is no score.")
         return "\n".join([*lines, *(f"Warning: {warning}." for warning in self.warnings), *self.notes])
+
+    @property
+    def _dead_outputs(self) -> str:
+        """Where output channels have become zero, in a sentence; "" if there are none."""
+        rows = [layer for layer in self.layers if layer.dead_outputs]
+        if not rows:
+            return ""
+        total = sum(layer.dead_outputs for layer in rows)
+        worst = max(rows, key=lambda layer: layer.dead_outputs)
+        where = (
+            f"of {worst.name}"
+            if len(rows) == 1
+            else f"in {len(rows)} layers, most ({worst.dead_outputs}) of {worst.name}"
+        )
+        return f"Output channels that have lost all their weights, and give their bias alone: {total} {where}."
 
     def _table(self, width: int, without: str) -> RenderableType:
         from rich.text import Text
@@ -249,11 +291,13 @@ def _finite(value: Any) -> Any:
 
 
 def _note(layer: LayerReport, without: str) -> str:
-    """Rank, reason, dead inputs and verdict in one sentence, the verdict only if it is not `without`."""
+    """Rank, reason, dead channels and verdict in one sentence, the verdict only if it is not `without`."""
     notes = [layer.reason, "" if layer.verdict == without else layer.verdict]
     if layer.rank and layer.macs:
         before, after = layer.macs
         notes.insert(0, f"rank {layer.rank}, {after / before:.0%} of its MACs")
     if layer.dead_inputs:
-        notes.append(f"{layer.dead_inputs} dead inputs")
+        notes.append(f"{layer.dead_inputs} dead input{'s' if layer.dead_inputs > 1 else ''}")
+    if layer.dead_outputs:
+        notes.append(f"{layer.dead_outputs} output channel{'s' if layer.dead_outputs > 1 else ''} all zero")
     return "; ".join(note for note in notes if note)

@@ -1,10 +1,9 @@
-"""How far the pruned model's outputs are from the dense model's: of one layer, and of the whole model."""
+"""How far a pruned layer's outputs are from the dense layer's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,39 +115,3 @@ def _merged(errors: Sequence[OutputError]) -> OutputError:
             count=found.count + error.count,
         )
     return found
-
-
-@dataclass
-class OutputAgreement:
-    """Top-1 agreement and KL(dense || pruned) of the model's outputs, if the output is one (N, classes) tensor."""
-
-    same: int = 0
-    divergence: float = 0.0
-    count: int = 0
-
-    def update(self, dense: Any, pruned: Any) -> None:
-        """Add one batch of (N, classes) logits; anything else is passed over."""
-        if not isinstance(dense, Tensor) or dense.dim() != 2:
-            return
-        dense, pruned = dense.double(), pruned.double()
-        self.same += int((dense.argmax(1) == pruned.argmax(1)).sum())
-        log_dense, log_pruned = dense.log_softmax(1), pruned.log_softmax(1)
-        self.divergence += float((log_dense.exp() * (log_dense - log_pruned)).sum())
-        self.count += len(dense)
-
-    def summed(self) -> OutputAgreement:
-        """That of all processes together."""
-        of_all = gathered(self)
-        return OutputAgreement(
-            sum(one.same for one in of_all), sum(one.divergence for one in of_all), sum(one.count for one in of_all)
-        )
-
-    @property
-    def share(self) -> float | None:
-        """On which both have the same top class, or None."""
-        return self.same / self.count if self.count else None
-
-    @property
-    def kl(self) -> float | None:
-        """Nats a sample, or None."""
-        return self.divergence / self.count if self.count else None

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node, map_arg
 from torch.utils._pytree import tree_map_only
 
 from fxprune.annotations import annotation
@@ -32,7 +32,8 @@ from fxprune.calibration.dense_twin import DenseTwin
 from fxprune.calibration.failures import node_failure, remedy_for, stays_as_it_is
 from fxprune.calibration.lifetimes import last_uses, overwrite, spare_input
 from fxprune.calibration.observers import observer_of, observers_off
-from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
+from fxprune.calibration.output_error import OutputError, channel_dim
+from fxprune.calibration.output_score import OutputScore
 from fxprune.calibration.reading import Slot, Source, read_into
 from fxprune.calibration.sampling import BatchPlace, PatchSample, sample_patches
 from fxprune.calibration.targets import checked, cross_statistics, outputs_of_both, relu_aware_statistics
@@ -41,6 +42,7 @@ from fxprune.errors import GraphError
 from fxprune.geometry import LayerGeometry
 from fxprune.graph import arguments_of, device_of, input_of, module_of
 from fxprune.layers.install import install
+from fxprune.layers.logits import rows_cancel
 from fxprune.layers.problem import layer_of
 from fxprune.layers.recurrent import Reader
 from fxprune.layers.shared import keeps_own_target, modules_called, weight_calls
@@ -66,6 +68,8 @@ class Outcome:
         agreement: share of the held-out images on which both models' outputs have the same top class; None without such
             images, and where the output is not one (N, classes) tensor.
         kl: mean KL(dense || pruned) there, in nats, or None likewise.
+        output_errors: relative error of each tensor that the model puts out there; () without such images.
+        why_no_classes: why agreement and KL say nothing of this model; "" for a classifier, and without such images.
         peak_bytes: most bytes of live values held in memory between two batches, in one process.
     """
 
@@ -73,6 +77,8 @@ class Outcome:
     errors: dict[Node, float]
     agreement: float | None
     kl: float | None
+    output_errors: tuple[float, ...]
+    why_no_classes: str
     peak_bytes: int
 
 
@@ -205,6 +211,8 @@ class CalibrationStream:
         self._replaced = False  # Whether the layer at the cut has new weights.
         self._errors: dict[Node, OutputError] = {}
         self.calls = weight_calls(graph_module)
+        scores = [layer_of(node).weight for node in self.calls if puts_out_scores(node)]
+        self._is_softmax = any(map(rows_cancel, scores))  # As it is asked of the dense weights.
         self._first_call: dict[Node, Node] = {}  # Of later calls of layers that have been replaced.
         self._dense_modules: dict[Node, nn.Module] = {}  # What these call in the dense model.
         self._readers = {n: m for n in self._nodes if isinstance(m := module_of(n), Reader)}
@@ -397,18 +405,24 @@ class CalibrationStream:
 
     def _finish(self) -> None:
         """Run all batches to the graph's output, and compare the two models there."""
-        agreement, result = OutputAgreement(), self._nodes[-1].args[0]
+        score, result = OutputScore(self._is_softmax), self._nodes[-1].args[0]
 
         def compare(_: BatchPlace, values: BatchValues) -> None:
-            if isinstance(result, Node):
-                agreement.update(values.dense(result), values.pruned(result))
+            score.update(map_arg(result, values.dense), map_arg(result, values.pruned))
 
         self.advance(self._nodes[-1], compare)
         of_all = OutputError.summed([*self._errors.values()])
         errors = {node: error.relative for node, error in zip(self._errors, of_all, strict=True)}
-        agreement = agreement.summed()
-        peak_bytes = max(gathered(self._store.peak_bytes))
-        self._outcome = Outcome(self.source, errors, agreement.share, agreement.kl, peak_bytes)
+        score = score.summed()
+        self._outcome = Outcome(
+            self.source,
+            errors,
+            score.share,
+            score.kl,
+            score.relative_errors,
+            score.why_no_classes,
+            max(gathered(self._store.peak_bytes)),
+        )
 
     def _run(self, node: Node, values: BatchValues, slot: Slot) -> None:
         """Run a node that is not a cut for the dense model and, where it differs, the pruned model."""

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.models import OptionInfo
 
+from fxprune.cli.help_page import Command
 from fxprune.errors import FxPruneError, OptionsError
 from fxprune.experiments.recipe_texts import recipe_from
 from fxprune.experiments.yaml_files import check_keys, parse_scalar, read_yaml, to_yaml
@@ -105,7 +106,7 @@ def command(
         # typer keeps the line ends of a docstring, which are made for another width.
         paragraphs = (inspect.getdoc(function) or "").split("\n\n")
         text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-        app.command(name, help=text, epilog=f"Example\n{escape(example)}" if example else None)(run)
+        app.command(name, cls=Command, help=text, epilog=f"Example\n{escape(example)}" if example else None)(run)
         return function
 
     return add

@@ -114,11 +114,11 @@ def compress(
     with working("scoring the compressed model"):
         if splits.labelled:
             results["accuracy"] = score(compiled, test, place).accuracy
-        close = agreement(model, compiled, test, place)
+        if splits.labelled or not report.why_no_classes:
+            close = agreement(model, compiled, test, place)
+            results |= {"agreement": close.top1, "kl": close.kl}
     done = sum(layer.is_compressed for layer in report.layers)
     results |= {
-        "agreement": close.top1,
-        "kl": close.kl,
         "sparsity": report.sparsity,
         "layers_pruned": done,
         "compile_seconds": report.seconds,
@@ -180,8 +180,10 @@ def _finish(run: Run, results: dict[str, Any], exported: OnnxReport | None, wher
 
     name = "pruned" if run.command == "prune" else "low rank"
     rows = [("dense", percent("dense_accuracy"), "", "", "")] if "dense_accuracy" in results else []
-    figures = (f"{results['agreement']:.2%}", f"{results['kl']:.4f}", f"{results['sparsity']:.1%}")
-    rows.append((name, percent("accuracy"), *figures))
+    agrees, kl = (
+        format(results[key], form) if key in results else "" for key, form in (("agreement", ".2%"), ("kl", ".4f"))
+    )
+    rows.append((name, percent("accuracy"), agrees, kl, f"{results['sparsity']:.1%}"))
     if exported is not None:
         rows.append(("in onnxruntime", percent("onnx_accuracy"), "", "", f"{exported.sparsity:.1%}"))
     columns = [Column(where), *(Column(heading, right=True) for heading in ("accuracy", "agrees", "KL", "zeros"))]

@@ -85,7 +85,8 @@ def evaluate(
         figures["accuracy"] = found.accuracy
     if against is not None:
         with working(f"comparing with {against}"):
-            close = agreement(open_model(against, task, splits.info.num_classes, place), model, test)
+            other = open_model(against, task, splits.info.num_classes, place)
+            close = agreement(other, model, test, are_classifiers=splits.labelled)
         figures |= {"against": str(against), "agreement": close.top1, "kl": close.kl}
     if json_file is not None:
         with atomic(json_file) as part:

@@ -15,7 +15,7 @@ from fxprune.errors import DataError, ModelError, OptionsError
 from fxprune.experiments.tasks import Task, import_user_code, scoring_loader
 
 if TYPE_CHECKING:
-    pass
+    from torch import Tensor, nn
 
 TASK = Group(DATA, left_out=("weights", "pretrained"))
 EXAMPLES = 4  # images that the file is checked with
@@ -33,7 +33,7 @@ def export(
         str | None,
         typer.Option(
             metavar="C,H,W",
-            help="Size of one input, such as 3,224,224; by default as the file's run folder or model has it.",
+            help="Size of one input, such as 3,224,224; by default as the file, its run folder or model has it.",
         ),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json-file", help="Write what was found as JSON.")] = None,
@@ -56,14 +56,15 @@ def export(
     known, made = filled(Task() if task == Task() else task, file)
     import_user_code([*(register or ()), *(made.get("register") or ())])
     if task.data is None:
-        shape = _shape(input_shape, file, known)
-        model = open_model(file, known, known.num_classes or 0, torch.device("cpu"))
-        examples, loader = torch.randn(EXAMPLES, *shape, generator=torch.Generator().manual_seed(0)), None
+        model, loader = open_model(file, known, known.num_classes or 0, torch.device("cpu")), None
+        examples = (_calibrated_on(model) if input_shape is None else ()) or (
+            torch.randn(EXAMPLES, *_shape(input_shape, file, known), generator=torch.Generator().manual_seed(0)),
+        )
     else:
         splits = known.load_data()
         model = open_model(file, known, splits.info.num_classes, torch.device("cpu"))
         loader = scoring_loader(splits)
-        examples = next(iter(loader))[0][:EXAMPLES]
+        examples = (next(iter(loader))[0][:EXAMPLES],)
     path.parent.mkdir(parents=True, exist_ok=True)
     with working(f"writing {path} and validating it"):
         report = export_onnx(model, path, examples, loader=loader, **onnx_options.arguments())
@@ -72,6 +73,23 @@ def export(
             report.to_json(part)
     stdout.out(report.render(color=stdout.is_terminal), highlight=False)
     stdout.print(f"\n{path}", soft_wrap=True)
+
+
+def _calibrated_on(model: nn.Module) -> tuple[Tensor, ...]:
+    """Random inputs of the form that the model was calibrated on, integers all 0; () of a file that does not say."""
+    import torch
+
+    from fxprune.annotations import graph_annotation
+
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for form in graph_annotation(model).inputs:
+        dtype = getattr(torch, form.dtype)
+        is_float = dtype.is_floating_point
+        found.append(
+            torch.randn(form.shape, generator=generator).to(dtype) if is_float else torch.zeros(form.shape, dtype=dtype)
+        )
+    return tuple(found)
 
 
 def _shape(given: str | None, file: Path, task: Task) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from fxprune.calibration.batches import (
     tensors_in,
 )
 from fxprune.calibration.failures import remedy_for, said, stays_as_it_is
-from fxprune.calibration.output_error import OutputAgreement
+from fxprune.calibration.output_score import OutputScore
 from fxprune.errors import EvaluationError, EvaluationWarning
 from fxprune.fine_tuning.recorded_zeros import FilledZerosWarning, filled_zeros
 from fxprune.runtime.devices import checked_device
@@ -126,6 +126,8 @@ def agreement(
     model_b: nn.Module,
     loader: Iterable[Any],
     device: torch.device | str | None = None,
+    *,
+    are_classifiers: bool = True,
 ) -> Agreement:
     """Compare two models' outputs on the same images, batch by batch, in eval mode; no labels needed.
 
@@ -134,6 +136,7 @@ def agreement(
         model_b: the other, as a rule the pruned one.
         loader: batches in any form, see `fxprune.calibration.batches`.
         device: where to compute; None is where each model is.
+        are_classifiers: whether this is known; if not, an `EvaluationWarning` says so where outputs do not look like logits.
 
     Returns:
         (top1, kl): the share of images on which both agree, and mean KL(a || b) in nats, in float64. An `EvaluationWarning`
@@ -142,7 +145,7 @@ def agreement(
     Raises:
         EvaluationError: no batches, a model that fails on one, outputs that are no finite logits, or different class counts.
     """
-    seen, classes = OutputAgreement(), 0
+    seen, classes = OutputScore(), 0
     with _ready(model_a, device) as place_a, _ready(model_b, device) as place_b:
         for number, batch in enumerate(loader):
             logits_a = _logits(model_a, _inputs(model_a, batch, number), place_a, number)
@@ -155,6 +158,8 @@ def agreement(
             classes = logits_a.shape[1]
     if seen.share is None or seen.kl is None:
         raise EvaluationError("the loader gave no batches; there is nothing to compare the models on")
+    if not are_classifiers and (why := seen.why_no_classes):
+        warnings.warn(f"agreement and KL say nothing here: {why}", EvaluationWarning, stacklevel=3)
     if classes > 1 and seen.same * classes <= seen.count:
         warnings.warn(
             f"the two models agree on {seen.same} of {seen.count} images, which guessing one of {classes} classes would do "

@@ -26,7 +26,10 @@ class Task:
     Attributes:
         model: name, such as simple_cnn, resnet20, any of torchvision's, timm/...; or a class of your own as
             mynet.py:MyNet or package.module:MyNet; or an ONNX file, which brings its weights.
-        data: name (digits, mnist, fashion_mnist, cifar10, cifar100), an .npz file, or a folder with train/ and test/.
+        data: name (digits, mnist, fashion_mnist, cifar10, cifar100); or a folder with train/ and test/ (or val/), one
+            subfolder a class; or an .npz file with train_images, train_labels, test_images and test_labels, or a pair of JPEG
+            files ..._train.npz and ..._test.npz; or, where no labels are needed, a folder of pictures, however deep, an .npy
+            file of images, or an .npz file that holds some.
         weights: file with the model's trained weights.
         pretrained: download the weights that torchvision or timm publish for the model; a class or function of your own
             brings its weights itself.

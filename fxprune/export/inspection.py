@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxprune.export.onnx_file import FileSize, measure_size, read_onnx
 from fxprune.export.onnx_report import axis_name, common_verdict, size_line, verdict_legend
-from fxprune.export.weight_uses import WeightUse, graph_weights
+from fxprune.export.weight_uses import WeightUse, distinct_weights, graph_weights
 from fxprune.layers.deployment import assess_deployment
 from fxprune.pattern import NMPattern
 from fxprune.tables import Column, as_text, table, terminal_width
@@ -51,6 +51,7 @@ class InspectedLayer:
             storage order (C, kh, kw), which engines cannot use.
         verdict: deployment verdict in a few words.
         explanation: the reasoning behind it.
+        dead_outputs: output channels of which all weights are zero.
     """
 
     node: str
@@ -65,6 +66,7 @@ class InspectedLayer:
     other_patterns: tuple[str, ...]
     verdict: str
     explanation: str
+    dead_outputs: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,10 @@ class Inspection:
         if about:
             pruned = f", pruned to {about['pattern']} with {about.get('method', '?')}" if about.get("pattern") else ""
             lines.append(f"Written by fxprune {about.get('version', '?')}{pruned}.")
+        if dead := {layer.initializer: layer.dead_outputs for layer in self.layers if layer.dead_outputs}:
+            worst = max(dead, key=dead.__getitem__)
+            most = f"{len(dead)} weights, most ({dead[worst]}) of {worst}" if len(dead) > 1 else worst
+            lines.append(f"Output channels whose weights are all zero: {sum(dead.values())} of {most}.")
         if self.sparse_initializers:
             lines.append(f"Stored sparsely: {', '.join(self.sparse_initializers)}.")
         if self.complaint:
@@ -172,7 +178,7 @@ def inspect_onnx(path: str | Path) -> Inspection:
     """
     file = read_onnx(path, strict=False)
     found = graph_weights(file.model)
-    stored = {use.initializer: use.weight for use in found.uses}
+    stored = distinct_weights(found.uses)
     size = measure_size(file.path)
     return Inspection(
         path=str(path),
@@ -183,8 +189,8 @@ def inspect_onnx(path: str | Path) -> Inspection:
         layers=tuple(_layer(use) for use in found.uses),
         size=dataclasses.replace(
             size,
-            weights=sum(weight.numel() for weight in stored.values()),
-            zeros=sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in stored.values()),
+            weights=sum(weight.numel() for weight in stored),
+            zeros=sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in stored),
         ),
         sparse_initializers=file.sparse,
         computed=found.computed,
@@ -235,4 +241,5 @@ def _layer(use: WeightUse) -> InspectedLayer:
         other_patterns=tuple(others),
         verdict=advice.verdict,
         explanation=advice.explanation,
+        dead_outputs=int((use.reduction_first.movedim(0, -1) == 0).flatten(0, -2).all(0).sum()),
     )

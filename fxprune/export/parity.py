@@ -43,7 +43,7 @@ class Parity:
             integer outputs, the share of numbers that differ.
         tolerance: what `max_rel` may be at most.
         agreement: share of positions where the first output (N, classes, ...) has its maximum in the same class; None
-            if the first output has no class axis.
+            if the first output has no class axis, or the model's report says that it puts out no logits.
         accuracy_model: percent right of the model where labels are given, else None.
         accuracy_onnx: the same of the file.
         worst_sample: index, counted over all batches, of the sample with the largest relative difference.
@@ -211,7 +211,7 @@ def _add(tally: _Tally, name: str, wanted: Tensor, got: Tensor, size: int, file:
 
 def _add_classes(tally: _Tally, wanted: Tensor, got: Tensor, labels: Tensor | None) -> None:
     """Add agreement and accuracy of one batch."""
-    if wanted.dim() < 2 or not wanted.is_floating_point():
+    if wanted.dim() < 2 or wanted.shape[1] < 2 or not wanted.is_floating_point():
         return
     class_model, class_onnx = wanted.argmax(1), got.argmax(1)
     tally.same += int((class_model == class_onnx).sum())

@@ -16,11 +16,14 @@ from onnxscript.function_libs.torch_lib.ops.core import aten_as_strided
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxprune.annotations import graph_annotation
 from fxprune.errors import ExportError
 from fxprune.export.half_precision import PREFIX, Float16Inside
 from fxprune.export.inputs_outputs import input_names, named_outputs
 from fxprune.export.layer_check import TRANSPOSED
+from fxprune.export.weight_uses import GATES, RECURRENT
 from fxprune.intake.record import intake
+from fxprune.layers.recurrent import Recurrent
 from fxprune.runtime.quiet import quiet
 
 # What the axes after the channels are called where they are left open, by their number.
@@ -52,8 +55,16 @@ def to_onnx_program(
         names_out: names of its outputs; None likewise, or for the keys and fields of what forward returns, or "output".
 
     Raises:
-        ExportError: the exporter fails, fixes a size that was to be open, or cannot reach the opset; or the names do not fit.
+        ExportError: the exporter fails, or is known to; it fixes a size that was to be open, or cannot reach the opset; or the
+            names do not fit.
     """
+    for name, layer in model.named_modules():
+        if getattr(layer, "proj_size", 0) and isinstance(layer, (nn.RNNBase, Recurrent)):
+            raise ExportError(
+                f"{name or 'the model'} is an LSTM with a projection (proj_size={layer.proj_size}), which ONNX's LSTM does not "
+                "have, and for which torch.onnx.export writes a file that does not load; save the model with fxprune.save, or "
+                "train it without proj_size"
+            )
     module = _prepared(model, precision)
     # The file takes float32, in fp16 as well.
     inputs = tuple((x.float() if x.is_floating_point() else x).contiguous() for x in inputs)
@@ -83,11 +94,21 @@ def to_onnx_program(
                 dynamic_shapes=shapes,
                 input_names=names[: len(inputs)],
                 output_names=names[len(inputs) :],
-                custom_translation_table={torch.ops.aten.as_strided.default: _as_strided},
+                custom_translation_table={
+                    torch.ops.aten.as_strided.default: _as_strided,
+                    torch.ops.aten.squeeze.dim: _squeeze,
+                },
             )
     except ExportError:
         raise
     except Exception as error:  # the exporter lets through whatever its many stages raise
+        if not _runs(module, inputs):
+            given = ", ".join(str(tuple(x.shape)) for x in inputs)
+            known = ", ".join(f"{form.name} {form.shape}" for form in graph_annotation(model).inputs)
+            raise ExportError(
+                f"{type(model).__name__} does not run on inputs of shape {given}: {_cause(error)}"
+                f"{known and f'. It was calibrated on {known}'}"
+            ) from error
         raise ExportError(f"torch.onnx.export fails on {type(model).__name__}: {_cause(error)}{advice}") from error
     assert program is not None
     reached = program.model.opset_imports.get("")
@@ -226,6 +247,15 @@ def _as_strided(self: Any, size: Sequence[Any], stride: Sequence[Any], storage_o
     return onnxscript.opset18.Identity(self) if alike else aten_as_strided(self, size, stride, storage_offset)
 
 
+def _squeeze(self: Any, dim: int) -> Any:
+    """aten::squeeze for the exporter, whose own version takes out an axis of any size: torch leaves one that is not 1."""
+    size = self.shape[dim] if self.shape is not None else None
+    if isinstance(size, int) and size != 1:
+        return onnxscript.opset18.Identity(self)
+    axes: Any = onnxscript.opset18.Constant(value_ints=[dim])
+    return onnxscript.opset18.Squeeze(self, axes)
+
+
 def _two_samples(x: Tensor, first: Tensor) -> Tensor:
     """At least two samples: torch.export takes a size of 1 for a constant."""
     return torch.cat([x, x]) if first.dim() and len(first) == 1 and x.dim() and len(x) == 1 else x
@@ -259,6 +289,9 @@ def _tidy(program: torch.onnx.ONNXProgram, module: nn.Module) -> None:
                 if f"{name}{TRANSPOSED}" not in graph.initializers:
                     value.name = f"{name}{TRANSPOSED}"
                 break
+    for node in graph.all_nodes():
+        if node.op_type in RECURRENT:
+            _name_recurrent(node, module, set(graph.initializers))
     ports = [*graph.inputs, *graph.outputs]
     taken = {value.name for value in ports}
     between = [*graph.initializers.values(), *(value for node in graph.all_nodes() for value in node.outputs)]
@@ -273,3 +306,29 @@ def _tidy(program: torch.onnx.ONNXProgram, module: nn.Module) -> None:
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
+
+
+def _name_recurrent(node: Any, module: nn.Module, taken: set[str]) -> None:
+    """Give the matrices of a recurrent node, which hold both directions and other gates' order, the names of the first of them.
+
+    W becomes "lstm.weight_ih_l0", R "lstm.weight_hh_l0", B "lstm.bias_l0". Found by their values.
+    """
+    values = [value if value is not None and value.const_value is not None else None for value in node.inputs[1:4]]
+    if not values or values[0] is None:
+        return
+    stored = torch.from_numpy(values[0].const_value.numpy())[0]
+    size, order = len(stored) // len(GATES[node.op_type]), GATES[node.op_type]
+    first = torch.cat([stored[gate * size : (gate + 1) * size] for gate in order])
+    for name, layer in module.named_modules():
+        if not isinstance(layer, (nn.RNNBase, Recurrent)):
+            continue
+        for suffix in [f"l{number}" for number in range(layer.num_layers)]:
+            matrix = layer.matrix("ih", suffix) if isinstance(layer, Recurrent) else layer
+            weight = getattr(matrix, "weight" if isinstance(layer, Recurrent) else f"weight_ih_{suffix}").detach()
+            if weight.shape != first.shape or not torch.equal(weight.cpu().to(first.dtype), first):
+                continue
+            for value, kind in zip(values, ("weight_ih", "weight_hh", "bias"), strict=False):
+                own = ".".join(filter(None, (name, f"{kind}_{suffix}")))
+                if value is not None and own not in taken:
+                    value.name = own
+            return

@@ -6,7 +6,7 @@ evaluates them, so that the pattern is judged on the numbers that the node reads
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,12 @@ class GraphWeights:
     unreadable: tuple[str, ...] = ()
 
 
+def distinct_weights(uses: Iterable[WeightUse]) -> list[Tensor]:
+    """Every stored weight once, however many nodes read it; of a recurrent layer one a direction."""
+    first: dict[str, str] = {}
+    return [use.weight for use in uses if first.setdefault(use.initializer, use.node) == use.node]
+
+
 def graph_weights(model: ModelProto) -> GraphWeights:
     """Walk a model, subgraphs included; never raises, whatever the model holds."""
     uses: list[WeightUse] = []
@@ -113,6 +119,9 @@ def graph_weights(model: ModelProto) -> GraphWeights:
             for matrices in filter(None, (scope.get(source) for source in node.input[1:3])):
                 uses += _recurrent_uses(node, name, matrices)
                 read |= matrices.sources
+            read |= {
+                source for value in map(scope.get, node.input[3:4]) if value is not None for source in value.sources
+            }
         if node.op_type not in WEIGHT_INPUTS or node.domain not in (*DEFAULT_DOMAINS, MICROSOFT):
             continue
         found = False

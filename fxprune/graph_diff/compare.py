@@ -119,20 +119,19 @@ def _require_related(found: GraphDiff) -> None:
     A counterpart has the same operation and the same name or size of weight, or is several that make one layer together.
     """
     sides = {
-        side: [s for node in found.nodes if (s := getattr(node, side)) is not None and s.weight_shape]
+        side: [s for node in found.nodes if (s := getattr(node, side)) is not None and s.weights]
         for side in ("before", "after")
     }
     pairs = [(node.before, node.after) for node in found.nodes if node.before is not None and node.after is not None]
     alike = any(
-        old.op == new.op and old.weight_shape and (old.weight_shape == new.weight_shape or old.node == new.node)
-        for old, new in pairs
+        old.op == new.op and old.weights and (_size(old) == _size(new) or old.node == new.node) for old, new in pairs
     )
     several = any(node.status == "replaced" and node.weight_change is not None for node in found.nodes)
     if alike or several or not all(sides.values()):
         return
     told = [
         f"{title} ({len(layers)} layer{'s' if len(layers) > 1 else ''} with weights, such as {first.node}, "
-        f"{first.op} {'x'.join(map(str, first.weight_shape))})"
+        f"{first.op} {'x'.join(map(str, _size(first)))})"
         for title, layers in zip((found.before, found.after), sides.values(), strict=True)
         for first in layers[:1]
     ]
@@ -140,6 +139,11 @@ def _require_related(found: GraphDiff) -> None:
         f"{' and '.join(told)} are different networks: no layer of the one is in the other. Compare a model with what was made "
         "of it, such as the dense model with what fxprune.compile returned, or the ONNX files of both"
     )
+
+
+def _size(state: NodeState) -> tuple[int, ...]:
+    """Of a node's weight, or how many weights a recurrent layer has."""
+    return state.weight_shape or (state.weights,)
 
 
 def _graph_module(model: nn.Module, other: nn.Module, example: Any) -> GraphModule:
@@ -215,8 +219,7 @@ def graph_costs(graph: ModelGraph, states: Mapping[str, NodeState]) -> Costs:
         state = states[node.id]
         if state.macs is not None:
             macs += state.macs
-            weights = node.weights.weight.numel() if node.weights.weight is not None else 0
-            nonzero += round(state.macs * state.nonzeros / weights) if weights else state.macs
+            nonzero += round(state.macs * state.nonzeros / state.weights) if state.weights else state.macs
     known = graph.shapes_known
     return Costs(
         nodes=len(graph.nodes),

@@ -138,7 +138,8 @@ def _match_by_structure(before: ModelGraph, after: ModelGraph, pairs: dict[str, 
 
 def _kind(node: GraphNode) -> tuple[str, tuple[int, ...]]:
     """What has to agree: the operation and the shape of its weight."""
-    return node.op, () if node.weights.weight is None else tuple(node.weights.weight.shape)
+    weight = node.weights.all
+    return node.op, () if weight is None else tuple(weight.shape)
 
 
 def _likeness(left: tuple[str, ...], right: tuple[str, ...]) -> float:

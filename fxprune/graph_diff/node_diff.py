@@ -93,7 +93,7 @@ class Comparison:
         u, v = self.old[before], self.new[after]
         norms = [self.old[norm] for norm, layer in self.folded.items() if layer == before]
         weights = self.comparable[after]
-        change = relative_change(weights.weight, v.weights.weight)
+        change = relative_change(weights.all, v.weights.all)
         if norms and change is not None and change < ROUNDING:
             change = 0.0
         ordered = not self.has_unknown_order
@@ -108,7 +108,7 @@ class Comparison:
             phrases.append(_what_moved(self.orders[after]))
         phrases += [f"{_short(norm, v)} folded in" for norm in norms]
         phrases += self._input_changes(u, v)
-        if u.name != v.name and u.weights.weight is not None:
+        if u.name != v.name and u.weights.all is not None:
             phrases.append(f"was {u.name}")
         status: Status = "unchanged" if not phrases else "changed"
         return NodeDiff(
@@ -213,7 +213,7 @@ class Comparison:
 
 def node_state(node: GraphNode) -> NodeState:
     """Sum up a node, without its tensors."""
-    weight = node.weights.weight
+    weight = node.weights.all
     learnt = [t.numel() for name, t in node.weights.others.items() if "running_" not in name and t.is_floating_point()]
     state = NodeState(
         node=node.id,
@@ -228,7 +228,8 @@ def node_state(node: GraphNode) -> NodeState:
     nonzeros = int(torch.count_nonzero(weight))
     sparsity = 1 - nonzeros / max(weight.numel(), 1)
     numbers = {
-        "weight_shape": tuple(weight.shape),
+        "weights": weight.numel(),
+        "weight_shape": () if node.weights.weight is None else tuple(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "parameters": state.parameters + weight.numel(),
         "nonzeros": nonzeros,
@@ -239,6 +240,9 @@ def node_state(node: GraphNode) -> NodeState:
 
 
 def _patterns(node: GraphNode, weight: Tensor, sparsity: float) -> str:
+    if node.weights.matrices and sparsity >= _LEAST_SPARSITY:
+        of_each = [held_patterns(matrix) for matrix in node.weights.matrices.values()]
+        return ", ".join(str(pattern) for pattern in of_each[0] if all(pattern in held for held in of_each))
     if weight.dim() < 2 or sparsity < _LEAST_SPARSITY:
         return ""
     reduced = weight.transpose(0, 1) if node.weights.transposed else weight
@@ -303,7 +307,7 @@ def weight_phrases(before: Weights, after: GraphNode, change: float | None) -> l
         change: relative change of the weight, 0 for one that does not differ.
     """
     phrases = []
-    old, new = before.weight, after.weights.weight
+    old, new = before.all, after.weights.all
     if old is not None and new is not None and old.shape == new.shape and change != 0.0:
         if change is not None and change < ROUNDING:
             phrases.append("weight differs by rounding")
@@ -340,8 +344,10 @@ def other_phrases(before: Weights, after: GraphNode, *, rounded: bool, ordered: 
             continue
         if moved_by is None or not ordered:
             phrases.append(f"{name} changed")
-        elif moved_by > (ROUNDING if rounded else 0):
+        elif moved_by > ROUNDING:
             phrases.append(f"{name} changed by {percent(moved_by)}")
+        elif not rounded:
+            phrases.append(f"{name} differs by rounding")
     return phrases
 
 

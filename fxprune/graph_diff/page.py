@@ -74,7 +74,7 @@ def _blocks(diff: GraphDiff) -> list[_Block]:
 
 
 def _is_card(node: NodeDiff) -> bool:
-    return bool(node.state.weight_shape) or node.status in ("changed", "replaced")
+    return bool(node.state.weights) or node.status in ("changed", "replaced")
 
 
 def _draw(diff: GraphDiff, blocks: list[_Block]) -> tuple[Drawing, list[str]]:
@@ -121,6 +121,8 @@ def _subtitle(node: NodeDiff) -> str:
     state = node.state
     if state.weight_shape:
         return f"{state.op} {sizes(state.weight_shape)}"
+    if state.weights:
+        return f"{state.op}, {state.weights:,} weights"
     if node.into or not node.changes:
         return state.op
     return f"{state.op}: {node.changes[0]}"
@@ -134,14 +136,28 @@ def _block_view(diff: GraphDiff, block: _Block, box: Box) -> dict[str, Any]:
         "index": index,
         "node": node,
         "mark": MARKS[node.status].strip(),
-        "title": node.name if block.is_card else _label(node),
+        "title": _tail(node.name, int((box.width - 48) / _NAME_WIDTH)) if block.is_card else _label(node),
         "subtitle": _subtitle(node) if block.is_card else "",
-        "kept": None if not node.state.weight_shape else 1 - node.state.sparsity,
+        "kept": None if not node.state.weights else 1 - node.state.sparsity,
         "strips": [(i, _strip_name(diff.nodes[i], node)) for i in block.members[1:]],
         "is_card": block.is_card,
         "box": box,
         "head_height": (_CARD_HEIGHT if block.is_card else _PILL_HEIGHT),
     }
+
+
+def _tail(name: str, most: int) -> str:
+    """A module's path of at most so many characters: what it ends with tells layers apart.
+
+    >>> _tail("encoder.layers.encoder_layer_0.self_attention.q_proj", 30)
+    '…self_attention.q_proj'
+    """
+    if len(name) <= most:
+        return name
+    parts = name.split(".")
+    while len(parts) > 1 and len(".".join(parts)) >= most:
+        parts.pop(0)
+    return f"…{'.'.join(parts)[1 - most :]}"
 
 
 def _strip_name(norm: NodeDiff, layer: NodeDiff) -> str:

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -26,10 +27,11 @@ from fxprune.fine_tuning.recorded_zeros import FilledZeros, filled_zeros
 from fxprune.geometry import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxprune.graph import module_of, value_shapes
 from fxprune.graph_diff.model_graph import GraphNode, ModelGraph
-from fxprune.graph_diff.weights import Weights, weight_macs
+from fxprune.graph_diff.weights import Weights, recurrent_macs, weight_macs
+from fxprune.layers.recurrent import Recurrent
 from fxprune.operations import Argument, is_augmented, operation_of, writes_in_place
 from fxprune.passes.fold_batchnorm import scale_and_shift
-from fxprune.report import PruneReport
+from fxprune.report import LayerReport, PruneReport
 
 _COMMA = re.compile(r",\s*(?![^()\[\]{}]*[)\]}])")  # not inside brackets
 _LEFT_OUT = ("inplace", "bias", "in_features", "out_features")
@@ -72,7 +74,7 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
         nodes=tuple(nodes),
         parameters={name: parameter.detach() for name, parameter in parameters.values()},
         changes=changes(graph_module),
-        compressed="" if report is None else _what_was_done(report),
+        compressed="" if report is None else report.done,
         shapes_known=bool(shapes),
         notes=(
             *([f"{filled}."] if filled else []),
@@ -81,16 +83,9 @@ def read_fx(graph_module: GraphModule, example_inputs: Any = None) -> ModelGraph
     )
 
 
-def _what_was_done(report: PruneReport) -> str:
-    """In two or three words, such as "pruned to 2:4" or "factored (channel)"."""
-    kinds = {layer.status for layer in report.layers}
-    kind = next((kind for kind in ("factored", "narrowed") if kind in kinds), "")
-    return f"{kind} ({report.pattern})" if kind else f"pruned to {report.pattern}"
-
-
 def _title(graph_module: GraphModule, report: PruneReport | None, filled: FilledZeros) -> str:
     name = graph_module._get_name()
-    told = name if report is None else f"{name} {_what_was_done(report)} with {report.method}"
+    told = name if report is None else f"{name} {report.done} with {report.method}"
     return f"{told}{', zeros filled in since' if filled else ''}"
 
 
@@ -101,6 +96,9 @@ def _read_node(
     report = annotation(node).report
     lost = filled.layers.get(report.name, 0) if report else 0
     weights = _node_weights(graph_module, node)
+    if report is None and weights.matrices:
+        report = _of_matrices(graph_module, node)
+        lost = sum(filled.layers.get(f"{node.target}.{name}", 0) for name in weights.matrices)
     name, key = node.name, ""
     if node.op == "call_module":
         name = f"{node.target} (call {call})" if call else str(node.target)
@@ -125,6 +123,24 @@ def _read_node(
         pattern=report.pattern if report and not lost else "",
         output_error=report.relative_error if report else None,
         reason=f"{lost:,} of its zeros have been filled in" if lost else report.reason if report else "",
+    )
+
+
+def _of_matrices(graph_module: GraphModule, node: Node) -> LayerReport | None:
+    """What was done to a recurrent layer, whose matrices have a row each."""
+    whole = report_of(graph_module)
+    rows = [] if whole is None else [row for row in whole.layers if row.name.rpartition(".")[0] == str(node.target)]
+    if not rows:
+        return None
+    pruned = [row for row in rows if row.status == "pruned"]
+    kept = [f"{row.name}: {row.reason}" for row in rows if row.status == "kept" and row.reason]
+    errors = [row.relative_error for row in rows if row.relative_error is not None]
+    return replace(
+        rows[0],
+        pattern=", ".join(dict.fromkeys(row.pattern for row in pruned)),
+        status="pruned" if pruned else rows[0].status,
+        reason="; ".join(kept),
+        relative_error=max(errors, default=None),
     )
 
 
@@ -178,6 +194,9 @@ def _macs(node: Node, weights: Weights, shapes: Mapping[Node, tuple[int, ...]]) 
         return None
     if weights.weight is not None:
         return weight_macs(weights, shapes[sources[0]], shapes[node])
+    if weights.matrices:
+        steps = shapes[node][1 if getattr(module_of(node), "batch_first", False) and len(shapes[node]) > 2 else 0]
+        return recurrent_macs(weights, steps)
     operation = operation_of(node)
     if operation is not None and operation.factors is not None:
         first = _read_nodes(node)[operation.factors[0]]
@@ -277,6 +296,9 @@ def _module_weights(module: nn.Module) -> Weights:
         return Weights(
             weight.detach().cpu(), _without(tensors, "weight"), int(getattr(module, "groups", 1)), transposed
         )
+    if isinstance(module, (Recurrent, nn.RNNBase)):
+        matrices = {name.removesuffix(".weight"): tensor for name, tensor in tensors.items() if tensor.dim() == 2}
+        return Weights(None, {name: tensor for name, tensor in tensors.items() if tensor.dim() == 1}, matrices=matrices)
     if not isinstance(module, _BatchNorm) or module.running_mean is None or module.running_var is None:
         return Weights(None, tensors)
     scale, shift = scale_and_shift(module)

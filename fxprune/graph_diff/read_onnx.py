@@ -19,7 +19,7 @@ from fxprune.export.onnx_file import OnnxFile, initializer_arrays, read_onnx
 from fxprune.export.weight_uses import RECURRENT, WeightUse, graph_weights
 from fxprune.graph_diff.model_graph import GraphNode, ModelGraph
 from fxprune.graph_diff.onnx_arguments import input_name, node_arguments, tensor_inputs
-from fxprune.graph_diff.weights import Weights, weight_macs
+from fxprune.graph_diff.weights import Weights, recurrent_macs, weight_macs
 
 _MAX_MESSAGE = 2**31 - 2**20  # shape inference passes the model on as one message
 _HAS_BIAS = ("Conv", "ConvTranspose", "Gemm", "FusedConv", "FusedGemm")
@@ -40,8 +40,7 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
     shapes = _shapes(file)
     uses: dict[str, WeightUse] = {}
     for found in graph_weights(file.model).uses:
-        if found.op not in RECURRENT:  # These have several weights each.
-            uses.setdefault(found.node, found)
+        uses.setdefault(found.node, found)  # Of a recurrent layer that of its input.
     patterns, orders = layer_patterns(file.metadata), channel_orders(file.metadata)
     names = _layer_names(uses, origins)
     producer = {port.name: f"input {port.name}" for port in file.inputs}
@@ -64,7 +63,7 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
                 weights=weights,
                 output_shape=output or None,
                 macs=_macs(node, weights, source, output),
-                pattern=patterns.get(name, ""),
+                pattern=_pattern(name, weights, patterns),
                 order=_as_tensors(orders.get(name, ChannelOrder())),
             )
         )
@@ -84,7 +83,14 @@ def read_onnx_graph(path: str | Path) -> ModelGraph:
         parameters=parameters,
         compressed=f"pruned to {pattern}" if pattern else "",
         shapes_known=any(node.macs is not None for node in nodes),
-        notes=(f"What happens inside {', '.join(nested)} is not compared.",) if nested else (),
+        notes=(
+            *([f"What happens inside {', '.join(nested)} is not compared."] if nested else []),
+            *(
+                f"MACs leave out {node.name}: its number of time steps is not known."
+                for node in nodes
+                if node.weights.matrices and node.macs is None
+            ),
+        ),
     )
 
 
@@ -108,7 +114,20 @@ def _layer_names(uses: Mapping[str, WeightUse], origins: Mapping[str, str]) -> d
     """Node -> "layer1.0.conv1", from the name of a weight that only this node reads."""
     stored = {node: origins.get(use.initializer, use.initializer) for node, use in uses.items()}
     readers = Counter(stored.values())
-    return {node: name.removesuffix(".weight") for node, name in stored.items() if readers[name] == 1 and "." in name}
+    names = {node: name for node, name in stored.items() if readers[name] == 1 and "." in name}
+    return {
+        node: name.replace(".weight_ih_", ".") if uses[node].op in RECURRENT else name.removesuffix(".weight")
+        for node, name in names.items()
+    }
+
+
+def _pattern(name: str, weights: Weights, patterns: Mapping[str, str]) -> str:
+    """What a layer was pruned to, as our file says; of a recurrent one ("lstm.l0") what its matrices were."""
+    if not weights.matrices:
+        return patterns.get(name, "")
+    owner, _, suffix = name.rpartition(".")
+    of_each = [patterns.get(f"{owner}.weight_{kind}_{suffix}", "") for kind in ("ih", "hh")]
+    return ", ".join(dict.fromkeys(filter(None, of_each)))
 
 
 def _macs(
@@ -117,6 +136,8 @@ def _macs(
     """Of a layer with a stored weight, or of a product of two activations; None where a size is not known."""
     if weights.weight is not None and output:
         return weight_macs(weights, source, output)
+    if weights.matrices and source:
+        return recurrent_macs(weights, source[1 if any(a.name == "layout" and a.i for a in node.attribute) else 0])
     factors = [*output[1:], *source[-1:]]
     known = [size for size in factors if isinstance(size, int)]
     if node.op_type == "MatMul" and source and output and len(known) == len(factors):
@@ -148,6 +169,10 @@ def _weights(
         scale = gamma * (var + epsilon).rsqrt()
         named = {"weight": gamma, "bias": beta, "running_mean": mean, "running_var": var}
         return Weights(None, named, scale=scale, shift=beta - mean * scale)
+    if node.op_type in RECURRENT:
+        matrices = {name: x.flatten(0, 1) for name, x in stored.items() if name in ("W", "R") and x.dim() == 3}
+        others = {"bias" if name == "B" else name: x for name, x in stored.items() if name not in matrices}
+        return Weights(None, others, matrices=matrices)
     if use is None:
         return Weights(None, stored)
     tensors = tensor_inputs(node, opsets, constants)

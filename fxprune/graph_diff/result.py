@@ -25,6 +25,7 @@ class NodeState:
         op: operation, such as "Conv2d".
         arguments: what it is called with beside tensors, by name.
         weight_shape: (R, C/G, *kernel), (R, C) or, transposed, (C, R/G, *kernel); () without a weight.
+        weights: numbers in its weight, or in all matrices of a recurrent layer.
         dtype: number type of its weight, or "".
         output_shape: sizes of its output, None where they are not known.
         parameters: numbers in its weight and bias or other learnable tensors.
@@ -38,6 +39,7 @@ class NodeState:
     op: str
     arguments: dict[str, str]
     weight_shape: tuple[int, ...] = ()
+    weights: int = 0
     dtype: str = ""
     output_shape: tuple[int | str, ...] | None = None
     parameters: int = 0

@@ -19,7 +19,13 @@ MARKS = {"unchanged": " ", "changed": "~", "removed": "-", "inserted": "+", "rep
 STYLES = {"unchanged": "dim", "changed": "yellow", "removed": "red", "inserted": "green", "replaced": "magenta"}
 NOT_PRUNED = "not pruned: "
 _MAIN = ("pruned", "re-fitted")  # beside these, what follows goes without saying
-_MINOR = ("bias changed", "channels permuted", "channels removed", "channels removed and permuted")
+_MINOR = (
+    "bias changed",
+    "bias differs by rounding",
+    "channels permuted",
+    "channels removed",
+    "channels removed and permuted",
+)
 _WEIGHT = "weight: ‖after − before‖ / ‖before‖, with BatchNorm folded into before where it is in after."
 _OUTPUT_ERROR = "output error: ‖y_dense − y_pruned‖² / ‖y_dense − mean‖² on calibration images (held-out if any)."
 
@@ -102,7 +108,7 @@ def _nodes(nodes: list[NodeDiff], reasons: dict[str, int], all: bool) -> Table:
     table.add_column("node", overflow="fold", ratio=None, max_width=34)
     table.add_column("operation", overflow="fold", max_width=24)
     errors = any(node.output_error is not None for node in nodes)
-    weights = any(node.state.weight_shape for node in nodes)
+    weights = any(node.state.weights for node in nodes)
     if weights:
         table.add_column("zeros", justify="right", no_wrap=True)
         table.add_column("weight", justify="right", no_wrap=True)
@@ -125,11 +131,13 @@ def _operation(node: NodeDiff) -> Text:
     text = Text(state.op)
     if state.weight_shape:
         text.append(f" {sizes(state.weight_shape)}", style="dim")
+    elif state.weights:
+        text.append(f" {state.weights:,} weights", style="dim")
     return text
 
 
 def _zeros(node: NodeDiff) -> str:
-    if not node.state.weight_shape:
+    if not node.state.weights:
         return ""
     shares = [f"{state.sparsity:.1%}" for state in (node.before, node.after) if state is not None]
     return shares[-1] if shares[0] in ("0.0%", shares[-1]) else f"{shares[0].rstrip('%')} → {shares[-1]}"
@@ -139,7 +147,8 @@ def _changes(node: NodeDiff, reasons: dict[str, int], all: bool) -> Text:
     """What changed in a few words, with the numbers of what stands below the table."""
     phrases = list(node.changes) or ([node.status] if node.status in ("removed", "inserted") else [])
     if not all and phrases and phrases[0].startswith(_MAIN):
-        phrases = [phrase for phrase in phrases if not phrase.startswith(_MINOR)]
+        # A recurrent layer has several: "weight_ih_l0.bias changed by 3%".
+        phrases = [phrase for phrase in phrases if not phrase[phrase.find(".bias ") + 1 :].startswith(_MINOR)]
     if node.reason.startswith(NOT_PRUNED):
         phrases.append(NOT_PRUNED.rstrip(": "))
     text = Text("; ".join(phrases))

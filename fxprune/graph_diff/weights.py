@@ -26,6 +26,7 @@ class Weights:
         others: bias, BatchNorm's parameters and statistics, ..., by name.
         groups: G.
         transposed: whether it is a transposed convolution.
+        matrices: of a recurrent layer: its weights by name, (gates * H, C) each; `weight` is None then.
         scale: of a BatchNorm in eval mode: what it multiplies each channel by, (R,) in float64.
         shift: of a BatchNorm: what it adds to each channel then, (R,) in float64.
     """
@@ -36,6 +37,14 @@ class Weights:
     transposed: bool = False
     scale: Tensor | None = None
     shift: Tensor | None = None
+    matrices: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def all(self) -> Tensor | None:
+        """The weight, or the numbers of all matrices in a row; None for a node that has neither."""
+        if self.weight is not None or not self.matrices:
+            return self.weight
+        return torch.cat([self.matrices[name].flatten() for name in sorted(self.matrices)])
 
 
 def fold(weights: Weights, norm: Weights) -> Weights:
@@ -185,3 +194,8 @@ def weight_macs(
     positions = (shape[-spatial:] if spatial else shape[1:-1]) if shape else ()
     sizes = [size for size in positions if isinstance(size, int)]
     return weight.numel() * math.prod(sizes) if len(sizes) == len(positions) else None
+
+
+def recurrent_macs(weights: Weights, steps: int | str) -> int | None:
+    """MACs of a recurrent layer for one sample: every matrix is used once at each time step."""
+    return sum(matrix.numel() for matrix in weights.matrices.values()) * steps if isinstance(steps, int) else None

@@ -27,19 +27,18 @@ from torch.fx import Node
 
 from fxprune.consumers import puts_out
 from fxprune.graph import module_of
+from fxprune.layers.logits import ClassInformation, log_probabilities, rows_cancel
 from fxprune.runtime.processes import gathered
 
 LARGEST = 4.0
 ROUNDING = 1e-9  # Nats: logits that are right stay as they are, bit for bit.
 STEPS = 30
-# Of trained classifiers 1e-6 to 0.03; of heads for boxes and landmarks 1 to 2, of those for independent labels 100.
-SOFTMAX_SUM = 0.25
-LEAST_INFORMATION = 0.5  # Of what so many classes, or images, could tell.
 
 
 def puts_out_scores(layer: Node) -> bool:
-    """Whether the model puts out what a Linear layer does: perhaps a classifier's logits (`BothLogits.are_logits`)."""
-    return isinstance(module_of(layer), nn.Linear) and puts_out(layer)
+    """Whether the model puts out what a Linear layer does, two numbers at least: perhaps logits (`BothLogits.are_logits`)."""
+    module = module_of(layer)
+    return isinstance(module, nn.Linear) and module.out_features > 1 and puts_out(layer)
 
 
 @dataclass(frozen=True)
@@ -53,30 +52,17 @@ class BothLogits:
     def are_logits(self, weight: Tensor) -> bool:
         """Whether they are a softmax classifier's: else no factor may change them. In all processes together.
 
-        Either the weights tell. A softmax does not change if every logit grows by the same number, so that the gradients of
-        its cross-entropy sum to zero over the classes, and so does what plain gradient descent adds to the weights. In
-        ||sum of rows||^2 / sum of ||row||^2 independent rows give 1, as those of a head that regresses numbers do.
-
-        Or the outputs do. Adam's steps leave no such mark. But a classifier's softmax is sure of an image, and of others
-        that they are something else: the class tells much about the image, in nats of mutual information. Coordinates,
-        embeddings and scores of rare labels, taken for logits, give uniform classes or always the same. (Independent labels
-        of which half are on can look like classes: `Options(temperature=False)` leaves them alone.)
+        Either the weights tell, or the dense model's outputs. (`Options(temperature=False)` leaves those alone that look like
+        a classifier's and are none.)
 
         Args:
             weight: (classes, D) of the dense layer that puts them out.
         """
-        rows = weight.detach().double()
-        if len(rows) < 2:
-            return False
-        if float(rows.sum(0).square().sum()) < SOFTMAX_SUM * float(rows.square().sum()):
+        if rows_cancel(weight):
             return True
-        p = self.dense.double().softmax(1)
-        (images,) = _summed(len(p))
-        of_class = torch.tensor(_summed(*p.sum(0)), dtype=torch.float64) / max(1.0, images)
-        (unsure,) = _summed(torch.special.entr(p).sum())
-        information = float(torch.special.entr(of_class).sum()) - unsure / max(1.0, images)
-        most = math.log(max(2, min(len(rows), int(images))))
-        return information > LEAST_INFORMATION * most
+        information = ClassInformation()
+        information.add(*log_probabilities(self.dense))
+        return information.summed().is_a_classifiers
 
 
 def logit_scale(logits: BothLogits) -> float:

@@ -70,7 +70,9 @@ class InsertObservers(Pass):
 
     def call(self, graph_module: GraphModule) -> PassResult:  # noqa: D102 - documented on Pass
         layers = [node for node in graph_module.graph.nodes if reads_weights(node)]
-        self.recipe.check([str(node.target) for node in layers if module_of(node) is not None])
+        kept = [node for node in graph_module.graph.nodes if isinstance(module_of(node), Recurrent)]
+        names = [str(node.target) for node in layers if module_of(node) is not None]
+        self.recipe.check([*names, *(row.name for node in kept for row in layers_inside(node))])
         calls = weight_calls(graph_module)
         constant = without_input(graph_module.graph)
         observers: dict[tuple[Node, LayerGeometry], Node] = {}

@@ -31,7 +31,8 @@ from fxprune.calibration.batches import count, inputs_of, take
 from fxprune.calibration.calibration import Calibration
 from fxprune.calibration.dense_twin import DenseTwin
 from fxprune.calibration.failures import run_graph
-from fxprune.calibration.output_error import OutputAgreement, OutputError, channel_dim
+from fxprune.calibration.output_error import OutputError, channel_dim
+from fxprune.calibration.output_score import OutputScore
 from fxprune.calibration.reading import mirrored
 from fxprune.consumers import consumers
 from fxprune.errors import GraphError
@@ -338,7 +339,7 @@ def _update_report(
     errors = {node: OutputError(channel_dim(node)) for node in layers}
     of_call = {call.name: errors[node] for node in layers for call in calls[node]}
     pairs = _counterparts(dense, {call.name: node for node in layers for call in calls[node]})
-    agreement = OutputAgreement()
+    score = OutputScore()
     for inputs in [step.inputs for step in steps if step.inputs is not None]:
         wanted, found = _Recorder(dense, {*pairs.values()}), _Recorder(graph_module, {*of_call})
         wanted.outputs(inputs)
@@ -346,9 +347,9 @@ def _update_report(
         for name, error in of_call.items():
             error.update(twin.wanted(pairs[name], wanted.kept[pairs[name]]), found.kept[name])
         if is_score:
-            agreement.update(wanted.result, found.result)
+            score.update(wanted.result, found.result)
     errors = dict(zip(errors, OutputError.summed([*errors.values()]), strict=True))
-    agreement = agreement.summed()
+    score = score.summed()
     measured = {}
     for node in layers:
         row = annotation(node).report
@@ -358,4 +359,7 @@ def _update_report(
     report = report_of(graph_module)
     assert report is not None
     every_layer = tuple(measured.get(layer.name, layer) for layer in report.layers)
-    annotate_graph(graph_module, report=replace(report, layers=every_layer, agreement=agreement.share, kl=agreement.kl))
+    report = replace(
+        report, layers=every_layer, agreement=score.share, kl=score.kl, output_errors=score.relative_errors
+    )
+    annotate_graph(graph_module, report=report)

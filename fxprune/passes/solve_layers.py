@@ -36,6 +36,7 @@ from fxprune.geometry import LayerGeometry, is_matrix_layer
 from fxprune.graph import module_of
 from fxprune.intake.totals import little, uncovered
 from fxprune.layers.checkpoint import LayerCheckpoint
+from fxprune.layers.dead_outputs import many_dead_outputs, new_dead_outputs
 from fxprune.layers.kept import kept_layer, layers_inside, zeros
 from fxprune.layers.problem import layer_of
 from fxprune.layers.recurrent import has_place_for_bias
@@ -95,6 +96,8 @@ class SolveLayers(CalibratedPass):
             layers += [done] if done is not None else layers_inside(node)
         layers += uncovered(graph_module, layers)
         self._tell_of_little(graph_module, layers, calibration)
+        if dead := many_dead_outputs(layers):
+            calibration.warn(dead)
         report = PruneReport(
             layers=tuple(layers),
             method=self.method.name,
@@ -106,6 +109,8 @@ class SolveLayers(CalibratedPass):
             peak_memory=outcome.peak_bytes,
             agreement=outcome.agreement,
             kl=outcome.kl,
+            output_errors=outcome.output_errors,
+            why_no_classes=outcome.why_no_classes,
             macs=(removal.macs[0] if removal else before, _macs(graph_module, calibration))
             if before or removal
             else (),
@@ -250,6 +255,7 @@ class SolveLayers(CalibratedPass):
             status=status,
             reason=reason,
             sparsity=sum(zeros(part.weight) * part.weight.numel() for part in parts) / numel,
+            dead_outputs=sum(new_dead_outputs(part.geometry, part.weight, module.weight) for part in parts),
             damping=layer.damping,
             correction=layer.correction,
             logit_scale=layer.logit_scale,
@@ -295,6 +301,7 @@ class SolveLayers(CalibratedPass):
                 status="pruned" if masked else "factored",
                 reason=f"{'second' if whole else 'first'} factor of {layer.name!r}, {layer.reason}",
                 sparsity=zeros(module.weight),
+                dead_outputs=new_dead_outputs(LayerGeometry.of(module), module.weight),
                 relative_error=layer.relative_error if whole else None,
                 seconds=layer.seconds if whole else 0.0,
                 macs=layer.macs if whole else (),

@@ -16,6 +16,7 @@ from fxprune.report import LayerReport, PruneReport
 
 MANY = 60  # layers; with more of them rows are lower and not every one is named
 LARGEST = 110  # rows that the height grows for
+WORDS = 32  # Letters of a reason that there is room for beside the longest names.
 DECADES = 1e-4  # errors below this part of the largest are drawn at the edge
 
 
@@ -51,15 +52,17 @@ def layer_sparsity_and_error(report: PruneReport, name: str = "") -> Figure:
         size = 10 if not many else 5.5
         left.set_yticks(named, [shortened(layers[row].name, 30) for row in named], size=size)
         left.set_ylim(len(layers) - 0.4, -0.6)
-        _errors(right, layers, colors, size)
+        dots = _errors(right, layers, colors, size)
         for axes in (left, right):
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)
         done = "" if factored else f", {report.sparsity:.0%} zeros"
         add_title(picture, f"{name + ': ' if name else ''}{report.pattern}, {report.method}{done}")
-        there = [status for status in STATUS if any(layer.status == status for layer in layers)]
+        drawn = dots | {layer.status for layer, share in zip(layers, shares, strict=True) if share}
+        there = [status for status in STATUS if status in drawn]  # No colour is explained that is not to be seen.
         handles = [left.barh([0], [0], color=STATUS[status]) for status in there]
-        picture.legend(handles, there, loc="outside lower center", ncols=len(there), frameon=False, labelcolor=INK)
+        if there:
+            picture.legend(handles, there, loc="outside lower center", ncols=len(there), frameon=False, labelcolor=INK)
         return picture
 
 
@@ -69,8 +72,9 @@ def _macs_left(layer: LayerReport) -> float:
     return 100 * after / before if before else 100.0
 
 
-def _errors(axes: Axes, layers: Sequence[LayerReport], colors: Sequence[str], size: float) -> None:
-    """A dot for each error, and words where there is none to draw."""
+def _errors(axes: Axes, layers: Sequence[LayerReport], colors: Sequence[str], size: float) -> set[str]:
+    """A dot for each error, and words where there is none to draw; the status of the layers that have a dot."""
+    dots: set[str] = set()
     errors = [layer.relative_error for layer in layers]
     positive = [error for error in errors if error is not None and math.isfinite(error) and error > 0]
     low, high = (0.1, 1.0) if not positive else (max(min(positive), max(positive) * DECADES), max(positive))
@@ -84,13 +88,17 @@ def _errors(axes: Axes, layers: Sequence[LayerReport], colors: Sequence[str], si
     for row, (layer, error, color) in enumerate(zip(layers, errors, colors, strict=True)):
         if error is not None and math.isfinite(error) and error >= low:
             axes.plot([low / 1.3, error], [row, row], color=ZERO, linewidth=min(1.2, size / 8), zorder=1)
+            dots.add(layer.status)
             axes.plot([error], [row], "o", color=color, markersize=min(6.5, size * 0.65), zorder=2)
             continue
         if error is None:
-            words = textwrap.shorten(layer.reason, 41, placeholder="…") if layer.status != "factored" else ""
+            words = textwrap.shorten(layer.reason, WORDS, placeholder="…") if layer.status != "factored" else ""
+        elif error == 0:
+            words = "0 (nothing before it has changed)" if layer.status == "reconstructed" else "0"
         else:
-            words = "0" if error == 0 else f"{error:.0e}" if math.isfinite(error) else "not finite"
+            words = f"{error:.0e}" if math.isfinite(error) else "not finite"
         axes.annotate(
             words or "not measured", (0, row), xycoords=("axes fraction", "data"), xytext=(4, 0),
             textcoords="offset points", va="center", size=min(8.5, size), color=INK, annotation_clip=False,
         )  # fmt: skip
+    return dots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -85,15 +86,19 @@ def mark(name: str, names: Sequence[str]) -> Mark:
 
 
 def shortened(name: str, length: int) -> str:
-    """A layer's name in at most `length` letters: its longest words are cut, those with numbers, which tell layers apart, last.
+    """A layer's name in at most `length` letters: words are cut, those with numbers after others, the last one at last.
 
     >>> shortened("backbone.features.stage3.depthwise.conv", 30)
     'ba….fe….stage3.depthwise.conv'
+    >>> shortened("encoder.layers.encoder_layer_0.self_attention.q_proj", 30)
+    'en….la….en…0.se….q_proj'
     """
     parts = name.split(".")
-    for place in sorted(range(len(parts)), key=lambda i: (any(map(str.isdigit, parts[i])), i)):
+    last = len(parts) - 1
+    for place in sorted(range(len(parts)), key=lambda i: (i == last, any(map(str.isdigit, parts[i])), i)):
         if len(".".join(parts)) > length and len(parts[place]) > 3:
-            parts[place] = f"{parts[place][:2]}…"
+            number = re.search(r"\d*$", parts[place])
+            parts[place] = f"{parts[place][:2]}…{number[0] if number else ''}"
     name = ".".join(parts)
     return name if len(name) <= length else f"…{name[-(length - 1) :]}"
 

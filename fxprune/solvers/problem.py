@@ -109,7 +109,8 @@ class LayerProblem:
     def _shifted(self, damping: float) -> tuple[Tensor, Tensor]:
         """H + diag(shift), whether it can be factored or not, and shift (..., D)."""
         diagonal = self.hessian.diagonal(dim1=-2, dim2=-1)
-        scale = diagonal.mean(-1, keepdim=True)
+        # Of inputs that are the same for all images the centred diagonal is rounding, of either sign.
+        scale = diagonal.abs().mean(-1, keepdim=True)
         # A group whose inputs are all dead has nothing to learn from: lambda = 1 keeps its weights.
         shift = torch.where(scale > 0, damping * scale, 1.0).expand_as(diagonal)
         if damping == 0:

@@ -195,6 +195,16 @@ def test_every_command_has_help(name: str) -> None:
     assert f"Example fxprune {name}" in " ".join(result.output.split())
 
 
+def test_help_keeps_every_flag_and_choice_in_one_piece_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = runner.invoke(fxprune_app, ["prune", "--help"])
+    for text in ("<weights|dense|skip|relu_aware>", "--no-sparse-initializers", "--channel-multiple N", "at least 1"):
+        assert text in result.output
+    lines = result.output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "fxprune prune --model mynet.py:MyNet --weights mynet.pt --data pictures \\" in lines
+
+
 @pytest.mark.parametrize("arguments", ["--version", "--help", "prune --help", "prune --print-config"])
 def test_help_needs_no_torch(arguments: str) -> None:
     code = f"""

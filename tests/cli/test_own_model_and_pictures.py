@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fxprune import compile, save
 from fxprune.experiments.yaml_files import read_yaml
+from fxprune.export import inspect_onnx
 from fxprune.models import create
 from fxprune.saving import load
 
@@ -169,3 +171,34 @@ def test_files_that_are_no_weights(fxprune: Fxprune, net: Path, tmp_path: Path, 
 @pytest.fixture(autouse=True)
 def _restore_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.mark.parametrize("size", [28, 20])
+def test_a_model_that_is_no_classifier_has_no_agreement(fxprune: Fxprune, net: Path, tmp_path: Path, size: int) -> None:
+    images = np.random.default_rng(1).random((80, 1, size, size), np.float32)
+    np.savez(tmp_path / "more.npz", images=images)
+    said = fxprune(
+        "prune", *given(net, tmp_path / "more.npz"), *GREY, "--calibration-images", 70, "--out", tmp_path / "a"
+    )
+    assert "do not look like the logits of a trained classifier" in " ".join(said.split())
+    assert "agreement with" not in said
+    assert "Top-1 agreement" not in said
+    assert not {"agreement", "kl"} & json.loads((tmp_path / "a" / "run.json").read_text())["results"].keys()
+
+
+def test_a_saved_model_of_sequences_is_exported_without_more_words(fxprune: Fxprune, tmp_path: Path) -> None:
+    class Tagger(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.fc = torch.nn.GRU(4, 8, batch_first=True), torch.nn.Linear(8, 4)
+
+        def forward(self, words: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.rnn(words * known)[0])
+
+    batch = {"words": torch.randn(40, 6, 4), "known": torch.ones(40, 6, 1)}
+    compiled = compile(Tagger().eval(), [batch], progress=False)
+    save(compiled, tmp_path / "tagger.pt")
+    fxprune("export", tmp_path / "tagger.pt")
+    told = inspect_onnx(tmp_path / "tagger.onnx")
+    assert [port.partition(" (")[2] for port in told.inputs] == ["batch, 6, 4)", "batch, 6, 1)"]
+    assert {layer.initializer for layer in told.layers} >= {"rnn.weight_ih_l0", "rnn.weight_hh_l0"}

@@ -223,3 +223,15 @@ def test_resnet56_has_its_published_accuracy(data_root):
     model = load_weights(models.create("resnet56"), data_root / "cifar10" / "resnet56-4bfd9763.th")
     splits = load_data(data_root / "cifar10" / "cifar10_subset.npz", mean=info.mean, std=info.std)
     assert evaluate(model, make_loader(splits.test)) == pytest.approx(93.26, abs=0.005)
+
+
+def test_what_is_no_classifier_is_warned_of_where_it_may_be_none() -> None:
+    a, b = (nn.Sequential(nn.Flatten(), nn.Linear(12, 4)) for _ in range(2))
+    data = [torch.randn(20, 3, 2, 2)]
+    with pytest.warns(EvaluationWarning, match="say nothing here: the output's 4 numbers an image do not look like"):
+        agreement(a, a, data, are_classifiers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agreement(a, a, data)
+        b[1].weight.data *= 100  # Sure of each image, and of each of another class.
+        agreement(b, b, data, are_classifiers=False)

@@ -432,3 +432,34 @@ def test_no_warning_where_all_is_well(compiled: GraphModule, tmp_path: Path) -> 
 def test_the_old_order_of_arguments_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"takes the model first, .*validate_onnx\(model, path, loader\)"):
         validate_onnx(tmp_path / "m.onnx", pooled(), [X])  # type: ignore[arg-type]
+
+
+def test_inputs_of_a_wrong_size_are_told_beside_those_that_were_calibrated_on(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    compiled = fxprune.compile(net, [torch.randn(16, 3, 8, 8)], progress=False)
+    with pytest.raises(
+        ExportError, match=r"does not run on inputs of shape \(2, 4, 8, 8\): .*calibrated on input \(4, 3"
+    ):
+        fxprune.export_onnx(compiled, tmp_path / "net.onnx", torch.randn(2, 4, 8, 8))
+
+
+class Squeezed(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.conv(x).squeeze(1), torch.squeeze(self.conv(x).mean(-1, keepdim=True), -1)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_squeeze_takes_out_an_axis_of_size_1_only(channels, tmp_path):
+    report = export_onnx(Squeezed(channels).eval(), tmp_path / "net.onnx", X)
+    assert report.parity.max_rel < 1e-6
+    (shape, *_) = [output.shape for output in onnx_shapes(tmp_path / "net.onnx")]
+    assert len(shape) == (3 if channels == 1 else 4)
+
+
+def onnx_shapes(path: Path) -> list[np.ndarray]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: X.numpy()})

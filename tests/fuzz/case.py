@@ -98,9 +98,14 @@ class Case:
         recipe = arguments.pop("recipe", self.recipe)
         with warnings.catch_warnings(), self.refusals():
             warnings.simplefilter("ignore", CalibrationWarning)
-            return fxprune.compile(
+            found = fxprune.compile(
                 model, batches, recipe, method=method or self.method, device="cpu", progress=False, **arguments
             )
+            if not isinstance(
+                found, CompiledModule
+            ):  # What was no graph was compiled in parts: for a reason that we know?
+                raise GraphError(" ".join(found.report.notes))
+            return found
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -129,16 +134,21 @@ class Case:
         try:
             yield
         except (OptionsError, GraphError, PatternError) as error:
-            inputs, by_name = "|".join(self.network.names), isinstance(self.recipe, dict)
+            by_name = isinstance(self.recipe, dict)
+            # An input, or another name for a value: `contiguous` of what is contiguous.
+            names_of_one = "|".join([*self.network.names, r"contiguous(_\d+)?"])
             overwritten = (
-                f"overwrites '.*' in place, and node '.*' later reads '({inputs})', which may share its memory"
+                f"overwrites '.*' in place, and node '.*' later reads '({names_of_one})', which may share its memory"
             )
-            names = [name for name in self.recipe if f"self.{name}(" not in self.network.script] if by_name else []
+            called = {name: f"self.{name.partition('.')[0]}(" in self.network.script for name in self.recipe if by_name}
+            names = [name for name in called if not called[name]]
             uncalled = "|".join(map(re.escape, names))
+            piece = r"overwrites '(getitem|narrow)(_\d+)?' in place, and node '.*' later reads '.*', which may share"
             reasons = {
+                piece: "writes into a piece of what it reads later",
                 "out of reach": "",
                 "nothing can be compressed": "",
-                overwritten: "writes into a piece of the input",
+                overwritten: "writes into what it reads later under another name",
                 f"the recipe's '({uncalled})' matches no layer that": "a layer that nobody calls",
             }
             for reason, short in reasons.items():
@@ -213,10 +223,13 @@ def cases(draw: Any) -> Case:
         recipe = "0.5"
     if "channels" in recipe:
         options["channel_multiple"] = d.one(1, 2, 4)
-    lines = [line.split() for line in network.script.splitlines() if "nn.Conv" in line]
+    lines = [
+        line.split() for line in network.script.splitlines() if "nn.Conv" in line or line.strip().startswith("self.rnn")
+    ]
     layers = [line[0].removeprefix("self.") for line in lines if line[1] == "=" and "unused" not in line[0]]
+    layers = [f"{name}.{d.one('weight_ih_l0', 'weight_hh_l0')}" if name.startswith("rnn") else name for name in layers]
     if recipe == "by name":
         first, second = d.one("1:4", "0.7", "dense", "rank:ratio=0.6"), d.one("2:4", "dense", "0.5")
         recipe = {d.one(*layers): first, "*": second}
-    exclude = (d.one(*layers),) if layers and d.maybe(2) else ()
+    exclude = (d.one(*layers, *[name.partition(".")[0] for name in layers]),) if layers and d.maybe(2) else ()
     return Case(network, recipe, method, options, exclude)

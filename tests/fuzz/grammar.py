@@ -318,6 +318,55 @@ def add_shared(b: Builder) -> None:
     b.value(f"{other}({at})")
 
 
+def recurrent(b: Builder, channels: int) -> tuple[str, bool]:
+    """A recurrent layer of any kind: its name in the forward, and whether the batch comes first."""
+    kind = b.one("LSTM", "LSTM", "GRU", "RNN")
+    hidden, ways, layers = b.one(4, 8, 8, 6), b.one(1, 1, 2), b.one(1, 1, 2)
+    first = b.maybe(6)
+    settings = [str(channels), str(hidden)]
+    settings += [f"num_layers={layers}"] if layers > 1 else []
+    settings += ["bidirectional=True"] if ways > 1 else []
+    settings += ["batch_first=True"] if first else []
+    settings += ["bias=False"] if b.maybe(1) else []
+    settings += ["nonlinearity='relu'"] if kind == "RNN" and b.maybe(4) else []
+    if kind == "LSTM" and hidden > 4 and b.maybe(2):
+        settings.append("proj_size=4")
+    b.features.add(f"{kind}{', both ways' if ways > 1 else ''}{', batch first' if first else ''}")
+    return b.member(f"nn.{kind}({', '.join(settings)})", "rnn"), first
+
+
+def sequence(b: Builder, x: str, first: bool) -> str:
+    """Positions of a map as time steps: (N, T, C), or (T, N, C)."""
+    flat = x if b.dims == 1 else f"{x}.flatten(2)"
+    if first:
+        return b.one(f"{flat}.transpose(1, 2)", f"{flat}.permute(0, 2, 1)")
+    return str(b.one(f"{flat}.permute(2, 0, 1)", f"{flat}.transpose(1, 2).transpose(0, 1)"))
+
+
+def add_recurrent(b: Builder) -> None:
+    """A recurrent layer over the positions of a map, and its outputs as a map again."""
+    x = b.last(b.maps)
+    layer, first = recurrent(b, b.channels(x))
+    size = b.size(x)
+    y = b.value(f"{layer}({sequence(b, x, first)})[0]", "recurrent layer")
+    if y is None:
+        return
+    back = f"{y}.transpose(1, 2)" if first else f"{y}.permute(1, 2, 0)"
+    b.value(back if b.dims == 1 else f"{back}.unflatten(2, {tuple(size)})")
+
+
+def last_state(b: Builder, x: str) -> str | None:
+    """From a map to a vector, by a recurrent layer: its last step, the mean of all, or its state."""
+    layer, first = recurrent(b, b.channels(x))
+    call = f"{layer}({sequence(b, x, first)})"
+    steps = 1 if first else 0
+    state = f"{call}[1][0]" if "nn.LSTM" in b.init[-1] else f"{call}[1]"
+    return b.value(
+        b.one(f"{call}[0][:, -1]" if first else f"{call}[0][-1]", f"{call}[0].mean({steps})", f"{state}[-1]"),
+        "recurrent layer in the head",
+    )
+
+
 def add_odd(b: Builder) -> None:
     """What else may stand in a forward."""
     x = b.last(b.maps)
@@ -367,10 +416,10 @@ def add_odd(b: Builder) -> None:
 
 
 def head(b: Builder, x: str) -> str:
-    """From feature maps to classes."""
+    """From feature maps to classes, or other numbers."""
     axes = tuple(range(2, 2 + b.dims))
-    flat = None
-    if math.prod(b.values[x].shape[1:]) <= 256 and b.maybe(5):
+    flat = last_state(b, x) if b.maybe(2) else None
+    if flat is None and math.prod(b.values[x].shape[1:]) <= 256 and b.maybe(5):
         flat = b.value(
             b.one(f"{x}.flatten(1)", f"torch.flatten({x}, 1)", f"{x}.view({x}.size(0), -1)", f"{b.member('nn.Flatten()')}({x})",
                   f"{x}.reshape({x}.shape[0], -1)"), "flatten",
@@ -390,12 +439,28 @@ def head(b: Builder, x: str) -> str:
         flat = b.value(f"{b.member(b.one(*MODULES), 'act')}({flat})") or flat
     result = b.value(f"{b.member(f'nn.Linear({b.channels(flat)}, {b.one(10, 4, 2, 1)})', 'fc')}({flat})")
     assert result is not None
+    if b.maybe(4):  # Boxes, embeddings, labels, probabilities, and sure classes.
+        result = b.value(
+            b.one("torch.sigmoid({x})", "F.normalize({x}, dim=1)", "100 * {x} + 50", "F.softmax({x}, dim=1)", "{x}.tanh()",
+                  "{x}.relu()", "20 * {x}", "F.log_softmax({x}, dim=1)").format(x=result), "head that puts out no logits"
+        ) or result  # fmt: skip
     return result
+
+
+def dense_head(b: Builder, x: str) -> str:
+    """From a feature map to a number, or a few, at each position: a mask, a depth map, a heat map."""
+    result = b.value(f"{b.member(f'nn.Conv{b.dims}d({b.channels(x)}, {b.one(1, 1, 5)}, 1)', 'mask')}({x})") or x
+    return (
+        b.value(
+            b.one("torch.sigmoid({x})", "F.interpolate({x}, scale_factor=2)", "{x}.flatten(2).softmax(-1)", "{x}.squeeze(1)")
+            .format(x=result), "number at each position",
+        ) or result
+    )  # fmt: skip
 
 
 OPERATIONS: tuple[tuple[int, Callable[[Builder], None]], ...] = (
     (10, add_layer), (4, add_activation), (4, add_binary), (2, add_concat), (2, add_split), (2, add_pool), (1, add_transposed),
-    (2, add_squeeze_excitation), (1, add_resize), (1, add_shared), (2, add_odd),
+    (2, add_squeeze_excitation), (1, add_resize), (1, add_shared), (2, add_odd), (2, add_recurrent),
 )  # fmt: skip
 
 
@@ -454,7 +519,9 @@ def networks(draw: Any) -> Network:
 
 def _outputs(b: Builder) -> str:
     x = b.last(b.maps)
-    kind = b.one("head", "head", "head", "map", "tuple", "dict", "list", "nested")
+    kind = b.one("head", "head", "head", "map", "dense", "tuple", "dict", "list", "nested")
+    if kind == "dense":
+        return dense_head(b, x)
     if kind == "map":
         b.features.add("feature map as output")
         return x

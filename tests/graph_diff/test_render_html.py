@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxprune.compiled import CompiledModule
 from fxprune.geometry import flatten_weight
@@ -161,3 +161,25 @@ def test_weights_without_numbers_can_be_drawn(weight: Tensor) -> None:
     assert picture.corner_after == bytes(16)
     assert draw_weights(Weights(torch.zeros(0, 4)), None) is None
     assert draw_weights(Weights(torch.ones(4)), None) is None
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        attention = nn.ModuleDict({f"{kind}_projection": nn.Linear(8, 8) for kind in "qkv"})
+        self.encoder_of_pictures = nn.ModuleDict({"self_attention_of_layer_0": attention})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.encoder_of_pictures["self_attention_of_layer_0"].values():
+            x = layer(x)
+        return x
+
+
+def test_long_names_keep_what_tells_them_apart(tmp_path: Path) -> None:
+    net, other = Deep(), Deep()
+    diff(net, other).to_html(tmp_path / "diff.html")
+    page = (tmp_path / "diff.html").read_text(encoding="utf-8")
+    for kind in "qkv":
+        name = f"encoder_of_pictures.self_attention_of_layer_0.{kind}_projection"
+        assert f'title="{name}"' in page  # When the mouse rests on it.
+        assert f'<span class="title">…self_attention_of_layer_0.{kind}_projection</span>' in page

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fxprune
 from fxprune.annotations import annotation
+from fxprune.errors import ExportError, OptionsError, PatternError
 from fxprune.export import inspect_onnx
 from fxprune.graph import module_of
 from fxprune.intake.origins import origins
@@ -218,7 +219,9 @@ def test_a_whole_compilation(layer, tmp_path):
     assert torch.equal(loaded(images[0]), compiled(images[0]))
     assert loaded.report == compiled.report
     if layer.proj_size:
-        return  # torch's exporter writes files of these that onnxruntime does not load.
+        with pytest.raises(ExportError, match=r"layer is an LSTM with a projection \(proj_size=4\)"):
+            fxprune.export_onnx(compiled, tmp_path / "net.onnx", images[0])
+        return
     exported = fxprune.export_onnx(compiled, tmp_path / "net.onnx", images[0])
     checks = {check.name: check for check in exported.layers}
     assert all(checks[f"layer.{name}"].ok for name in matrices(layer))
@@ -239,7 +242,8 @@ def test_the_layers_of_a_file_are_pruned_too(tmp_path):
     assert set(names) >= set(matrices(layer))
     exported = fxprune.export_onnx(compiled, tmp_path / "sparse.onnx", images[0], dynamic_batch=False)
     assert [check.ok for check in exported.layers if check.op == "LSTM"] == [True] * 4
-    assert "W" in str(fxprune.diff(tmp_path / "dense.onnx", tmp_path / "sparse.onnx"))
+    told = fxprune.diff(tmp_path / "dense.onnx", tmp_path / "sparse.onnx")
+    assert [node.changes[0] for node in told.changed if node.state.op == "LSTM"] == ["pruned to 2:4"]
 
 
 class StatesRead(nn.Module):
@@ -378,6 +382,42 @@ def test_cells_are_two_layers_that_are_called_at_several_places(kind, options, t
     torch.testing.assert_close(again(images[0]), compiled(images[0]), rtol=1e-5, atol=1e-6)
     fxprune.export_onnx(compiled, tmp_path / "net.onnx", images[0])
     assert torch.equal(fxprune.compile(net, images, "2:4", exclude=("*",), progress=False)(images[0]), net(images[0]))
+
+
+def test_a_recipe_may_name_a_matrix_of_a_layer_that_is_excluded():
+    net, images = Net(nn.GRU(8, 12)), [torch.randn(64, 5, 8)]
+    recipe = {"layer.weight_hh_l0": "1:4", "*": "2:4"}
+    compiled = fxprune.compile(net, images, recipe, exclude=["layer"], progress=False)
+    assert [compiled.report[f"layer.weight_{kind}_l0"].reason for kind in ("ih", "hh")] == ["excluded"] * 2
+    with pytest.raises(PatternError, match=r"'layer.weight_hh_l1' matches no layer that the model calls"):
+        fxprune.compile(net, images, {"layer.weight_hh_l1": "1:4", "*": "2:4"}, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (nn.GRU(8, 8, batch_first=True), "weight_hh_l0"),
+        (nn.LSTMCell(8, 8), "weight_ih"),
+        (nn.MultiheadAttention(8, 2, batch_first=True), "k_proj"),
+    ],
+)
+def test_what_the_report_names_can_be_excluded(layer, name):
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.tail, self.kind = layer, nn.Linear(8, 8), type(layer)
+
+        def forward(self, x):
+            if self.kind is nn.LSTMCell:
+                return self.tail(self.layer(x[:, 0])[0])
+            return self.tail(self.layer(x)[0] if self.kind is nn.GRU else self.layer(x, x, x)[0])
+
+    compiled = fxprune.compile(One().eval(), [torch.randn(64, 5, 8)], exclude=[f"layer.{name}"], progress=False)
+    done = {row.name: (row.status, row.reason) for row in compiled.report.layers}
+    assert done.pop(f"layer.{name}") == ("kept", "excluded")
+    assert {status for status, _ in done.values()} == {"pruned"}
+    with pytest.raises(OptionsError, match=r"'layer.weight_ih_l7' matches no module of One"):
+        fxprune.compile(One().eval(), [torch.randn(64, 5, 8)], exclude=["layer.weight_ih_l7"], progress=False)
 
 
 def test_two_factors_are_declined_with_the_reason():

@@ -80,6 +80,18 @@ def test_damping_is_raised_tenfold_until_the_factorisation_succeeds():
     assert torch.linalg.eigvalsh(damped.hessian).min() > 0
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_inputs_that_are_the_same_for_all_images_leave_the_weights(sign):
+    """Their centred moments are rounding, the diagonal too, whose mean may be of either sign."""
+    noise = torch.randn(6, 6, dtype=torch.float64)
+    hessian = 1e-13 * (noise + noise.mT)
+    hessian -= hessian.diagonal().sum() / 6 * torch.eye(6, dtype=torch.float64)
+    hessian += sign * 1e-16 * torch.eye(6, dtype=torch.float64)
+    weight = torch.randn(3, 6, dtype=torch.float64)
+    damped = LayerProblem(hessian, weight @ hessian, weight).damped(0.01)
+    torch.testing.assert_close(damped.optimum(), weight)
+
+
 def test_a_hopeless_hessian_is_an_error():
     hessian = torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))
     zeros = torch.zeros(2, 2, dtype=torch.float64)
