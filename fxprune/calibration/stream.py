@@ -388,7 +388,12 @@ class CalibrationStream:
     def wanted(self, values: BatchValues, node: Node) -> Any:
         """The value of a node in the dense model, of those channels that the pruned model has."""
         value = values.dense(node)
-        return value if self._twin is None else self._twin.wanted(node.name, value)
+        if self._twin is None:
+            return value
+        source = (
+            input_of(node) if isinstance(module_of(node), HessianObserver) else node
+        )  # What the dense model has, too.
+        return self._twin.wanted(source.name, value)
 
     def sample(self, geometry: LayerGeometry, x: Tensor, place: BatchPlace, *, share: float = 1.0) -> PatchSample:
         """What the statistics of a layer with input x are taken from in a batch, or a share of so many patches."""

@@ -144,8 +144,10 @@ class Case:
             names = [name for name in called if not called[name]]
             uncalled = "|".join(map(re.escape, names))
             piece = r"overwrites '(getitem|narrow)(_\d+)?' in place, and node '.*' later reads '.*', which may share"
+            of_piece = r"overwrites '.*' in place, and node '.*' later reads '(getitem|narrow)(_\d+)?', which may share"
             reasons = {
                 piece: "writes into a piece of what it reads later",
+                of_piece: "writes into what it reads a piece of later",
                 "out of reach": "",
                 "nothing can be compressed": "",
                 overwritten: "writes into what it reads later under another name",

@@ -302,3 +302,30 @@ def test_the_diff_shows_which_channels_are_gone(name: str, recipe: str) -> None:
     assert "channels removed" in shown
     assert fxprune.diff(found, found).is_empty
     assert str(fxprune.diff(found, model))
+
+
+@torch.no_grad()
+def test_readers_can_be_fitted_on_the_dense_model_s_inputs() -> None:
+    """Those of its channels that are left: here the least squares of what the dense layer gave."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
+    x = torch.randn(96, 6, 5, 5)
+    found = fxprune.compile(
+        model, x.split(32), "channels:0.6", progress=False,
+        options=Options(inputs="dense", target="dense", shrink=False, polish=0, patches=0, **EXACT),
+    )  # fmt: skip
+    parameters = found.state_dict()
+    kept = [int((model[0].weight == row).flatten(1).all(1).nonzero()) for row in parameters["0.weight"]]
+    assert 0 < len(kept) < 16
+    hidden = model[:2](x).movedim(1, -1).flatten(0, 2)[:, kept].double()
+    wanted = model(x).movedim(1, -1).flatten(0, 2).double()
+    with_ones = torch.cat([hidden, torch.ones(len(hidden), 1)], 1)
+    solution = torch.linalg.lstsq(with_ones, wanted).solution
+    torch.testing.assert_close(parameters["2.weight"][:, :, 0, 0].double(), solution[:-1].mT, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_dense_inputs_on_every_network(name: str) -> None:
+    found = compiled(network(name), "channels:0.7", inputs="dense", polish=0, channel_multiple=1)
+    errors = [row.relative_error for row in found.report.layers if row.relative_error is not None]
+    assert 0 < max(errors) < 1
