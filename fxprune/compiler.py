@@ -21,7 +21,7 @@ from fxprune.compiled_parts import CompiledParts
 from fxprune.errors import CalibrationError, FxPruneError, GraphError, NoGraphError, OptionsError
 from fxprune.graph import device_of
 from fxprune.intake.record import intake
-from fxprune.options import Method, Options, given_options
+from fxprune.options import FOLLOWS_SKIPS, Method, Options, given_options
 from fxprune.parts.run import compile_parts
 from fxprune.passes import (
     Allocate,
@@ -259,7 +259,7 @@ def solving_passes(recipe: Recipe, method: Method, *, exclude: Sequence[str] = (
     if options.fold_batchnorm:
         passes.append(FoldBatchNorm(exclude=exclude))
     passes.append(UnrollRecurrent(exclude=exclude))
-    if options.target in ("skip", "relu_aware"):
+    if options.target in FOLLOWS_SKIPS:
         passes.append(ShortcutsFirst())
     if recipe.removes_channels:
         passes.append(RemoveChannels(recipe, method, exclude=exclude))

@@ -12,11 +12,14 @@ if TYPE_CHECKING:  # `fxprune prune --help` shows these options, and must not wa
     from fxprune.recipe import Recipe
     from fxprune.solvers.solver import Solver
 
-Target = Literal["weights", "dense", "skip", "relu_aware"]
+Target = Literal["weights", "dense", "skip", "relu6_aware", "relu_aware"]
+FOLLOWS_SKIPS = ("skip", "relu6_aware", "relu_aware")
 Inputs = Literal["pruned", "dense"]
 Factorisation = Literal["data_aware", "svd"]
 CHANNELS_POLISH = 4  # Epochs.
-LIGHT_SPARSITY = 0.5  # Up to here ReLU-aware targets gain nothing on held-out images.
+LIGHT_SPARSITY = (
+    0.5  # Up to here ReLU-aware targets gain nothing on held-out images, unless the ReLU has an upper end too.
+)
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class Options:
         inputs: where a layer's statistics come from: the "pruned" prefix (sequential), or the "dense" model.
         target: what a layer's output is fitted to: the output of its own "weights" on those inputs; the "dense" model's output;
             "skip", the dense output with the error made up for that a skip connection brings to the add that follows; or
-            "relu_aware", the same and ReLU-aware: what a ReLU makes zero in the dense model need only stay below zero. The
-            last is better where fewer than half of the weights stay.
+            "relu_aware", the same and ReLU-aware: what a ReLU makes zero in the dense model need only stay below zero; or
+            "relu6_aware", so only for rectifiers with an upper end, as ReLU6. None: "relu_aware" where fewer than half of the
+            weights stay, else "relu6_aware".
         bias_correction: fit the bias too (means are removed from the statistics); created where there was none.
         refit: solve for the kept weights by least squares after the solver has chosen the mask.
         temperature: scale the logits of a classifier, so that on new images its softmax is as sure as the dense model's; other
@@ -95,7 +99,9 @@ class Options:
         if self.inputs not in (None, "pruned", "dense"):
             raise OptionsError(f"inputs is {self.inputs!r}; it should be 'pruned' or 'dense'")
         if self.target not in (None, *get_args(Target)):
-            raise OptionsError(f"target is {self.target!r}; it should be 'weights', 'dense', 'skip' or 'relu_aware'")
+            raise OptionsError(
+                f"target is {self.target!r}; it should be one of {', '.join(map(repr, get_args(Target)))}"
+            )
         if self.patches is not None and self.patches < 0:
             raise OptionsError(f"patches is {self.patches}; it is a number for each column, 0 for all there are")
         if not isinstance(self.channel_multiple, int) or self.channel_multiple < 1:
@@ -123,7 +129,7 @@ class Options:
         missing = {f.name: getattr(own, f.name) for f in fields(self) if getattr(self, f.name) is None}
         light = recipe.sparsity <= LIGHT_SPARSITY and not recipe.removes_channels
         if missing.get("target") == "relu_aware" and light:
-            missing["target"] = "skip"
+            missing["target"] = "relu6_aware"
         if "polish" in missing and recipe.removes_channels and not solver.published:
             missing["polish"] = CHANNELS_POLISH
         missing["permute"] = grouped and bool(own.permute if self.permute is None else self.permute)

@@ -40,7 +40,7 @@ def test_published_methods_are_as_published(method):
 @pytest.mark.parametrize("method", ["admm", lambda problem, pattern: problem.weight])
 def test_our_own_choice(method):
     options = Options().resolved(solvers.get(method), TWO_FOUR)
-    assert (options.inputs, options.target) == ("pruned", "skip")
+    assert (options.inputs, options.target) == ("pruned", "relu6_aware")
     assert options.bias_correction is options.refit is options.reconstruct is options.permute is True
     assert Options().resolved(solvers.get(method), Recipe.parse("0.9")).permute is False  # No groups to share.
 
@@ -48,7 +48,7 @@ def test_our_own_choice(method):
 @pytest.mark.parametrize("pattern", ["1:4", "0.6", "mixed:0.6"])
 def test_relu_aware_targets_are_for_patterns_that_keep_less_than_half(pattern):
     assert Options().resolved(solvers.get("admm"), Recipe.parse(pattern)).target == "relu_aware"
-    assert Options().resolved(solvers.get("admm"), Recipe.parse("0.5")).target == "skip"
+    assert Options().resolved(solvers.get("admm"), Recipe.parse("0.5")).target == "relu6_aware"
     assert Options(target="relu_aware").resolved(solvers.get("admm"), TWO_FOUR).target == "relu_aware"
 
 

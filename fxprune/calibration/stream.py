@@ -14,6 +14,7 @@ on the pruned model runs with the new weights at every call, and the dense model
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ from fxprune.layers.shared import keeps_own_target, modules_called, weight_calls
 from fxprune.layers.solve import SolvedLayer
 from fxprune.layers.temperature import BothLogits, puts_out_scores
 from fxprune.operations import any_reads_strides
-from fxprune.options import Options
+from fxprune.options import FOLLOWS_SKIPS, Options
 from fxprune.runtime.processes import gathered
 from fxprune.statistics import CrossStatistics, HessianObserver, InputStatistics, Moments, Pool
 
@@ -112,7 +113,12 @@ class StreamedLayer:
     @property
     def relu_aware(self) -> Callable[[SolvedLayer], CrossStatistics] | None:
         """The cross term of its target once its weights are known, where a rectifier follows; else None."""
-        if self._stream.target != "relu_aware" or self.cross is None or not consumers(self.node).rectifier:
+        bounds, target = consumers(self.node).rectifier, self._stream.target
+        if (
+            self.cross is None
+            or bounds is None
+            or not (target == "relu_aware" or (target == "relu6_aware" and bounds[1] < math.inf))
+        ):
             return None
         cross = self.cross
 
@@ -292,7 +298,7 @@ class CalibrationStream:
                 self.current = layer = StreamedLayer(self, node, geometry)
                 fits_another = self.target != "weights" and not keeps_own_target(self.calls, node, geometry)
                 if gather(node) and self._fit and fits_another:
-                    skip = self.target in ("skip", "relu_aware")
+                    skip = self.target in FOLLOWS_SKIPS
                     layer.cross, layer.check = cross_statistics(self, node, layer.geometry, skip=skip)
                 else:
                     self.advance(node)

@@ -293,7 +293,7 @@ class Blocks(nn.Module):
         return torch.relu(self.b(torch.relu(self.a(x))) + x + self.shift)
 
 
-@pytest.mark.parametrize("target", ["dense", "skip", "relu_aware"])
+@pytest.mark.parametrize("target", ["dense", "skip", "relu6_aware", "relu_aware"])
 def test_inputs_and_wanted_outputs_come_from_the_same_images(target, monkeypatch):
     monkeypatch.setattr(solve_layers, "unaffected", lambda graph_module, roles, calls: [])
     torch.manual_seed(0)

@@ -198,7 +198,12 @@ def test_every_command_has_help(name: str) -> None:
 def test_help_keeps_every_flag_and_choice_in_one_piece_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     result = runner.invoke(fxprune_app, ["prune", "--help"])
-    for text in ("<weights|dense|skip|relu_aware>", "--no-sparse-initializers", "--channel-multiple N", "at least 1"):
+    for text in (
+        "<weights|dense|skip|relu6_aware|relu_aware>",
+        "--no-sparse-initializers",
+        "--channel-multiple N",
+        "at least 1",
+    ):
         assert text in result.output
     lines = result.output.splitlines()
     assert max(map(len, lines)) <= 80

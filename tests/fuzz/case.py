@@ -216,9 +216,10 @@ def cases(draw: Any) -> Case:
     options: dict[str, Any] = {}
     if d.maybe(5):
         key, *values = d.one(
-            ("target", "weights", "dense", "skip", "relu_aware"), ("fold_batchnorm", False), ("refit", True, False),
-            ("reconstruct", True, False), ("bias_correction", True, False), ("inputs", "dense"), ("patches", 0, 1),
-            ("holdout", 0.0, 0.3), ("polish", 1), ("damping", 0.0, 0.1), ("global_budget", True),
+            ("target", "weights", "dense", "skip", "relu6_aware", "relu_aware"), ("fold_batchnorm", False),
+            ("refit", True, False), ("reconstruct", True, False), ("bias_correction", True, False),
+            ("inputs", "dense"), ("patches", 0, 1), ("holdout", 0.0, 0.3), ("polish", 1), ("damping", 0.0, 0.1),
+            ("global_budget", True),
         )  # fmt: skip
         options[key] = d.one(*values)
     if options.get("global_budget") and recipe not in ("0.5", "0.9"):

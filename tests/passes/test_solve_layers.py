@@ -222,6 +222,18 @@ def test_a_relu_aware_layer_is_least_squares_on_the_wanted_output():
         torch.testing.assert_close(found["relu_aware"].bias[row], solution[-1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("rectifier", "like"), [(nn.ReLU6(), "relu_aware"), (nn.Hardtanh(0, 2), "relu_aware"), (nn.ReLU(), "skip")]
+)
+def test_relu6_aware_is_for_rectifiers_with_an_upper_end(rectifier, like):
+    model = nn.Sequential(conv(4, 8), rectifier, conv(8, 8)).double()
+    data = [2 * torch.randn(8, 4, 8, 8, dtype=torch.float64)]
+    found = {t: prune(model, data, target=t).state_dict() for t in ("skip", "relu6_aware", "relu_aware")}
+    assert not torch.equal(found["skip"]["0.weight"], found["relu_aware"]["0.weight"])
+    for key, value in found["relu6_aware"].items():
+        assert torch.equal(value, found[like][key])
+
+
 def test_without_a_rectifier_the_targets_are_the_same():
     model = nn.Sequential(conv(4, 8), nn.SiLU(), conv(8, 8)).double()
     data = [torch.randn(8, 4, 8, 8, dtype=torch.float64)]
