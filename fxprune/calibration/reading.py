@@ -158,9 +158,8 @@ def read_into(
             place = BatchPlace(place.number + 1, place.first + len(taken), 0)
     images, with_copies = place.first, place.first
     if flip and fit and step == 1:
-        first = (
-            -(-images // CHECK_EVERY) * CHECK_EVERY
-        )  # Mirror images then check what is fitted where their images do.
+        # A multiple of CHECK_EVERY, so that an image and its mirror image are fitted together or check together.
+        first = -(-images // CHECK_EVERY) * CHECK_EVERY
         slots += [_mirror_image(slot, store, next(keys_after), place.number, first) for slot in slots]
         with_copies = first + images
     slots += (*held_out.finish(), *mixed.finish())

@@ -396,10 +396,8 @@ class CalibrationStream:
         value = values.dense(node)
         if self._twin is None:
             return value
-        source = (
-            input_of(node) if isinstance(module_of(node), HessianObserver) else node
-        )  # What the dense model has, too.
-        return self._twin.wanted(source.name, value)
+        is_observer = isinstance(module_of(node), HessianObserver)  # Which the dense model has not.
+        return self._twin.wanted((input_of(node) if is_observer else node).name, value)
 
     def sample(self, geometry: LayerGeometry, x: Tensor, place: BatchPlace, *, share: float = 1.0) -> PatchSample:
         """What the statistics of a layer with input x are taken from in a batch, or a share of so many patches."""
