@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fxprune.solvers.few_columns import LowRankSystems, columns_of
-from fxprune.solvers.problem import WIDE, LayerProblem
+from fxprune.solvers.problem import WIDE, LayerProblem, shift_of
 from fxprune.solvers.refit import refit, refit_by_conjugate_gradients
 from fxprune.solvers.shifted_systems import conjugate_gradients, divided_by_shifts
 from fxprune.statistics import Centred, Moments
@@ -245,7 +245,7 @@ def _wide_fits(
 ) -> Callable[[float], Tensor]:
     """The same for some rows (G, K, D) of a layer of many columns, nearly: no H is copied or factored for any damping."""
     diagonal = seen.moments.hessian.diagonal(dim1=1, dim2=2)
-    mean, wanted = diagonal.mean(1, keepdim=True), dense
+    wanted = dense
     if correction.strength:
         shift = correction.correction_damping * _mean_variance(seen.moments.hessian)
         (step,) = seen.divided((target - seen.product(dense)).float(), [shift])
@@ -275,7 +275,7 @@ def _wide_fits(
     last: list[Tensor] = []  # What the damping before has given is near to what the next one gives.
 
     def fitted(damping: float) -> Tensor:
-        shifts = torch.where(mean > 0, damping * mean, 1.0).expand_as(diagonal)  # As `LayerProblem.damped` has it.
+        shifts = shift_of(diagonal, damping)
         starts: Sequence[Tensor | None] = last or [None] * len(shifts)
         last[:] = [fitted_group(g, shift, start) for g, (shift, start) in enumerate(zip(shifts, starts, strict=True))]
         return torch.stack(last)

@@ -108,13 +108,7 @@ class LayerProblem:
 
     def _shifted(self, damping: float) -> tuple[Tensor, Tensor]:
         """H + diag(shift), whether it can be factored or not, and shift (..., D)."""
-        diagonal = self.hessian.diagonal(dim1=-2, dim2=-1)
-        # Of inputs that are the same for all images the centred diagonal is rounding, of either sign.
-        scale = diagonal.abs().mean(-1, keepdim=True)
-        # A group whose inputs are all dead has nothing to learn from: lambda = 1 keeps its weights.
-        shift = torch.where(scale > 0, damping * scale, 1.0).expand_as(diagonal)
-        if damping == 0:
-            shift = torch.where(diagonal == 0, 1.0, shift)
+        shift = shift_of(self.hessian.diagonal(dim1=-2, dim2=-1), damping)
         hessian = self.hessian.clone()
         hessian.diagonal(dim1=-2, dim2=-1).add_(shift)
         return hessian, shift
@@ -195,6 +189,15 @@ class LayerProblem:
     def losses(self, weight: Tensor) -> Tensor:
         """Of each row, (..., R)."""
         return ((self.image(weight) - 2 * self.target) * weight).sum(-1)
+
+
+def shift_of(diagonal: Tensor, damping: float) -> Tensor:
+    """What damping adds to H's diagonal, (..., D)."""
+    # Of inputs that are the same for all images the centred diagonal is rounding, of either sign.
+    scale = diagonal.abs().mean(-1, keepdim=True)
+    # A group whose inputs are all dead has nothing to learn from: lambda = 1 keeps its weights.
+    shift = torch.where(scale > 0, damping * scale, 1.0).expand_as(diagonal)
+    return shift if damping else torch.where(diagonal == 0, 1.0, shift)
 
 
 def float32_factor(hessian: Tensor) -> Tensor | None:
